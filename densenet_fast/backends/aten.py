@@ -1,0 +1,189 @@
+"""The kernels on torch ops: the equations plainly, for every device and floating dtype. Oracle and fallback.
+
+A feature map is a matrix: one row per pixel (M = N * prod(spatial) rows), one column per channel. Matrices may be column
+ranges of a wider buffer: any row stride, columns adjacent. ``grid`` is (N, *spatial), with 1, 2 or 3 spatial dimensions.
+Statistics are a pair (mean, biased variance) of what was stored, each [columns], in the accumulation dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.layout import to_image, to_matrix
+
+name = "aten"
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None."""
+    return None
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this backend has kernels for ``dtype`` on ``device``."""
+    return dtype.is_floating_point
+
+
+def channel_statistics(x: Tensor) -> Statistics:
+    """Mean and biased variance of each column of x [M, C].
+
+    The corrected two-pass formula (Chan, Golub and LeVeque 1983): the mean of the residuals, zero but for rounding,
+    corrects both results.
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    mean = x.mean(0)
+    residual = x - mean
+    correction = residual.mean(0)
+    variance = residual.square_().mean(0) - correction.square()
+    return mean + correction, variance.clamp_(min=0)
+
+
+def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | None:
+    """out [M, k] = new [N, k, *spatial], of any strides; with the statistics of out if asked for."""
+    rows = new.movedim(1, -1)
+    out.view(rows.shape).copy_(rows)
+    return channel_statistics(out) if statistics else None
+
+
+def bn_relu_conv1x1(
+    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, statistics: bool
+) -> tuple[Tensor, Statistics | None]:
+    """Z = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with the statistics of Z if asked for."""
+    a = _bn_relu(x, affine)
+    z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    return z, channel_statistics(z) if statistics else None
+
+
+def bn_relu_conv1x1_backward(
+    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grad_x: Tensor | None, need_weight: bool, need_sums: bool
+) -> tuple[Tensor | None, Statistics | None]:
+    """From grad [M, B] with D = (grad @ weight) * (bn(x) > 0):
+
+    grad_x [M, C] += scale * D in place (unless None), dW = grad^T @ relu(bn(x)), and the column sums
+    (sum D, sum D * (x - mean)), each [C].
+    """
+    weight_gradient = grad.t() @ _bn_relu(x, affine) if need_weight else None
+    if grad_x is None and not need_sums:
+        return weight_gradient, None
+    scaled, sums = _masked(grad @ weight, x, affine)
+    if grad_x is not None:
+        grad_x.add_(scaled)
+    return weight_gradient, sums
+
+
+def bn_relu_conv3x3(
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    out: Tensor,
+    mask: Tensor | None,
+    keep_scale: float,
+    statistics: bool,
+) -> Statistics | None:
+    """out [M, k] = conv(relu(bn(x)), weight, padding=1) + bias for x [M, B], weight [k, B, 3, ...].
+
+    With a dropout mask [N, k, *spatial], the result is multiplied by mask * keep_scale. Returns out's statistics if
+    asked for.
+    """
+    y = _convolution(to_image(_bn_relu(x, affine), grid), weight, bias)
+    if mask is not None:
+        y = y * mask * keep_scale
+    return append_features(y, out, statistics)
+
+
+def bn_relu_conv3x3_backward(
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+    """From grad [M, k] with D = conv_input_grad(grad, weight) * (bn(x) > 0):
+
+    scale * D [M, B], dW, and the column sums (sum D, sum D * (x - mean)), each [B].
+    """
+    image = to_image(_bn_relu(x, affine), grid)
+    ones = [1] * (len(grid) - 1)
+    input_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
+        to_image(grad, grid), image, weight, None, ones, ones, ones, False, [0], 1, [need_input, need_weight, False]
+    )
+    if not need_input:
+        return None, weight_gradient, None
+    scaled, sums = _masked(to_matrix(input_gradient), x, affine)
+    return scaled, weight_gradient if need_weight else None, sums
+
+
+def finalise_gradient(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int) -> Tensor:
+    """grad + (p + 2 * q * (x - mean)) / count for grad, x [M, n]: adds what reaches x through its batch statistics,
+    given the gradients p and q [n] with respect to its mean and variance."""
+    dtype = accumulation_dtype(x.dtype)
+    centred = x.to(dtype) - mean
+    return torch.addcmul(p / count, centred, 2 * q / count).add_(grad).to(grad.dtype)
+
+
+def bn_relu_pool_conv1x1(
+    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
+) -> Tensor:
+    """mean2x2(relu(bn(x))) @ weight^T + bias for x [M, C], weight [C', C]: [M', C'].
+
+    Pooling and a 1x1 convolution are linear and commute, so the pooling comes first.
+    """
+    a = _pooled(x, affine, grid)
+    return a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+
+
+def bn_relu_pool_conv1x1_backward(
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+    """From grad [M', C'] with D = unpool(grad @ weight) * (bn(x) > 0):
+
+    scale * D [M, C], dW, and the column sums (sum D, sum D * (x - mean)), each [C]. A row or column that the pooling
+    drops (odd sizes) gets no gradient.
+    """
+    weight_gradient = grad.t() @ _pooled(x, affine, grid) if need_weight else None
+    if not need_input:
+        return None, weight_gradient, None
+    batch, *spatial = grid
+    pooled = to_image(grad @ weight, (batch, *(size // 2 for size in spatial)))
+    spread = F.interpolate(pooled, scale_factor=2, mode="nearest") / 2 ** len(spatial)
+    spread = F.pad(spread, [padding for size in reversed(spatial) for padding in (0, size % 2)])
+    scaled, sums = _masked(to_matrix(spread), x, affine)
+    return scaled, weight_gradient, sums
+
+
+def _normalise(x: Tensor, affine: Affine) -> Tensor:
+    return torch.addcmul(affine.shift, x.to(affine.mean.dtype) - affine.mean, affine.scale)
+
+
+def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
+    return _normalise(x, affine).relu_().to(x.dtype)
+
+
+def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Statistics]:
+    """scale * D with D = grad * (bn(x) > 0), and the column sums (sum D, sum D * (x - mean))."""
+    d = grad.to(affine.mean.dtype) * (_normalise(x, affine) > 0)
+    sums = d.sum(0), (d * (x.to(d.dtype) - affine.mean)).sum(0)
+    return d.mul_(affine.scale).to(grad.dtype), sums
+
+
+def _pooled(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(grid) - 2]
+    return to_matrix(pool(to_image(_normalise(x, affine).relu_(), grid), 2)).to(x.dtype)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    ones = [1] * (x.dim() - 2)
+    return torch.convolution(x, weight, bias, ones, ones, ones, False, [0], 1)

@@ -1,0 +1,268 @@
+"""The fused ops as functions: what ``torch.nn.functional`` is to ``torch.nn``.
+
+Like ``torch.nn.functional.batch_norm`` they update the running statistics they are given in place, once per call, with
+the unbiased variance. All take and return feature maps [N, C, *spatial] with 1, 2 or 3 spatial dimensions, in any
+memory format, and return channels-last memory. Under autocast they run in its dtype.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from densenet_fast import ops
+from densenet_fast.ops.stage import Stage, pack
+from densenet_fast.reference import dropout_mask
+
+__all__ = ["BatchNorm", "BNReLUConv", "bn_relu_conv1x1", "bn_relu_conv1x1_avgpool", "dense_block"]
+
+
+class BatchNorm(NamedTuple):
+    """A batch normalisation as ``torch.nn.BatchNorm2d`` defines it.
+
+    In training, or without running statistics, it normalises by the batch's mean and biased variance; otherwise by the
+    running statistics. In training, running statistics that are given are updated; ``momentum=None`` averages
+    cumulatively by ``num_batches_tracked``. Tensors are [C] (``num_batches_tracked`` a scalar), any floating dtype.
+    With a ``group``, all its processes' batches are normalised together (``torch.nn.SyncBatchNorm``).
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    training: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    group: "dist.ProcessGroup | None" = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it normalises by its running statistics."""
+        return not self.training and self.running_mean is not None
+
+
+class BNReLUConv(NamedTuple):
+    """Batch normalisation, ReLU and a convolution of ``weight`` [out, in, *kernel] and ``bias`` [out] or None."""
+
+    norm: BatchNorm
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def stage(self) -> Stage:
+        norm = self.norm
+        running = (norm.running_mean, norm.running_var) if norm.frozen else (None, None)
+        return Stage(norm.weight, norm.bias, *running, self.weight, self.bias, norm.eps)
+
+
+def bn_relu_conv1x1(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``conv(relu(batch_norm(x)), weight, bias)`` with a 1x1 convolution, saving ``x`` alone for the backward pass.
+
+    Pleiss et al., "Memory-Efficient Implementation of DenseNets" (https://arxiv.org/abs/1707.06990), section 3.
+
+    Args:
+        x: [N, C, *spatial], floating.
+        norm: the batch normalisation, of C channels.
+        weight: [C', C, 1, ...], of x's dtype unless autocast is on.
+        bias: [C'] or None.
+
+    Returns:
+        [N, C', *spatial].
+
+    Raises:
+        ValueError: x has the wrong number of dimensions, or one value per channel where the batch is normalised.
+        RuntimeError: channels, kernel size, dtypes or devices do not match.
+    """
+    return _single(x, BNReLUConv(norm, weight, bias), pool=False)
+
+
+def bn_relu_conv1x1_avgpool(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The transition: ``avg_pool(conv(relu(batch_norm(x)), weight, bias), 2)``, pooling first, which is the same.
+
+    Arguments and errors as for :func:`bn_relu_conv1x1`. Returns [N, C', *spatial // 2].
+    """
+    _check(x.dim() < 3 or min(x.shape[2:]) >= 2, RuntimeError, "x", "spatial sizes of at least 2", tuple(x.shape))
+    return _single(x, BNReLUConv(norm, weight, bias), pool=True)
+
+
+def _single(x: Tensor, unit: BNReLUConv, pool: bool) -> Tensor:
+    x = _autocast(x)
+    _check_input(x, [unit.norm])
+    _check_unit(unit, x, "weight", x.shape[1], kernel=1)
+    tensors, (eps,) = pack([unit.stage()], x)
+    out, mean, var, count = ops.bn_relu_conv1x1(x, tensors, eps, pool, _group([unit.norm]))
+    _update_running_statistics([unit.norm], [slice(None)], mean, var, count)
+    return out
+
+
+def dense_block(
+    x: Tensor,
+    layers: Sequence[Sequence[BNReLUConv]],
+    drop_rates: Sequence[float] | None = None,
+    memory_efficient: bool = False,
+) -> Tensor:
+    """A dense block: each layer reads x and all features made before it, and appends its own.
+
+    Saved for the backward pass: the result and the output of each bottleneck; with ``memory_efficient`` the result
+    alone, the bottlenecks being recomputed.
+
+    Args:
+        x: [N, C0, *spatial], floating.
+        layers: at least one; each (1x1 unit, 3x3 unit), or in every layer (3x3 unit,) for no bottleneck. Convolutions of
+            stride 1, the 3x3 ones padded by 1; weights of x's dtype unless autocast is on.
+        drop_rates: the rate at which each layer's new features are dropped, [len(layers)]; None for no dropout. Masks
+            come from torch's default generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
+        memory_efficient: whether to recompute the bottlenecks in the backward pass.
+
+    Returns:
+        [N, C0 + sum of the layers' new channels, *spatial].
+
+    Raises:
+        ValueError: no or unlike layers, x has the wrong number of dimensions, or one value per channel where the batch
+            is normalised.
+        RuntimeError: channels, kernel sizes, dtypes or devices do not match.
+    """
+    x = _autocast(x)
+    units = [unit for layer in layers for unit in layer]
+    norms = [unit.norm for unit in units]
+    _check_input(x, norms)
+    sizes = {len(layer) for layer in layers}
+    _check(sizes in ({1}, {2}), ValueError, "layers", "one or two BN-ReLU-convolutions in every layer", sizes)
+    bottleneck = sizes == {2}
+    channels = x.shape[1]
+    for i, layer in enumerate(layers):
+        made = channels
+        for unit, kernel in zip(layer, (1, 3) if bottleneck else (3,)):
+            _check_unit(unit, x, f"layers[{i}]", made, kernel)
+            made = unit.weight.shape[0]
+        channels += made
+
+    rates = [0.0] * len(layers) if drop_rates is None else [float(p) for p in drop_rates]
+    _check(len(rates) == len(layers), ValueError, "drop_rates", f"{len(layers)} rates", len(rates))
+    growths = [layer[-1].weight.shape[0] for layer in layers]
+    masks = [dropout_mask(x, k, p) if p > 0 else x.new_empty(0) for k, p in zip(growths, rates)]
+    tensors, eps = pack([unit.stage() for unit in units], x)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    features, _, mean, var, count = ops.dense_block(
+        x,
+        tensors,
+        eps,
+        masks,
+        rates,
+        bottleneck,
+        differentiable and not memory_efficient,
+        _group(norms),
+        _link(x) if differentiable and x.requires_grad else None,
+    )
+    _update_running_statistics(norms, _packed_ranges(x.shape[1], layers), mean, var, count)
+    return features
+
+
+def _packed_ranges(channels: int, layers: Sequence[Sequence[BNReLUConv]]) -> list[slice]:
+    """Where each normalisation's statistics stand in the op's packed vectors, in the order of the units."""
+    bottleneck = channels + sum(layer[-1].weight.shape[0] for layer in layers)
+    ranges = []
+    for layer in layers:
+        ranges.append(slice(0, channels))
+        if len(layer) == 2:
+            ranges.append(slice(bottleneck, bottleneck + layer[0].weight.shape[0]))
+            bottleneck = ranges[-1].stop
+        channels += layer[-1].weight.shape[0]
+    return ranges
+
+
+@torch.no_grad()
+def _update_running_statistics(
+    norms: Sequence[BatchNorm], ranges: Sequence[slice], mean: Tensor, var: Tensor, count: Tensor
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; ``ranges`` says where each
+    normalisation's batch statistics stand in ``mean`` and ``var``."""
+    tracked = [(norm, r) for norm, r in zip(norms, ranges) if norm.training and norm.running_mean is not None]
+    counters = [norm.num_batches_tracked for norm, _ in tracked if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if not tracked:
+        return
+    var = var * (count / (count - 1)).to(var.dtype)
+    running, batch, momenta = [], [], []
+    for norm, r in tracked:
+        targets, values = (norm.running_mean, norm.running_var), (mean[r], var[r])
+        if norm.momentum is None and norm.num_batches_tracked is not None:
+            factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+            for target, value in zip(targets, values):
+                target.mul_(1 - factor).add_(value * factor)
+        else:
+            running += targets
+            batch += values
+            momenta += [norm.momentum or 0.0] * 2
+    if running:
+        torch._foreach_mul_(running, [1 - momentum for momentum in momenta])
+        torch._foreach_add_(running, torch._foreach_mul(batch, momenta))
+
+
+class _Link(torch.autograd.Function):
+    """One zero, seen in x's shape, whose gradient is x's: reaches x's graph without keeping its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _link(x: Tensor) -> Tensor | None:
+    return None if torch.compiler.is_compiling() else _Link.apply(x)
+
+
+def _group(norms: Sequence[BatchNorm]) -> str | None:
+    """The name of the process group over which the batches are normalised; None if there is but this process."""
+    groups = {norm.group for norm in norms if not norm.frozen}
+    _check(len(groups) <= 1, ValueError, "layers", "one process group for all normalisations", groups)
+    group = groups.pop() if groups else None
+    return None if group is None or dist.get_world_size(group) == 1 else group.group_name
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device_type = x.device.type
+    if x.dtype.is_floating_point and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
+def _check(condition: bool, error: type[Exception], argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise error(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_input(x: Tensor, norms: Sequence[BatchNorm]) -> None:
+    _check(3 <= x.dim() <= 5, ValueError, "x", "[N, C, *spatial] with 1 to 3 spatial dimensions", tuple(x.shape))
+    _check(x.dtype.is_floating_point, RuntimeError, "x", "a floating dtype", x.dtype)
+    _check(x.numel() > 0, ValueError, "x", "at least one value", tuple(x.shape))
+    by_batch = [norm for norm in norms if not norm.frozen]
+    if by_batch and x.numel() == x.shape[1] and _group(norms) is None:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    for norm in norms:
+        if norm.eps < 0 or (norm.training and norm.eps == 0):
+            raise ValueError(f"norm.eps: expected a positive number, got {norm.eps}")
+
+
+def _check_unit(unit: BNReLUConv, x: Tensor, name: str, channels: int, kernel: int) -> None:
+    weight = unit.weight
+    expected = (weight.shape[0], channels, *[kernel] * (x.dim() - 2))
+    _check(tuple(weight.shape) == expected, RuntimeError, name, f"a convolution weight {expected}", tuple(weight.shape))
+    matches = weight.dtype == x.dtype or (x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type))
+    _check(matches, RuntimeError, name, f"a convolution weight of the input's dtype {x.dtype}", weight.dtype)
+    if unit.bias is not None:
+        _check(tuple(unit.bias.shape) == expected[:1], RuntimeError, name, f"a bias {expected[:1]}", unit.bias.shape)
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        vector = getattr(unit.norm, field)
+        if vector is not None:
+            got = tuple(vector.shape)
+            _check(got == (channels,), RuntimeError, name, f"a normalisation {field} of {channels} channels", got)
+    for tensor in (weight, unit.bias, unit.norm.weight, unit.norm.bias, unit.norm.running_mean):
+        if tensor is not None:
+            _check(tensor.device == x.device, RuntimeError, name, f"all tensors on {x.device}", tensor.device)

@@ -1,0 +1,130 @@
+"""The drop-in DenseNet: torchvision's models, parameters and initialisation over fused dense blocks and transitions."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from densenet_fast import reference, weights as checkpoints
+from densenet_fast.nn import DenseBlock, Transition
+from densenet_fast.reference import ARCHITECTURES
+
+__all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
+
+
+class Features(nn.Sequential):
+    """The convolutional part. Inside, feature maps are channels last; the result has its input's memory format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = super().forward(x)
+        return features.contiguous() if isinstance(x, Tensor) and x.is_contiguous() else features
+
+
+class DenseNet(reference.DenseNet):
+    """DenseNet with torchvision's arguments, parameter names and initialisation, in a fraction of the memory.
+
+    Args:
+        growth_rate: channels that each layer adds, k.
+        block_config: number of layers of each dense block; any number of blocks.
+        num_init_features: channels of the stem.
+        bn_size: bottlenecks have bn_size * k channels; None for layers without a bottleneck.
+        drop_rate: dropout rate of each layer's new features.
+        num_classes: number of classes.
+        memory_efficient: whether to recompute the bottlenecks in the backward pass instead of keeping them.
+        in_channels: channels of the images.
+        compression: theta; a transition keeps floor(theta * C) of C channels; 1 for none.
+        small_inputs: the CIFAR stem (one 3x3 convolution) instead of the ImageNet stem.
+        bias: whether the convolutions have biases.
+
+    Input: images [N, in_channels, H, W], any floating dtype. Output: logits [N, num_classes].
+
+    Raises:
+        ValueError: an empty ``block_config`` or a ``drop_rate`` or ``compression`` out of range.
+    """
+
+    block_type = DenseBlock
+    transition_type = Transition
+    features_type = Features
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: Sequence[int] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        memory_efficient: bool = False,
+        *,
+        in_channels: int = 3,
+        compression: float = 0.5,
+        small_inputs: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            growth_rate,
+            block_config,
+            num_init_features,
+            bn_size,
+            drop_rate,
+            num_classes,
+            in_channels=in_channels,
+            compression=compression,
+            small_inputs=small_inputs,
+            bias=bias,
+        )
+        for module in self.modules():
+            if isinstance(module, DenseBlock):
+                module.memory_efficient = memory_efficient
+
+
+Weights = str | PathLike[str] | Any | None
+
+
+def _densenet(name: str, weights: Weights, progress: bool, kwargs: dict[str, Any]) -> DenseNet:
+    state_dict = checkpoints.load(name, checkpoints.legacy_argument(weights, kwargs), progress)
+    if state_dict is not None:
+        num_classes = state_dict["classifier.weight"].shape[0]
+        if kwargs.setdefault("num_classes", num_classes) != num_classes:
+            raise ValueError(f"num_classes: expected {num_classes}, as the weights have, got {kwargs['num_classes']}")
+    model = DenseNet(*ARCHITECTURES[name], **kwargs)
+    if state_dict is not None:
+        model.load_state_dict(state_dict)
+    return model
+
+
+def densenet121(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
+    """DenseNet-121.
+
+    Args:
+        weights: None; the name of torchvision's weights ("IMAGENET1K_V1", "DEFAULT", or with the enum's name before it);
+            a member of torchvision's weights enum; or the path of a local checkpoint.
+        progress: whether to show a progress bar while downloading.
+        **kwargs: passed to :class:`DenseNet`; ``num_classes`` is taken from the weights.
+
+    Raises:
+        ValueError: no such weights, or ``num_classes`` is not the weights'.
+        TypeError: ``weights`` is of another kind.
+    """
+    return _densenet("densenet121", weights, progress, kwargs)
+
+
+def densenet161(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
+    """DenseNet-161 (k = 48); arguments and errors as for :func:`densenet121`."""
+    return _densenet("densenet161", weights, progress, kwargs)
+
+
+def densenet169(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
+    """DenseNet-169; arguments and errors as for :func:`densenet121`."""
+    return _densenet("densenet169", weights, progress, kwargs)
+
+
+def densenet201(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
+    """DenseNet-201; arguments and errors as for :func:`densenet121`."""
+    return _densenet("densenet201", weights, progress, kwargs)
+
+
+def densenet264(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
+    """DenseNet-264 of the paper, for which no weights are hosted; ``weights`` takes a local path."""
+    return _densenet("densenet264", weights, progress, kwargs)

@@ -1,0 +1,81 @@
+"""BN-ReLU-Conv1x1 as a module of its own, and the transition between dense blocks."""
+
+from torch import Tensor, nn
+
+from densenet_fast import functional, reference
+from densenet_fast.nn import fusion
+
+
+class BNReLUConv1x1(nn.Sequential):
+    """Batch normalisation, ReLU and a 1x1 convolution in one op that saves its input alone for the backward pass.
+
+    Args:
+        in_channels: channels of its input, C.
+        out_channels: channels of its output, C'.
+        bias: whether the convolution has a bias.
+        spatial_dims: 1, 2 or 3.
+
+    Input [N, C, *spatial], output [N, C', *spatial], channels last in memory when it ran fused.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False, spatial_dims: int = 2) -> None:
+        super().__init__()
+        self.norm = reference.BATCH_NORMS[spatial_dims](in_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = reference.CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size=1, bias=bias)
+        self.spatial_dims = spatial_dims
+
+    def obstacle(self) -> str | None:
+        """Why its children cannot run as one op, or None."""
+        if list(self._modules) != ["norm", "relu", "conv"]:
+            return f"its children are {', '.join(self._modules)}"
+        return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
+            return super().forward(x)
+        unit = fusion.unit(self, "norm", "conv")
+        return functional.bn_relu_conv1x1(x, *unit)
+
+
+class Transition(reference.Transition):
+    """BN-ReLU-Conv1x1-AvgPool2 in one op, which pools first and saves its input alone for the backward pass.
+
+    Args:
+        num_input_features: channels of its input, C.
+        num_output_features: channels of its output, C'.
+        bias: whether the convolution has a bias.
+        spatial_dims: 1, 2 or 3.
+
+    Input [N, C, *spatial], output [N, C', *spatial // 2], channels last in memory when it ran fused.
+    """
+
+    def __init__(
+        self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
+    ) -> None:
+        super().__init__(num_input_features, num_output_features, bias=bias, spatial_dims=spatial_dims)
+        self.spatial_dims = spatial_dims
+
+    def obstacle(self) -> str | None:
+        """Why its children cannot run as one op, or None."""
+        if list(self._modules) != ["norm", "relu", "conv", "pool"]:
+            return f"its children are {', '.join(self._modules)}"
+        if not _halves(self.pool, self.spatial_dims) or fusion.has_hooks(self.pool):
+            return f"pool is not a plain average over 2: {self.pool}"
+        return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
+            return super().forward(x)
+        unit = fusion.unit(self, "norm", "conv")
+        return functional.bn_relu_conv1x1_avgpool(x, *unit)
+
+
+def _halves(pool: nn.Module, dims: int) -> bool:
+    """Whether ``pool`` averages over windows of 2 without padding, dropping an odd last row or column."""
+    if type(pool) is not reference.AVERAGE_POOLS[dims]:
+        return False
+    sizes = [[size] * dims if isinstance(size, int) else list(size) for size in (pool.kernel_size, pool.stride)]
+    padding = {pool.padding} if isinstance(pool.padding, int) else set(pool.padding)
+    divisor = getattr(pool, "divisor_override", None)
+    return all(s in ([2] * dims, [2]) for s in sizes) and padding == {0} and not pool.ceil_mode and divisor is None

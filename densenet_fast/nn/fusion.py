@@ -1,0 +1,122 @@
+"""When a module may run fused, and why not otherwise."""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast import functional, reference
+from densenet_fast.nn.sync_batch_norm import SyncBatchNorm
+
+_enabled = True
+
+SYNC_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNorm)
+DIMENSIONS = {convolution: dims for dims, convolution in reference.CONVOLUTIONS.items()}
+
+
+class set_fused:
+    """Switches the fused ops on or off for the whole process, as a function or for the length of a ``with`` block.
+
+    Switched off, the modules run their layers one by one on stock torch ops, with the same results::
+
+        densenet_fast.set_fused(False)
+        with densenet_fast.set_fused(False):
+            ...
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        global _enabled
+        self._previous, _enabled = _enabled, bool(enabled)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        global _enabled
+        _enabled = self._previous
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's ``forward``: hooks, or a ``forward`` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def structural_obstacle(module: nn.Module, norm: str, relu: str, conv: str, kernel: int) -> str | None:
+    """Why the children ``norm``, ``relu``, ``conv`` of ``module`` are not a plain BN-ReLU-convolution, or None."""
+    children = [getattr(module, name, None) for name in (norm, relu, conv)]
+    for name, child in zip((norm, relu, conv), children):
+        if not isinstance(child, nn.Module):
+            return f"{name} is missing"
+        if has_hooks(child):
+            return f"{name} has a hook or a forward of its own"
+    normalise, rectify, convolve = children
+    dims = DIMENSIONS.get(type(convolve))
+    if dims is None:
+        return f"{conv} is a {type(convolve).__name__}, not a convolution"
+    if type(normalise) not in (reference.BATCH_NORMS[dims], *SYNC_BATCH_NORMS):
+        return f"{norm} is a {type(normalise).__name__}, not a batch normalisation of {dims} dimensions"
+    if type(rectify) is not nn.ReLU:
+        return f"{relu} is a {type(rectify).__name__}, not a ReLU"
+    plain = (
+        convolve.kernel_size == (kernel,) * dims
+        and convolve.stride == (1,) * dims
+        and convolve.padding == (kernel // 2,) * dims
+        and (kernel == 1 or convolve.dilation == (1,) * dims)
+        and convolve.groups == 1
+        and (kernel == 1 or convolve.padding_mode == "zeros")
+    )
+    return None if plain else f"{conv} is not a plain convolution of kernel size {kernel}: {convolve.extra_repr()}"
+
+
+def call_obstacle(x: Any, dims: int) -> str | None:
+    """Why a call with ``x`` cannot run fused whatever the module's structure, or None."""
+    if not _enabled:
+        return "switched off by set_fused(False)"
+    if not isinstance(x, Tensor):
+        return "traced symbolically"
+    if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing():
+            return "traced by torch.jit"
+        if nn.modules.module._has_any_global_hook():
+            return "a global module hook is registered"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "inside a torch.func transform"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "inside forward-mode differentiation"
+    if torch.compiler.is_exporting():
+        return "exported"
+    if not x.dtype.is_floating_point or x.dtype.itemsize == 1:
+        return f"{x.dtype} is not supported"
+    if x.dim() != dims + 2:
+        return f"the input is {x.dim()}-D"
+    if x.numel() == 0:
+        return "the input is empty"
+    return None
+
+
+def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
+    """The tensors of the children ``norm`` and ``conv`` of ``module`` as the functional ops take them."""
+    normalise, convolve = getattr(module, norm), getattr(module, conv)
+    tracking = normalise.track_running_stats or not normalise.training
+    group = None
+    if isinstance(normalise, nn.SyncBatchNorm) and normalise.training and torch.distributed.is_initialized():
+        group = normalise.process_group or torch.distributed.group.WORLD
+    record = functional.BatchNorm(
+        normalise.weight,
+        normalise.bias,
+        normalise.running_mean if tracking else None,
+        normalise.running_var if tracking else None,
+        normalise.num_batches_tracked if tracking else None,
+        normalise.training,
+        normalise.momentum,
+        normalise.eps,
+        group,
+    )
+    return functional.BNReLUConv(record, convolve.weight, convolve.bias)

@@ -1,0 +1,6 @@
+"""The custom ops, ``torch.ops.densenet_fast``: functional, with fake kernels and autograd."""
+
+from densenet_fast.ops.bn_relu_conv1x1 import bn_relu_conv1x1
+from densenet_fast.ops.dense_block import dense_block
+
+__all__ = ["bn_relu_conv1x1", "dense_block"]

@@ -1,0 +1,373 @@
+"""densenet_fast::dense_block: a whole dense block as one op that never concatenates.
+
+The block owns one matrix F of M x C_total. Layer l reads its first C columns and writes its k new ones behind them; the
+statistics of a column are computed once, when it is written.
+
+    Z = relu(bn1(F[:, :C])) @ W1^T;  Y = conv3x3(relu(bn2(Z)), W2) -> F[:, C:C+k]
+
+Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
+
+    dY = finalise(columns C..C+k)                                              G + (P + 2Q(F - mu)) / M      (1)
+    D' = conv3x3_input_grad(dY, W2) * (bn2(Z) > 0);   dZ = finalise(s' * D')
+    D  = (dZ @ W1) * (bn1(F) > 0)
+    G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends import select
+from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.ops import stock
+from densenet_fast.ops.stage import (
+    STAGE_TENSORS,
+    Stage,
+    StageGradients,
+    global_count,
+    global_statistics,
+    global_sum,
+    statistics_gradient,
+    unpack,
+    without_autocast,
+)
+
+
+class Plan:
+    """The layers of a block and where their columns stand.
+
+    Statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn.
+    """
+
+    def __init__(
+        self, x: Tensor, tensors: list[Tensor], eps: list[float], bottleneck: bool, drop_rates: list[float]
+    ) -> None:
+        stages, per_layer = unpack(tensors, eps), 2 if bottleneck else 1
+        self.layers = [tuple(stages[i : i + per_layer]) for i in range(0, len(stages), per_layer)]
+        self.bottleneck = bottleneck
+        self.grid = (x.shape[0], *x.shape[2:])
+        self.keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in drop_rates]
+        self.dropped = [p > 0 for p in drop_rates]
+        self.starts = [x.shape[1]]
+        """Layer l reads columns 0..starts[l] and writes starts[l]..starts[l + 1]."""
+        for layer in self.layers:
+            self.starts.append(self.starts[-1] + layer[-1].conv_weight.shape[0])
+        self.columns = self.starts[-1]
+        self.bottlenecks = []
+        """The packed range of each layer's bottleneck."""
+        packed = self.columns
+        for layer in self.layers if bottleneck else ():
+            self.bottlenecks.append(slice(packed, packed + layer[0].conv_weight.shape[0]))
+            packed = self.bottlenecks[-1].stop
+        self.packed = packed
+
+    def new(self, i: int) -> slice:
+        """The columns that layer i writes."""
+        return slice(self.starts[i], self.starts[i + 1])
+
+    def normalised_by_batch(self, i: int) -> bool:
+        """Whether layer i or a later one normalises its input by batch statistics."""
+        return any(not layer[0].frozen for layer in self.layers[i:])
+
+
+@torch.library.custom_op("densenet_fast::dense_block", mutates_args=())
+@without_autocast
+def dense_block(
+    x: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    masks: list[Tensor],
+    drop_rates: list[float],
+    bottleneck: bool,
+    save_bottlenecks: bool,
+    group: str | None,
+    link: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    """From x [N, C0, *spatial] to (features [N, C_total, *spatial], bottlenecks, mean, var, count).
+
+    Args:
+        x: the block's input, any memory format.
+        tensors, eps: the packed stages, two a layer with a bottleneck (1x1, 3x3), else one (3x3).
+        masks: one [N, k, *spatial] bool per layer, empty where its drop rate is 0.
+        drop_rates: one per layer.
+        bottleneck: whether the layers have one.
+        save_bottlenecks: whether to return each layer's Z [M, B] for the backward pass, which else recomputes it.
+        group: name of the process group whose batches are normalised together, None for this process's alone.
+        link: a tensor of x's shape and gradient but without its memory, through which second derivatives reach x.
+
+    ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where no stage needs them;
+    ``count`` is the number of rows they are over.
+    """
+    plan = Plan(x, tensors, eps, bottleneck, drop_rates)
+    backend = select(x.device, x.dtype)
+    image = empty_image(x, plan.grid, plan.columns)
+    features = to_matrix(image)
+    rows = features.shape[0]
+    mean = features.new_zeros(plan.packed, dtype=accumulation_dtype(x.dtype))
+    var = torch.zeros_like(mean)
+
+    def keep(columns: slice, statistics: tuple[Tensor, Tensor] | None) -> None:
+        if statistics is not None:
+            mean[columns], var[columns] = global_statistics(statistics, rows, group)
+
+    keep(slice(0, plan.starts[0]), backend.append_features(x, features[:, : x.shape[1]], plan.normalised_by_batch(0)))
+    bottlenecks = []
+    for i, layer in enumerate(plan.layers):
+        inputs, new, stage = features[:, : plan.starts[i]], plan.new(i), layer[-1]
+        affine, _ = layer[0].fold(mean[: plan.starts[i]], var[: plan.starts[i]])
+        if bottleneck:
+            weight, bias = layer[0].convolution(x.dtype)
+            inputs, statistics = backend.bn_relu_conv1x1(
+                inputs, affine, weight.flatten(1), bias, statistics=not stage.frozen
+            )
+            keep(plan.bottlenecks[i], statistics)
+            affine, _ = stage.fold(mean[plan.bottlenecks[i]], var[plan.bottlenecks[i]])
+            if save_bottlenecks:
+                bottlenecks.append(inputs)
+        weight, bias = stage.convolution(x.dtype)
+        mask = masks[i] if plan.dropped[i] else None
+        statistics = backend.bn_relu_conv3x3(
+            inputs,
+            affine,
+            weight,
+            bias,
+            plan.grid,
+            features[:, new],
+            mask,
+            plan.keep_scales[i],
+            plan.normalised_by_batch(i + 1),
+        )
+        keep(new, statistics)
+    return image, bottlenecks, mean, var, global_count(rows, x, group)
+
+
+@dense_block.register_fake
+def _(
+    x: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    masks: list[Tensor],
+    drop_rates: list[float],
+    bottleneck: bool,
+    save_bottlenecks: bool,
+    group: str | None,
+    link: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    plan = Plan(x, tensors, eps, bottleneck, drop_rates)
+    image = empty_image(x, plan.grid, plan.columns)
+    rows = x.numel() // x.shape[1]
+    bottlenecks = [x.new_empty(rows, c.stop - c.start) for c in plan.bottlenecks if save_bottlenecks]
+    mean = x.new_empty(plan.packed, dtype=accumulation_dtype(x.dtype))
+    return image, bottlenecks, mean, torch.empty_like(mean), x.new_empty((), dtype=torch.float64)
+
+
+class BlockGradients:
+    """The backward pass: G, P and Q, and the gradients of the stages."""
+
+    def __init__(self, plan: Plan, features: Tensor, mean: Tensor, var: Tensor, count: Tensor, group: str | None):
+        self.plan, self.mean, self.var, self.count, self.group = plan, mean, var, count, group
+        self.backend = select(features.device, features.dtype)
+        self.features = to_matrix(features)
+        self.dtype = features.dtype
+        self.p, self.q = torch.zeros_like(mean), torch.zeros_like(mean)
+
+    def run(
+        self, grad: Tensor, bottlenecks: list[Tensor], masks: list[Tensor], needs: list[bool]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of x [N, C0, *spatial] and of the packed tensors, empty where ``needs`` says so."""
+        plan, need_x = self.plan, needs[0]
+        gradients = [
+            StageGradients(stage, needs[1 + j * STAGE_TENSORS : 1 + (j + 1) * STAGE_TENSORS])
+            for j, stage in enumerate(stage for layer in plan.layers for stage in layer)
+        ]
+        per_layer = 2 if plan.bottleneck else 1
+        by_layer = [gradients[i : i + per_layer] for i in range(0, len(gradients), per_layer)]
+        asked = [any(g.needs_any for g in layer) for layer in by_layer]
+        first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
+        self.grad = self.features.new_empty(self.features.shape)
+        to_image(self.grad, plan.grid).copy_(grad)
+
+        for i in reversed(range(first, len(plan.layers))):
+            dy = self.finalise(plan.new(i), plan.normalised_by_batch(i + 1))
+            if plan.dropped[i]:
+                dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
+            z = bottlenecks[i] if bottlenecks else None
+            self.layer(i, dy, z, by_layer[i], need_inputs=need_x or i > first)
+        grad_x = self.finalise(slice(0, plan.starts[0]), plan.normalised_by_batch(0)) if need_x else None
+        if grad_x is None:
+            return self.features.new_empty(0), [t for g in gradients for t in g.tensors(self.features)]
+        image = to_image(grad_x.contiguous(), plan.grid)
+        return image, [t for g in gradients for t in g.tensors(self.features)]
+
+    def finalise(self, columns: slice, normalised_by_batch: bool) -> Tensor:
+        """(1) on columns of F; nothing to add where no reader normalises by the batch."""
+        grad = self.grad[:, columns]
+        if not normalised_by_batch:
+            return grad
+        p, q = global_sum(self.p[columns], self.q[columns], self.group)
+        return self.backend.finalise_gradient(grad, self.features[:, columns], self.mean[columns], p, q, self.count)
+
+    def layer(
+        self, i: int, dy: Tensor, z: Tensor | None, gradients: list[StageGradients], need_inputs: bool
+    ) -> None:
+        """One layer's backward: its stages' gradients, and (2) on the columns it read if they need gradients."""
+        plan, stages = self.plan, self.plan.layers[i]
+        start = plan.starts[i]
+        inputs = self.features[:, :start]
+        affine, r = stages[0].fold(self.mean[:start], self.var[:start])
+        need_d = need_inputs or gradients[0].needs_norm
+        if not plan.bottleneck:
+            weight, _ = stages[0].convolution(self.dtype)
+            scaled, grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
+                dy, inputs, affine, weight, plan.grid, need_d, gradients[0].needs_conv_weight
+            )
+            gradients[0].convolution(grad_weight, dy)
+            if need_inputs:
+                self.grad[:, :start].add_(scaled)
+        else:
+            need_dz = need_d or gradients[0].needs_any
+            dz = self.bottleneck(i, dy, z, affine, gradients[1], need_dz)
+            if not need_dz:
+                return
+            grad_inputs = self.grad[:, :start] if need_inputs else None
+            weight = stages[0].convolution(self.dtype)[0].flatten(1)
+            grad_weight, sums = self.backend.bn_relu_conv1x1_backward(
+                dz, inputs, affine, weight, grad_inputs, gradients[0].needs_conv_weight, need_d
+            )
+            gradients[0].convolution(grad_weight, dz)
+        if need_d:
+            gradients[0].norm(sums, r)
+        if need_inputs and not stages[0].frozen:
+            p, q = statistics_gradient(sums, affine.scale, r)
+            self.p[:start] += p
+            self.q[:start] += q
+
+    def bottleneck(
+        self, i: int, dy: Tensor, z: Tensor | None, affine1: Affine, gradients: StageGradients, need_dz: bool
+    ) -> Tensor | None:
+        """From dY to dZ, through the 3x3 convolution and the second normalisation."""
+        plan, (first, second) = self.plan, self.plan.layers[i]
+        columns = plan.bottlenecks[i]
+        mean, var = self.mean[columns], self.var[columns]
+        affine, r = second.fold(mean, var)
+        if z is None:
+            weight, bias = first.convolution(self.dtype)
+            inputs = self.features[:, : plan.starts[i]]
+            z, _ = self.backend.bn_relu_conv1x1(inputs, affine1, weight.flatten(1), bias, statistics=False)
+        weight, _ = second.convolution(self.dtype)
+        scaled, grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
+            dy, z, affine, weight, plan.grid, need_dz or gradients.needs_norm, gradients.needs_conv_weight
+        )
+        gradients.convolution(grad_weight, dy)
+        if sums is not None:
+            gradients.norm(sums, r)
+        if not need_dz or second.frozen:
+            return scaled
+        p, q = global_sum(*statistics_gradient(sums, affine.scale, r), self.group)
+        return self.backend.finalise_gradient(scaled, z, mean, p, q, self.count)
+
+
+@torch.library.custom_op("densenet_fast::dense_block_backward", mutates_args=())
+@without_autocast
+def dense_block_backward(
+    grad: Tensor,
+    features: Tensor,
+    bottlenecks: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    masks: list[Tensor],
+    drop_rates: list[float],
+    bottleneck: bool,
+    in_channels: int,
+    group: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of x and of the packed tensors, empty where ``needs`` (x's, then one per tensor) says so.
+
+    ``bottlenecks`` is empty if they are to be recomputed; ``in_channels`` is C0, the rest as in ``dense_block``.
+    """
+    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates)
+    return BlockGradients(plan, features, mean, var, count, group).run(grad, bottlenecks, masks, needs)
+
+
+@dense_block_backward.register_fake
+def _(
+    grad: Tensor,
+    features: Tensor,
+    bottlenecks: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    masks: list[Tensor],
+    drop_rates: list[float],
+    bottleneck: bool,
+    in_channels: int,
+    group: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    grid = (features.shape[0], *features.shape[2:])
+    grad_x = empty_image(features, grid, in_channels) if needs[0] else features.new_empty(0)
+    return grad_x, [torch.empty_like(t) if need else features.new_empty(0) for t, need in zip(tensors, needs[1:])]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, _, ctx.group, link = inputs
+    features, bottlenecks, mean, var, count = output
+    ctx.mark_non_differentiable(*bottlenecks, mean, var, count)
+    ctx.set_materialize_grads(False)
+    ctx.in_channels = x.shape[1]
+    ctx.sizes = [len(tensors), len(masks), len(bottlenecks)]
+    ctx.save_for_backward(features, mean, var, count, link, *tensors, *masks, *bottlenecks)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    features, mean, var, count, link, *lists = ctx.saved_tensors
+    num_tensors, num_masks, _ = ctx.sizes
+    tensors, masks = lists[:num_tensors], lists[num_tensors : num_tensors + num_masks]
+    bottlenecks = lists[num_tensors + num_masks :]
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    nothing = (None, [None] * num_masks, None, None, None, None, None)
+    if grad is None:
+        return None, [None] * num_tensors, *nothing
+    if torch.is_grad_enabled():
+        grad_x, *grads = _differentiable_backward(ctx, grad, features, link, tensors, masks)
+    else:
+        grad_x, grads = dense_block_backward(
+            grad,
+            features,
+            bottlenecks,
+            mean,
+            var,
+            count,
+            tensors,
+            ctx.eps,
+            masks,
+            ctx.drop_rates,
+            ctx.bottleneck,
+            ctx.in_channels,
+            ctx.group,
+            needs,
+        )
+    gradients = [g if need else None for g, need in zip([grad_x, *grads], needs)]
+    return gradients[0], gradients[1:], *nothing
+
+
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, features: Tensor, link: Tensor | None, tensors: list[Tensor], masks: list[Tensor]
+) -> list[Tensor | None]:
+    x = features.detach()[:, : ctx.in_channels]
+    if link is not None:
+        x = x + link
+    plan = Plan(x, tensors, ctx.eps, ctx.bottleneck, ctx.drop_rates)
+    out = stock.dense_block(x, plan.layers, masks, plan.keep_scales)
+    return stock.differentiable_gradients(out, [x, *tensors], grad, ctx.group)
+
+
+dense_block.register_autograd(_backward, setup_context=_setup_context)

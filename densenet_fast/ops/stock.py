@@ -1,0 +1,55 @@
+"""The ops on stock differentiable torch functions: what a second derivative goes through."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densenet_fast.ops.stage import Stage
+
+
+def bn_relu_conv(x: Tensor, stage: Stage) -> Tensor:
+    """BN-ReLU-convolution, 1x1 or 3x3 with padding 1, of x [N, C, *spatial]."""
+    x = F.batch_norm(
+        x, stage.running_mean, stage.running_var, stage.weight, stage.bias, not stage.frozen, 0.0, stage.eps
+    )
+    weight, bias = stage.convolution(x.dtype)
+    ones = [1] * (x.dim() - 2)
+    padding = [weight.shape[-1] // 2] * len(ones)
+    return torch.convolution(F.relu(x), weight, bias, ones, padding, ones, False, [0], 1)
+
+
+def bn_relu_conv_pool(x: Tensor, stage: Stage) -> Tensor:
+    """BN-ReLU-convolution-average pooling: the transition."""
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
+    return pool(bn_relu_conv(x, stage), 2)
+
+
+def dense_block(
+    x: Tensor, layers: Sequence[Sequence[Stage]], masks: Sequence[Tensor], keep_scales: Sequence[float]
+) -> Tensor:
+    """The dense block of ``layers``, concatenating after each."""
+    for i, stages in enumerate(layers):
+        new = x
+        for stage in stages:
+            new = bn_relu_conv(new, stage)
+        if keep_scales[i] != 1:
+            new = new * masks[i] * keep_scales[i]
+        x = torch.cat([x, new], 1)
+    return x
+
+
+def differentiable_gradients(
+    output: Tensor, inputs: Sequence[Tensor], grad: Tensor, group: str | None
+) -> list[Tensor | None]:
+    """Gradients of ``output`` with respect to those of ``inputs`` that require them, themselves differentiable.
+
+    Raises:
+        RuntimeError: the batch statistics are synchronised over a process group, which has no second derivative here.
+    """
+    if group is not None:
+        raise RuntimeError("create_graph: expected batch statistics of one process, got synchronised batch norm")
+    wanted = [t for t in inputs if t.requires_grad]
+    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(gradients) if t.requires_grad else None for t in inputs]
