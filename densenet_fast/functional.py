@@ -110,8 +110,8 @@ def dense_block(
 
     Args:
         x: [N, C0, *spatial], floating.
-        layers: at least one; each (1x1 unit, 3x3 unit), or in every layer (3x3 unit,) for no bottleneck. Convolutions of
-            stride 1, the 3x3 ones padded by 1; weights of x's dtype unless autocast is on.
+        layers: at least one; each (1x1 unit, 3x3 unit), or in every layer (3x3 unit,) for no bottleneck. Convolutions
+            of stride 1, the 3x3 ones padded by 1; weights of x's dtype unless autocast is on.
         drop_rates: the rate at which each layer's new features are dropped, [len(layers)]; None for no dropout. Masks
             come from torch's default generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
         memory_efficient: whether to recompute the bottlenecks in the backward pass.

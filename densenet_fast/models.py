@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from densenet_fast import reference, weights as checkpoints
+from densenet_fast import checkpoints, reference
 from densenet_fast.nn import DenseBlock, Transition
 from densenet_fast.reference import ARCHITECTURES
 
@@ -98,8 +98,8 @@ def densenet121(weights: Weights = None, progress: bool = True, **kwargs: Any) -
     """DenseNet-121.
 
     Args:
-        weights: None; the name of torchvision's weights ("IMAGENET1K_V1", "DEFAULT", or with the enum's name before it);
-            a member of torchvision's weights enum; or the path of a local checkpoint.
+        weights: None; the name of torchvision's weights ("IMAGENET1K_V1" or "DEFAULT", with or without the enum's name
+            before it); a member of torchvision's weights enum; or the path of a local checkpoint.
         progress: whether to show a progress bar while downloading.
         **kwargs: passed to :class:`DenseNet`; ``num_classes`` is taken from the weights.
 

@@ -7,14 +7,14 @@ it cannot run fused.
 
 One constructor call each:
 
-====================================  =================================================================================
-DenseNet-121 (and 161, 169, 201, 264)  ``densenet121()``
-DenseNet (L = 40, k = 12), CIFAR       ``DenseNet(12, (12,) * 3, 16, None, num_classes=10, compression=1, small_inputs=True)``
-DenseNet-B (L = 100, k = 12), CIFAR    ``DenseNet(12, (16,) * 3, 16, num_classes=10, compression=1, small_inputs=True)``
-DenseNet-C (L = 40, k = 12), CIFAR     ``DenseNet(12, (12,) * 3, 16, None, num_classes=10, small_inputs=True)``
-DenseNet-BC (L = 100, k = 12), CIFAR   ``DenseNet(12, (16,) * 3, 24, num_classes=10, small_inputs=True)``
-d2l.ai's DenseNet                      ``DenseNet(32, (4,) * 4, 64, None, num_classes=10, in_channels=1, bias=True)``
-====================================  =================================================================================
+=======================================  =======================================================================
+DenseNet-121 (and -161, -169, -201, -264)  ``densenet121()``
+DenseNet (L = 40, k = 12), CIFAR         ``DenseNet(12, (12,) * 3, 16, None, 0, 10, compression=1, small_inputs=True)``
+DenseNet-B (L = 100, k = 12), CIFAR      ``DenseNet(12, (16,) * 3, 16, 4, 0, 10, compression=1, small_inputs=True)``
+DenseNet-C (L = 40, k = 12), CIFAR       ``DenseNet(12, (12,) * 3, 16, None, 0, 10, small_inputs=True)``
+DenseNet-BC (L = 100, k = 12), CIFAR     ``DenseNet(12, (16,) * 3, 24, 4, 0, 10, small_inputs=True)``
+d2l.ai's DenseNet                        ``DenseNet(32, (4,) * 4, 64, None, 0, 10, in_channels=1, bias=True)``
+=======================================  =======================================================================
 """
 
 import math

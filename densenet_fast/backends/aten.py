@@ -1,8 +1,8 @@
 """The kernels on torch ops: the equations plainly, for every device and floating dtype. Oracle and fallback.
 
-A feature map is a matrix: one row per pixel (M = N * prod(spatial) rows), one column per channel. Matrices may be column
-ranges of a wider buffer: any row stride, columns adjacent. ``grid`` is (N, *spatial), with 1, 2 or 3 spatial dimensions.
-Statistics are a pair (mean, biased variance) of what was stored, each [columns], in the accumulation dtype.
+A feature map is a matrix: one row per pixel (M = N * prod(spatial) rows), one column per channel. Matrices may be
+column ranges of a wider buffer: any row stride, columns adjacent. ``grid`` is (N, *spatial), with 1, 2 or 3 spatial
+dimensions. Statistics are a pair (mean, biased variance) of what was stored, each [columns], in the accumulation dtype.
 """
 
 import torch
@@ -51,7 +51,7 @@ def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | 
 def bn_relu_conv1x1(
     x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    """Z = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with the statistics of Z if asked for."""
+    """Z = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with Z's statistics if asked for."""
     a = _bn_relu(x, affine)
     z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
     return z, channel_statistics(z) if statistics else None

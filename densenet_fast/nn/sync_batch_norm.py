@@ -17,7 +17,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-        """Converts every batch normalisation in ``module``, whose parameters and buffers it keeps; returns the module."""
+        """Converts every batch normalisation in ``module``, keeping its parameters and buffers; returns the module."""
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
         for child in module.modules():
             if type(child) is nn.SyncBatchNorm:

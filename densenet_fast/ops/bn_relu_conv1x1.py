@@ -17,7 +17,6 @@ from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.stage import (
-    Stage,
     StageGradients,
     global_count,
     global_statistics,

@@ -24,7 +24,6 @@ from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
-    Stage,
     StageGradients,
     global_count,
     global_statistics,
@@ -209,9 +208,7 @@ class BlockGradients:
         p, q = global_sum(self.p[columns], self.q[columns], self.group)
         return self.backend.finalise_gradient(grad, self.features[:, columns], self.mean[columns], p, q, self.count)
 
-    def layer(
-        self, i: int, dy: Tensor, z: Tensor | None, gradients: list[StageGradients], need_inputs: bool
-    ) -> None:
+    def layer(self, i: int, dy: Tensor, z: Tensor | None, gradients: list[StageGradients], need_inputs: bool) -> None:
         """One layer's backward: its stages' gradients, and (2) on the columns it read if they need gradients."""
         plan, stages = self.plan, self.plan.layers[i]
         start = plan.starts[i]

@@ -50,8 +50,7 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
             return normalised(torch.load(path, map_location="cpu", weights_only=True))
     elif not hasattr(weights, "url"):
         raise TypeError(
-            f"weights: expected None, a name, a torchvision weights enum member or a path, "
-            f"got {type(weights).__name__}"
+            f"weights: expected None, a name, a torchvision weights enum member or a path, got {type(weights).__name__}"
         )
     return normalised(
         torch.hub.load_state_dict_from_url(

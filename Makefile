@@ -1,0 +1,40 @@
+# make demo | make test | make lint. To use an environment that is active already, with its own torch (CUDA, say):
+#     make test PYTHON=python VENV=
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+
+ifeq ($(VENV),)
+  RUN := $(PYTHON)
+  INSTALLED := installed-in-active-environment
+else
+  RUN := $(VENV)/bin/python
+  INSTALLED := $(VENV)/.installed
+endif
+
+.PHONY: demo test lint clean installed-in-active-environment
+
+demo: $(INSTALLED)
+	$(RUN) -m densenet_fast train --data digits --compare reference
+
+test: $(INSTALLED) lint
+	$(RUN) -m pytest
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(or $(VENV),build) build runs *.egg-info
+
+$(VENV)/.installed: setup.py pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet $(TORCH) setuptools
+	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION)
+	touch $@
+
+installed-in-active-environment:
+	$(RUN) -c "import torch"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
