@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -11,10 +12,17 @@ def to_matrix(x: Tensor) -> Tensor:
 
 
 def to_image(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """[M, C] as [N, C, *spatial] with grid = (N, *spatial)."""
+    """[M, C] as [N, C, *spatial] with grid = (N, *spatial); a view."""
     return matrix.view(*grid, matrix.shape[1]).movedim(-1, 1)
 
 
 def empty_image(like: Tensor, grid: tuple[int, ...], channels: int) -> Tensor:
-    """An uninitialised [N, channels, *spatial], channels last in memory."""
-    return like.new_empty(*grid, channels).movedim(-1, 1)
+    """An uninitialised [N, channels, *spatial], channels last in memory and not a view."""
+    pixel_strides = [math.prod(grid[i + 1 :]) * channels for i in range(len(grid))]
+    strides = (pixel_strides[0], 1, *pixel_strides[1:])
+    return torch.empty_strided((grid[0], channels, *grid[1:]), strides, dtype=like.dtype, device=like.device)
+
+
+def as_output(view: Tensor) -> Tensor:
+    """The same memory as no view: callers may not change in place a view that a custom op returns."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from densenet_fast.backends import select
 from densenet_fast.backends.affine import accumulation_dtype
-from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.stage import (
     StageGradients,
@@ -53,7 +53,7 @@ def bn_relu_conv1x1(x: Tensor, tensors: list[Tensor], eps: float, pool: bool, gr
         grid = (grid[0], *(size // 2 for size in grid[1:]))
     else:
         out, _ = backend.bn_relu_conv1x1(matrix, affine, weight, bias, statistics=False)
-    return to_image(out, grid), mean.clone(), var.clone(), count
+    return as_output(to_image(out, grid)), mean.clone(), var.clone(), count
 
 
 @bn_relu_conv1x1.register_fake

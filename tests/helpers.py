@@ -1,0 +1,75 @@
+"""What the tests share."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_LIBRARIES = []
+
+
+def declare_torchvision_ops() -> None:
+    """Declares the two ops that torchvision's import refers to and its compiled library, which does not load on a
+    CPU-only torch, would define."""
+    if torch.cuda.is_available() or hasattr(torch.ops.torchvision, "nms"):
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _LIBRARIES.append(library)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected|| in float64; infinite where ``got`` holds a value that is not finite."""
+    got, expected = got.detach().double(), expected.detach().double()
+    if not got.isfinite().all():
+        return float("inf")
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Gives normalisations weights of both signs, zeros among them, biases, and running statistics off their defaults."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if module.weight is not None:
+                    module.weight.normal_(1, 0.5)
+                    module.weight[::7] = 0
+                    module.bias.normal_(0, 0.5)
+                if module.running_mean is not None:
+                    module.running_mean.normal_()
+                    module.running_var.uniform_(0.5, 2)
+            elif isinstance(module, nn.Linear):
+                module.bias.normal_()
+    return model
+
+
+def twin(model: nn.Module, other: nn.Module) -> nn.Module:
+    """``other`` with the state, dtype and mode of ``model``."""
+    other.to(next(model.parameters()).dtype).load_state_dict(copy.deepcopy(model.state_dict()))
+    return other.train(model.training)
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 7) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of what one forward and backward pass of ``model`` on ``x`` makes: the output, the gradients of
+    x and of every parameter under a random cotangent, and the buffers."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(seed)
+    output = model(x)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    output.backward(cotangent.to(output))
+    yield "output", output
+    yield "grad x", x.grad
+    for name, parameter in model.named_parameters():
+        yield f"grad {name}", parameter.grad
+    yield from model.named_buffers()
+
+
+def assert_same(got: nn.Module, expected: nn.Module, x: Tensor, tolerance: float) -> None:
+    """One step of both modules makes the same, tensor by tensor, to a relative error of ``tolerance``; a gradient that
+    is zero but for rounding (of a convolution's bias before a normalisation) to ``tolerance * 1e-3``."""
+    for (name, value), (_, reference) in zip(step(got, x), step(expected, x), strict=True):
+        allowed = tolerance * max(reference.double().norm().item(), 1e-3)
+        assert (value.double() - reference.double()).norm().item() <= allowed, (name, error(value, reference))
