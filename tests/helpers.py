@@ -29,7 +29,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Gives normalisations weights of both signs, zeros among them, biases, and running statistics off their defaults."""
+    """Gives normalisations weights of both signs and zeros, biases, and running statistics off their defaults."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

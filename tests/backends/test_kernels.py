@@ -1,0 +1,200 @@
+"""Every kernel of every backend against stock differentiable torch functions in float64.
+
+Inputs are column ranges of wider buffers, as in a dense block; neighbouring columns must stay as they were.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from densenet_fast.backends import BACKENDS
+from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.layout import to_image, to_matrix
+from helpers import error
+
+GRIDS = [(2, 5, 7), (1, 1, 1), (3, 1, 4), (2, 9), (2, 3, 4, 2), (1, 16, 16)]
+CHANNELS = [(1, 1), (5, 3), (24, 12), (33, 48)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = [
+    pytest.mark.parametrize("backend", [b for b in BACKENDS if b.unavailable() is None], ids=lambda b: b.name),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("channels", CHANNELS, ids=str),
+    pytest.mark.parametrize("grid", GRIDS, ids=str),
+]
+
+
+class Case:
+    """A matrix x [M, C] within a wider buffer, its normalisation, and a 1x1 and a 3x3 weight to k channels."""
+
+    def __init__(self, grid, channels, dtype):
+        self.grid, (self.c, self.k) = grid, channels
+        rows = torch.Size(grid).numel()
+        self.buffer = torch.randn(rows, self.c + 5).to(dtype)
+        self.x = self.buffer[:, 2 : 2 + self.c]
+        vectors = torch.randn(3, self.c).to(accumulation_dtype(dtype))
+        self.affine = Affine(vectors[0] * 0.3, vectors[1], vectors[2] * 0.5)
+        ones, threes = [1] * (len(grid) - 1), [3] * (len(grid) - 1)
+        self.w1 = (torch.randn(self.k, self.c, *ones) / self.c**0.5).to(dtype)
+        self.w3 = (torch.randn(self.k, self.c, *threes) / (3 * self.c**0.5)).to(dtype)
+        self.bias = torch.randn(self.k).to(dtype)
+
+    def stock(self, dtype, weight, bias, pool=False):
+        """The output [N, k, *spatial], and the leaves x, scale and weight it comes from, in ``dtype``."""
+        x, scale, w = (t.detach().to(dtype).clone().requires_grad_() for t in (self.x, self.affine.scale, weight))
+        mean, shift = self.affine.mean.to(dtype), self.affine.shift.to(dtype)
+        a = to_image(F.relu((x - mean) * scale + shift), self.grid)
+        ones = [1] * (len(self.grid) - 1)
+        y = torch.convolution(
+            a, w, None if bias is None else bias.to(dtype), ones, [s // 2 for s in w.shape[2:]], ones, False, [0], 1
+        )
+        if pool:
+            pooled = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.grid) - 2]
+            y = pooled(y.to(torch.promote_types(dtype, torch.float32)), 2).to(dtype)
+        return y, (x, scale, w)
+
+
+def close(got, truth, stock, dtype, magnitude=None):
+    """No less accurate than stock: twice its error, and the rounding of the result, or of its summands' ``magnitude``
+    where they may cancel."""
+    scale = truth if magnitude is None else magnitude
+    allowed = 2 * (stock.double() - truth).norm() + 4 * torch.finfo(dtype).eps * scale.norm()
+    return bool((got.double() - truth).norm() <= allowed)
+
+
+def assert_gradients(case, dtype, got, weight, grad, pool=False):
+    """``got``: scale * D, dW and the sums, against autograd's in float64 and in ``dtype``."""
+    results = []
+    for working, cotangent in ((torch.float64, grad), (dtype, grad), (torch.float64, grad.abs())):
+        y, leaves = case.stock(working, weight, None, pool)
+        cotangent = to_image(cotangent, (case.grid[0], *y.shape[2:])).to(working)
+        results.append(torch.autograd.grad(y, leaves, cotangent))
+    scaled, grad_weight, (sum_d, sum_dx) = got
+    (truth_x, truth_scale, truth_w), (stock_x, stock_scale, stock_w), (_, _, magnitude) = results
+    assert close(scaled, truth_x, stock_x, dtype)
+    assert close(grad_weight.view_as(truth_w), truth_w, stock_w, dtype, magnitude)
+    d = truth_x / case.affine.scale.double()
+    assert close(sum_d, d.sum(0), (stock_x / case.affine.scale.to(dtype)).sum(0), dtype, d.abs().sum(0))
+    dx = d * (case.x.double() - case.affine.mean.double())
+    assert close(sum_dx, truth_scale, stock_scale, dtype, dx.abs().sum(0))
+    assert sum_d.dtype == sum_dx.dtype == accumulation_dtype(dtype)
+
+
+def assert_statistics(statistics, stored):
+    var, mean = torch.var_mean(stored.double(), 0, correction=0)
+    tolerance = 1e-12 if stored.dtype == torch.float64 else 1e-5
+    assert error(statistics[0], mean) < tolerance
+    assert (statistics[1].double() - var).norm() <= tolerance * stored.double().square().mean(0).norm()
+    assert statistics[0].dtype == statistics[1].dtype == accumulation_dtype(stored.dtype)
+
+
+def test_channel_statistics(backend, dtype, channels, grid):
+    case = Case(grid, channels, dtype)
+    assert_statistics(backend.channel_statistics(case.x), case.x)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_append_features(backend, dtype, channels, grid, channels_last):
+    case = Case(grid, channels, dtype)
+    new = torch.randn(grid[0], case.c, *grid[1:]).to(dtype)
+    if channels_last:
+        new = new.movedim(1, -1).contiguous().movedim(-1, 1)
+    before = case.buffer.clone()
+    assert_statistics(backend.append_features(new, case.x, True), to_matrix(new))
+    before[:, 2 : 2 + case.c] = to_matrix(new)
+    assert case.buffer.equal(before)
+    assert backend.append_features(new, case.x, False) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bn_relu_conv1x1(backend, dtype, channels, grid, bias):
+    case = Case(grid, channels, dtype)
+    bias = case.bias if bias else None
+    z, statistics = backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, True)
+    truth, stock = (to_matrix(case.stock(d, case.w1, bias)[0]) for d in (torch.float64, dtype))
+    assert close(z, truth, stock, dtype) and z.dtype == dtype
+    assert_statistics(statistics, z)
+    assert backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, False)[1] is None
+
+
+def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
+    case = Case(grid, channels, dtype)
+    grad = torch.randn(case.x.shape[0], case.k).to(dtype)
+    buffer = torch.zeros_like(case.buffer)
+    grad_x = buffer[:, 2 : 2 + case.c]
+    arguments = (grad, case.x, case.affine, case.w1.flatten(1))
+    grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, grad_x, True, True)
+    assert_gradients(case, dtype, (grad_x.clone(), grad_weight, sums), case.w1, grad)
+    assert buffer[:, :2].eq(0).all() and buffer[:, 2 + case.c :].eq(0).all()
+
+    once = grad_x.clone()
+    backend.bn_relu_conv1x1_backward(*arguments, grad_x, False, False)
+    assert error(grad_x, 2 * once.double()) <= 2 * torch.finfo(dtype).eps
+    nothing = backend.bn_relu_conv1x1_backward(*arguments, None, False, False)
+    assert nothing == (None, None)
+    assert backend.bn_relu_conv1x1_backward(*arguments, None, True, False)[0].equal(grad_weight)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bn_relu_conv3x3(backend, dtype, channels, grid, bias, mask):
+    case = Case(grid, channels, dtype)
+    bias = case.bias if bias else None
+    buffer = torch.full((case.x.shape[0], case.k + 4), 3.0, dtype=dtype)
+    out = buffer[:, 1 : 1 + case.k]
+    mask = torch.rand(grid[0], case.k, *grid[1:]) > 0.5 if mask else None
+    statistics = backend.bn_relu_conv3x3(case.x, case.affine, case.w3, bias, grid, out, mask, 2.0, True)
+    truth, stock = (case.stock(d, case.w3, bias)[0] for d in (torch.float64, dtype))
+    if mask is not None:
+        truth, stock = truth * mask * 2, stock * mask * 2
+    assert close(out, to_matrix(truth), to_matrix(stock), dtype)
+    assert_statistics(statistics, out)
+    assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.k :].eq(3).all()
+
+
+def test_bn_relu_conv3x3_backward(backend, dtype, channels, grid):
+    case = Case(grid, channels, dtype)
+    wide = torch.randn(case.x.shape[0], case.k + 3).to(dtype)
+    grad = wide[:, 1 : 1 + case.k]
+    got = backend.bn_relu_conv3x3_backward(grad, case.x, case.affine, case.w3, grid, True, True)
+    assert_gradients(case, dtype, got, case.w3, grad)
+    only_weight = backend.bn_relu_conv3x3_backward(grad, case.x, case.affine, case.w3, grid, False, True)
+    assert only_weight[0] is None and only_weight[2] is None
+    assert error(only_weight[1], got[1]) <= 2 * torch.finfo(dtype).eps
+    only_input = backend.bn_relu_conv3x3_backward(grad, case.x, case.affine, case.w3, grid, True, False)
+    assert only_input[1] is None and error(only_input[0], got[0]) <= 2 * torch.finfo(dtype).eps
+
+
+def test_finalise_gradient(backend, dtype, channels, grid):
+    case = Case(grid, channels, dtype)
+    grad = torch.randn_like(case.buffer)[:, 1 : 1 + case.c]
+    p, q = torch.randn(2, case.c).to(accumulation_dtype(dtype))
+    for count in (case.x.shape[0], torch.tensor(3.0 * case.x.shape[0], dtype=torch.float64)):
+        got = backend.finalise_gradient(grad, case.x, case.affine.mean, p, q, count)
+        centred = case.x.double() - case.affine.mean.double()
+        truth = grad.double() + (p.double() + 2 * q.double() * centred) / float(count)
+        assert error(got, truth) <= 2 * torch.finfo(dtype).eps and got.dtype == dtype
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bn_relu_pool_conv1x1(backend, dtype, channels, grid, bias):
+    if min(grid[1:]) < 2:
+        grid = (grid[0], *(size + 1 for size in grid[1:]))
+    case = Case(grid, channels, dtype)
+    bias = case.bias if bias else None
+    out = backend.bn_relu_pool_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, grid)
+    truth, stock = (to_matrix(case.stock(d, case.w1, bias, pool=True)[0]) for d in (torch.float64, dtype))
+    assert close(out, truth, stock, dtype) and out.dtype == dtype
+
+
+def test_bn_relu_pool_conv1x1_backward(backend, dtype, channels, grid):
+    if min(grid[1:]) < 2:
+        grid = (grid[0], *(size + 1 for size in grid[1:]))
+    case = Case(grid, channels, dtype)
+    grad = torch.randn(torch.Size((grid[0], *(size // 2 for size in grid[1:]))).numel(), case.k).to(dtype)
+    arguments = (grad, case.x, case.affine, case.w1.flatten(1), grid)
+    got = backend.bn_relu_pool_conv1x1_backward(*arguments, True, True)
+    assert_gradients(case, dtype, got, case.w1, grad, pool=True)
+    only_weight = backend.bn_relu_pool_conv1x1_backward(*arguments, False, True)
+    assert only_weight[0] is None and only_weight[1].equal(got[1]) and only_weight[2] is None
+    assert backend.bn_relu_pool_conv1x1_backward(*arguments, True, False)[1] is None
