@@ -68,8 +68,6 @@ class DenseBlock(reference.DenseBlock):
         """Why its layers cannot run as one op, or None: a hook on one of them, a replaced module, ..."""
         if not len(self):
             return "it has no layers"
-        if len({len(layer.stages()) if type(layer) is DenseLayer else None for layer in self.values()}) != 1:
-            return "its layers are of different kinds"
         for name, layer in self.items():
             if type(layer) is not DenseLayer:
                 return f"{name} is a {type(layer).__name__}, not a DenseLayer"
@@ -79,6 +77,8 @@ class DenseBlock(reference.DenseBlock):
                 reason = fusion.structural_obstacle(layer, *stage)
                 if reason is not None:
                     return f"{name}.{reason}"
+        if len({layer.bottleneck for layer in self.values()}) != 1:
+            return "some of its layers have a bottleneck and some none"
         return None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
     normalise, convolve = getattr(module, norm), getattr(module, conv)
     tracking = normalise.track_running_stats or not normalise.training
     group = None
-    if isinstance(normalise, nn.SyncBatchNorm) and normalise.training and torch.distributed.is_initialized():
+    if type(normalise) in SYNC_BATCH_NORMS and normalise.training and torch.distributed.is_initialized():
         group = normalise.process_group or torch.distributed.group.WORLD
     record = functional.BatchNorm(
         normalise.weight,

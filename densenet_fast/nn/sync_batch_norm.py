@@ -8,12 +8,16 @@ from torch.distributed.nn.functional import all_reduce
 STOCK_DEVICES = ("cuda", "hpu", "xpu")
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """``torch.nn.SyncBatchNorm``, with CPU tensors (over gloo) as well.
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """``torch.nn.SyncBatchNorm``, with CPU tensors (over gloo) as well; on other devices it is torch's.
 
     ``SyncBatchNorm.convert_sync_batchnorm(model)`` converts a model, as torch's does. Batches may differ in size from
-    process to process; each weighs by its number of values.
+    process to process; each weighs by its number of values. (It is not a subclass of torch's, which
+    DistributedDataParallel refuses on CPUs.)
     """
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -25,10 +29,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or x.device.type in STOCK_DEVICES:
-            return super().forward(x)
+        if x.device.type in STOCK_DEVICES:
+            return nn.SyncBatchNorm.forward(self, x)
         group = self.process_group or dist.group.WORLD
-        if dist.get_world_size(group) == 1:
+        if not self.training or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return super().forward(x)
         self._check_input_dim(x)
         self._check_non_zero_input_channels(x)

@@ -1,0 +1,89 @@
+"""The package as a whole: its layers, its size, what it says of the machine."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import densenet_fast
+from densenet_fast import info
+
+ROOT = Path(densenet_fast.__file__).parent
+LEVELS = [
+    ["version", "reference", "table", "backends.affine", "backends.layout"],
+    ["backends.aten"],
+    ["backends"],
+    ["ops.stage"],
+    ["ops.stock"],
+    ["ops.dense_block", "ops.bn_relu_conv1x1"],
+    ["ops"],
+    ["functional", "nn.sync_batch_norm", "checkpoints"],
+    ["nn.fusion"],
+    ["nn.dense_block", "nn.bn_relu_conv1x1"],
+    ["nn"],
+    ["models", "explain"],
+    [""],
+    ["info", "training"],
+    ["__main__"],
+]
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def level(name):
+    name = "training" if name.startswith("training") else name
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+def imports(path):
+    """Names of the modules of this package that ``path`` imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != "densenet_fast":
+                continue
+            path_of_name = ROOT.joinpath(*parts[1:])
+            if not path_of_name.is_dir() and not path_of_name.with_suffix(".py").exists():
+                parts.pop()
+            yield ".".join(parts[1:])
+
+
+def test_no_import_runs_upwards():
+    files = sorted(ROOT.rglob("*.py"))
+    assert len(files) > 20
+    for path in files:
+        own = level(module_name(path))
+        for name in imports(path):
+            same_package = name.startswith("training") and module_name(path).startswith("training")
+            assert level(name) < own or same_package, f"{module_name(path)} imports {name or 'the package'}"
+
+
+def test_files_are_short():
+    for path in [*ROOT.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 600, path
+
+
+def test_importing_the_package_imports_neither_torchvision_nor_the_training_command():
+    code = (
+        "import sys, densenet_fast; "
+        "print([m for m in ('torchvision', 'sklearn', 'matplotlib', 'densenet_fast.training') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_info_tells_this_machine():
+    report = info.report()
+    assert torch.__version__ in report and densenet_fast.__version__ in report
+    assert f"{torch.get_num_threads()} threads" in report
+    assert ("cuda:0" in report) == torch.cuda.is_available()
+    assert "float32, bfloat16, float16, float64" in report
