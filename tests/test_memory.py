@@ -4,29 +4,7 @@ import torch
 
 import densenet_fast
 from densenet_fast import reference
-
-
-def saved_bytes(model, x):
-    """Bytes of the unique storages that the dense blocks of ``model`` save in a forward pass, parameters and buffers
-    aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages, kept = {}, []
-    inside = []
-
-    def pack(t):
-        if inside and t.untyped_storage().data_ptr() not in own:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        kept.append(t)
-        return t
-
-    for module in model.modules():
-        if isinstance(module, reference.DenseBlock):
-            module.register_forward_pre_hook(lambda *_: inside.append(1))
-            module.register_forward_hook(lambda *_: inside.pop() and None)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = model(x)
-    assert output.requires_grad and kept
-    return sum(storages.values())
+from saved_memory import saved_bytes
 
 
 def test_a_training_step_keeps_a_fraction_of_the_references_memory():
