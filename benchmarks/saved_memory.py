@@ -1,7 +1,7 @@
 """What the dense blocks of each network keep for the backward pass: ``python benchmarks/saved_memory.py``.
 
-Prints one table and writes it to ``benchmarks/results/saved_memory.csv`` and ``.png``. The figures are counted, not timed:
-they are the same on every machine.
+Prints one table and writes it to ``benchmarks/results/saved_memory.csv`` and ``.png``. The figures are counted, not
+timed: they are the same on every machine.
 """
 
 import argparse
@@ -63,6 +63,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
         axes.annotate(implementation, (0.01, 0.95 - 0.08 * i), xycoords="axes fraction", color=colour, weight="bold")
     axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(top=1.4 * max(row["MiB per image"] for row in rows))
     axes.set_ylabel("kept for the backward pass (MiB per image)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -86,11 +87,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, arguments.out / "saved_memory.png")
-    print(
-        table(
-            list(rows[0]), [(r["model"], r["blocks"], f"{r['MiB per image']:.1f}", f"{r['ratio']:.3f}") for r in rows]
-        )
-    )
+    cells = [(r["model"], r["blocks"], f"{r['MiB per image']:.1f}", f"{r['ratio']:.3f}") for r in rows]
+    print(table(list(rows[0]), cells))
 
 
 if __name__ == "__main__":
