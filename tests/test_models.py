@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,9 +177,10 @@ def test_retain_graph_gives_the_same_gradients_twice():
     assert all(a.equal(b) for a, b in zip(first, second))
 
 
-def test_autocast_is_no_less_accurate_than_torchvision():
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_autocast_is_no_less_accurate_than_torchvision(memory_efficient):
     stock = randomise(small_stock())
-    ours = twin(stock, small())
+    ours = twin(stock, small(memory_efficient=memory_efficient))
     exact = twin(stock, small_stock()).double()
     x = torch.randn(8, 3, 64, 64)
 
@@ -202,6 +204,20 @@ def test_autocast_is_no_less_accurate_than_torchvision():
     mean = {k: sum(error(v[n], truth[n]) for n in gradients) / len(gradients) for k, v in (("o", mine), ("s", theirs))}
     assert mean["o"] <= 2 * mean["s"]
     assert all(mine[name].dtype == torch.float32 for name in gradients)
+
+
+def test_several_threads_at_once():
+    model = randomise(small()).eval()
+    batches = torch.randn(8, 2, 3, 40, 40)
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+    expected = [gradient(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(gradient, batches))
+    assert all(error(a, b) < 1e-5 for a, b in zip(got, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

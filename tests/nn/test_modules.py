@@ -219,6 +219,16 @@ def test_checkpointed_and_nested_autograd(memory_efficient):
         assert torch.autograd.grad(module(x), x, cotangent)[0].equal(expected)
 
 
+def test_backward_under_autocast_computes_in_the_dtypes_of_forward():
+    module, x = block(memory_efficient=True).float(), torch.randn(2, 6, 5, 5)
+    cotangent, gradients = torch.randn(2, 18, 5, 5), []
+    for enabled in (False, True):
+        output = module(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(output, list(module.parameters()), cotangent))
+    assert all(a.equal(b) for a, b in zip(*gradients))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_equals_eager(training):
     module = block().train(training)
