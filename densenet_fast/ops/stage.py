@@ -81,7 +81,7 @@ class StageGradients:
     def convolution(self, weight: Tensor | None, grad_output: Tensor) -> None:
         """From the weight's gradient and the output's gradient matrix [M, out_channels]."""
         if self.needs_conv_weight:
-            self._gradients[4] = weight.to(self.stage.conv_weight.dtype).view_as(self.stage.conv_weight)
+            self._gradients[4] = torch.empty_like(self.stage.conv_weight).copy_(weight.view_as(self.stage.conv_weight))
         if self.needs_conv_bias:
             total = grad_output.sum(0, dtype=accumulation_dtype(grad_output.dtype))
             self._gradients[5] = total.to(self.stage.conv_bias.dtype)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from densenet_fast import functional, ops
 from densenet_fast.functional import BatchNorm, BNReLUConv
+from densenet_fast.ops.bn_relu_conv1x1 import bn_relu_conv1x1_backward
+from densenet_fast.ops.dense_block import dense_block_backward
 from densenet_fast.ops.stage import pack
 from helpers import error
 
@@ -150,11 +152,11 @@ def test_gradcheck_bn_relu_conv1x1(options, dims, spatial, pool):
 
 def opcheck_arguments(options, save, needs_grad=True):
     dims = options.get("dims", 2)
-    layers = make_layers(3, dtype=torch.float32, **options)
+    layers = make_layers(16, k=16, width=32, dtype=torch.float32, **options)
     units = [unit for layer in layers for unit in layer]
-    x = torch.randn(2, 3, *SPATIAL[dims], requires_grad=needs_grad)
+    x = torch.randn(2, 16, *SPATIAL[dims], requires_grad=needs_grad)
     tensors, eps = pack([unit.stage() for unit in units], x)
-    masks = [torch.rand(2, 2, *SPATIAL[dims]) > 0.5, x.new_empty(0)]
+    masks = [torch.rand(2, 16, *SPATIAL[dims]) > 0.5, x.new_empty(0)]
     link = x.new_zeros(()).expand(x.shape)
     return x, tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True), save, None, link
 
@@ -165,6 +167,28 @@ def test_opcheck_dense_block(options, save):
     torch.library.opcheck(ops.dense_block, opcheck_arguments(options, save))
 
 
+FAKE = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize("k", [2, 4, 16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_opcheck_dense_block_backward(k, channels_last, bottleneck):
+    """Shapes and strides of the gradients, which are their tensors', whatever the convolution returns."""
+    layers = make_layers(16, k=k, width=4 * k, bottleneck=bottleneck, bias=True, dtype=torch.float32)
+    x = torch.randn(2, 16, 8, 8)
+    tensors, eps = pack([unit.stage() for layer in layers for unit in layer], x)
+    if channels_last:
+        tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+    tensors = [t.detach() for t in tensors]
+    masks = [torch.rand(2, k, 8, 8) > 0.5, x.new_empty(0)]
+    features, *saved = ops.dense_block(x, tensors, eps, masks, [0.5, 0.0], bottleneck, True, None, None)
+    needs = [True] + [t.numel() > 0 for t in tensors]
+    for grad in (torch.randn_like(features), torch.randn(features.shape), torch.ones(()).expand(features.shape)):
+        arguments = (grad, features, *saved, tensors, eps, masks, [0.5, 0.0], bottleneck, 16, None, needs)
+        torch.library.opcheck(dense_block_backward, arguments, test_utils=FAKE)
+
+
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(bias=True), dict(training=False), dict(affine=False)], ids=str)
 def test_opcheck_bn_relu_conv1x1(options, pool):
@@ -172,6 +196,11 @@ def test_opcheck_bn_relu_conv1x1(options, pool):
     x = torch.randn(2, 3, 5, 4, requires_grad=True)
     tensors, (eps,) = pack([unit.stage()], x)
     torch.library.opcheck(ops.bn_relu_conv1x1, (x, tensors, eps, pool, None))
+    tensors = [t.detach() for t in tensors]
+    out, *saved = ops.bn_relu_conv1x1(x.detach(), tensors, eps, pool, None)
+    needs = [True] + [t.numel() > 0 and not unit.norm.frozen for t in tensors]
+    arguments = (torch.randn(out.shape), x.detach(), *saved, tensors, eps, pool, None, needs)
+    torch.library.opcheck(bn_relu_conv1x1_backward, arguments, test_utils=FAKE)
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])

@@ -1,0 +1,33 @@
+"""The command line: ``python -m densenet_fast info | train``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    from densenet_fast.training.command import add_arguments, execute
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m densenet_fast", description="DenseNets that train faster.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("info", help="what runs where on this machine, and why", allow_abbrev=False)
+    train = commands.add_parser("train", help="train on real images, also side by side with stock", allow_abbrev=False)
+    add_arguments(train)
+
+    given = vars(parser.parse_args(arguments))
+    command = given.pop("command")
+    if command == "train":
+        return execute(train, given, arguments[arguments.index("train") + 1 :])
+    if command == "info":
+        from densenet_fast.info import report
+
+        print(report())
+        return 0
+    parser.print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
