@@ -28,9 +28,9 @@ lint: $(INSTALLED)
 clean:
 	rm -rf $(or $(VENV),build) build runs *.egg-info
 
-$(VENV)/.installed: setup.py pyproject.toml Makefile
+$(VENV)/.installed: setup.py pyproject.toml Makefile $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(TORCH) setuptools
+	$(RUN) -m pip install --quiet $(TORCH) setuptools ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
 	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION)
 	touch $@

@@ -1,13 +1,110 @@
-"""Metadata of densenet_fast; the place where its extension is built."""
+"""Metadata of densenet_fast, and the build of its extension.
 
+One shared library serves every Python and every torch from 2.11 on. Ninja builds it; without a compiler, ninja or torch
+the package installs without it and says so.
+"""
+
+import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "densenet_fast/version.py").read_text())[1]
 TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
+
+LIBRARY = "_kernels.so"
+FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
+KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi"
+INSTRUCTION_SETS = {"default": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
+    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
+
+
+def find(program: str) -> str | None:
+    """Its path; beside this Python, as in a virtual environment that is not activated, or on PATH."""
+    return shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+class BuildLibrary(build_ext):
+    """Builds the library with ninja, or explains why not."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+
+    def build_extension(self, extension: Extension) -> None:
+        missing = self.missing()
+        if missing:
+            print(f"densenet_fast: {missing}: installing without the compiled kernels", file=sys.stderr)
+            return
+        build = Path(self.build_temp).resolve() / "densenet_fast"
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(self.ninja(build))
+        if subprocess.run([find("ninja"), "-C", str(build)]).returncode:
+            raise SystemExit(
+                "densenet_fast: the compiled kernels did not build (the compiler's message is above); "
+                "DENSENET_FAST_PURE=1 pip install ... installs without them"
+            )
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / LIBRARY, target)
+
+    def missing(self) -> str:
+        """What stands in the way of a build, or nothing."""
+        if os.environ.get("DENSENET_FAST_PURE", "0") not in ("", "0"):
+            return "DENSENET_FAST_PURE is set"
+        if sys.platform != "linux":
+            return f"no build for {sys.platform} yet"
+        for program in (self.compiler_name(), "ninja"):
+            if find(program) is None:
+                return f"{program} was not found"
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            return "torch was not found (pip install --no-build-isolation . builds with the one that is installed)"
+        return ""
+
+    @staticmethod
+    def compiler_name() -> str:
+        return os.environ.get("CXX", "c++")
+
+    def ninja(self, build: Path) -> str:
+        """The build file."""
+        import torch
+
+        home = Path(torch.__file__).parent
+        objects = [("ops", "ops", ""), ("cpu_ops", "cpu/ops", ""), ("cpu_dispatch", "cpu/dispatch", "")]
+        objects += [
+            (f"cpu_{name}", "cpu/kernels", f"{KERNEL_FLAGS} -DTABLE={name} {flags}")
+            for name, flags in INSTRUCTION_SETS.items()
+        ]
+        lines = [
+            f"flags = {FLAGS} -isystem {home / 'include'}",
+            f"rule compile\n  command = {self.compiler_name()} -MMD -MF $out.d $flags $more -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
+            f"rule link\n  command = {self.compiler_name()} -shared $in -o $out -L{home / 'lib'} -ltorch_cpu -ltorch",
+            "  description = link $out",
+        ]
+        for name, source, more in objects:
+            lines.append(f"build {name}.o: compile {HERE.resolve() / 'csrc' / source}.cpp\n  more = {more}")
+        lines.append(f"build {LIBRARY}: link {' '.join(f'{name}.o' for name, _, _ in objects)}\ndefault {LIBRARY}\n")
+        return "\n".join(lines)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform and every Python 3: the library holds no Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
     name="densenet_fast",
@@ -17,6 +114,8 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     packages=find_packages(include=["densenet_fast", "densenet_fast.*"]),
+    ext_modules=[Extension("densenet_fast._kernels", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "numpy", "tqdm"],
     extras_require={

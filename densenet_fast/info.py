@@ -19,7 +19,7 @@ def report() -> str:
     versions += [(package, _version(package)) for package in PACKAGES]
     sections = [table(("package", "version"), versions), table(("device", "name"), list(_devices().items()))]
     sections.append(table(("device", "dtype", "backend"), _served()))
-    states = [(b.name, b.unavailable() or "available") for b in BACKENDS]
+    states = [(b.name, b.unavailable() or f"available: {b.describe()}") for b in BACKENDS]
     sections.append(table(("backend", "state"), states))
     return "\n\n".join(sections)
 

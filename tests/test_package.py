@@ -1,6 +1,7 @@
 """The package as a whole: its layers, its size, what it says of the machine."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from densenet_fast import info
 ROOT = Path(densenet_fast.__file__).parent
 LEVELS = [
     ["version", "reference", "table", "backends.affine", "backends.layout"],
-    ["backends.aten"],
+    ["backends.spatial", "backends.extension"],
+    ["backends.aten", "backends.cpu"],
     ["backends"],
     ["ops.stage"],
     ["ops.stock"],
@@ -86,4 +88,5 @@ def test_info_tells_this_machine():
     assert torch.__version__ in report and densenet_fast.__version__ in report
     assert f"{torch.get_num_threads()} threads" in report
     assert ("cuda:0" in report) == torch.cuda.is_available()
-    assert "float32, bfloat16, float16, float64" in report
+    assert re.search(r"cpu +\| float32, bfloat16 +\| cpu ", report) and re.search(r"float16, float64 +\| aten ", report)
+    assert "available: C++" in report and "available: torch operations" in report

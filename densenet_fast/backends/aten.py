@@ -6,11 +6,10 @@ dimensions. Statistics are a pair (mean, biased variance) of what was stored, ea
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, accumulation_dtype
-from densenet_fast.backends.layout import to_image, to_matrix
+from densenet_fast.backends.spatial import convolve, convolve_backward, pool, unpool
 
 name = "aten"
 
@@ -20,6 +19,11 @@ Statistics = tuple[Tensor, Tensor]
 def unavailable() -> str | None:
     """Why this backend cannot run here, or None."""
     return None
+
+
+def describe() -> str:
+    """What the kernels are made of."""
+    return "torch operations"
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -90,7 +94,7 @@ def bn_relu_conv3x3(
     With a dropout mask [N, k, *spatial], the result is multiplied by mask * keep_scale. Returns out's statistics if
     asked for.
     """
-    y = _convolution(to_image(_bn_relu(x, affine), grid), weight, bias)
+    y = convolve(_bn_relu(x, affine), weight, bias, grid)
     if mask is not None:
         y = y * mask * keep_scale
     return append_features(y, out, statistics)
@@ -109,15 +113,13 @@ def bn_relu_conv3x3_backward(
 
     scale * D [M, B], dW, and the column sums (sum D, sum D * (x - mean)), each [B].
     """
-    image = to_image(_bn_relu(x, affine), grid)
-    ones = [1] * (len(grid) - 1)
-    input_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
-        to_image(grad, grid), image, weight, None, ones, ones, ones, False, [0], 1, [need_input, need_weight, False]
+    input_gradient, weight_gradient = convolve_backward(
+        grad, _bn_relu(x, affine), weight, grid, need_input, need_weight
     )
     if not need_input:
         return None, weight_gradient, None
-    scaled, sums = _masked(to_matrix(input_gradient), x, affine)
-    return scaled, weight_gradient if need_weight else None, sums
+    scaled, sums = _masked(input_gradient, x, affine)
+    return scaled, weight_gradient, sums
 
 
 def finalise_gradient(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int) -> Tensor:
@@ -156,11 +158,7 @@ def bn_relu_pool_conv1x1_backward(
     weight_gradient = grad.t() @ _pooled(x, affine, grid) if need_weight else None
     if not need_input:
         return None, weight_gradient, None
-    batch, *spatial = grid
-    pooled = to_image(grad @ weight, (batch, *(size // 2 for size in spatial)))
-    spread = F.interpolate(pooled, scale_factor=2, mode="nearest") / 2 ** len(spatial)
-    spread = F.pad(spread, [padding for size in reversed(spatial) for padding in (0, size % 2)])
-    scaled, sums = _masked(to_matrix(spread), x, affine)
+    scaled, sums = _masked(unpool(grad @ weight, grid), x, affine)
     return scaled, weight_gradient, sums
 
 
@@ -180,10 +178,4 @@ def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Statistics
 
 
 def _pooled(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(grid) - 2]
-    return to_matrix(pool(to_image(_normalise(x, affine).relu_(), grid), 2)).to(x.dtype)
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    ones = [1] * (x.dim() - 2)
-    return torch.convolution(x, weight, bias, ones, ones, ones, False, [0], 1)
+    return pool(_normalise(x, affine).relu_(), grid).to(x.dtype)

@@ -24,6 +24,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def supported(backend, dtype):
+    if not backend.supports(torch.device("cpu"), dtype):
+        pytest.skip(f"{backend.name} leaves {dtype} to another backend")
+
+
 class Case:
     """A matrix x [M, C] within a wider buffer, its normalisation, and a 1x1 and a 3x3 weight to k channels."""
 

@@ -1,0 +1,16 @@
+// The schemas of the compiled kernels. They work on matrices, in place where marked; densenet_fast/ops gives them autograd.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
+  m.def("cpu_capability() -> str");
+  m.def("cpu_statistics(Tensor x) -> (Tensor, Tensor)");
+  m.def("cpu_bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
+  m.def(
+      "cpu_bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, bool statistics) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
+      "Tensor(a!)? grad_x, bool need_weight, bool need_sums) -> (Tensor, Tensor)");
+  m.def("cpu_mask_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
+  m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q) -> Tensor");
+}

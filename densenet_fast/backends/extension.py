@@ -1,0 +1,22 @@
+"""The compiled kernels: one shared library, loaded where it is installed."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parents[1] / "_kernels.so"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Loads the library; why it cannot be used, or None."""
+    if not LIBRARY.is_file():
+        return (
+            "the compiled kernels are not installed (pip install --no-build-isolation . with a C++ compiler and ninja)"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the compiled kernels do not load: {error.__cause__ or error}"
+    return None

@@ -1,0 +1,44 @@
+"""What knows that a matrix's rows are pixels, on torch ops, for the backends that leave it to torch.
+
+The 3x3 convolution and the 2x2 mean, in 1, 2 or 3 dimensions; ``grid`` is (N, *spatial).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densenet_fast.backends.affine import accumulation_dtype
+from densenet_fast.backends.layout import to_image, to_matrix
+
+
+def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+    """conv3x3(a [M, B], weight [k, B, 3, ...], padding=1) + bias [k]: [N, k, *spatial]."""
+    ones = [1] * (len(grid) - 1)
+    return torch.convolution(to_image(a, grid), weight, bias, ones, ones, ones, False, [0], 1)
+
+
+def convolve_backward(
+    grad: Tensor, a: Tensor, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """From grad [M, k] the gradients of a [M, B], dense, and of weight, None where not needed."""
+    ones = [1] * (len(grid) - 1)
+    needs = [need_input, need_weight, False]
+    grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
+        to_image(grad, grid), to_image(a, grid), weight, None, ones, ones, ones, False, [0], 1, needs
+    )
+    return to_matrix(grad_a).contiguous() if need_input else None, grad_weight if need_weight else None
+
+
+def pool(a: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Means over windows of 2 of a [M, C]: [M', C]; an odd last row or column is dropped."""
+    average = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(grid) - 2]
+    return to_matrix(average(to_image(a.to(accumulation_dtype(a.dtype)), grid), 2)).to(a.dtype)
+
+
+def unpool(grad: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """From the gradient [M', C] of :func:`pool`'s result that of its input: [M, C], zero where a pixel was dropped."""
+    batch, *spatial = grid
+    pooled = to_image(grad, (batch, *(size // 2 for size in spatial)))
+    spread = F.interpolate(pooled, scale_factor=2, mode="nearest") / 2 ** len(spatial)
+    padding = [amount for size in reversed(spatial) for amount in (0, size % 2)]
+    return to_matrix(F.pad(spread, padding)).contiguous()

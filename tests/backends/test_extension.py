@@ -1,0 +1,118 @@
+"""The compiled library: what it needs, each of its instruction sets, and life without it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from densenet_fast import backends
+from densenet_fast.backends import aten, cpu, extension
+
+INSTRUCTION_SETS = ("default", "avx2", "avx512")
+
+
+def run(code_or_arguments, **environment):
+    root = str(Path(backends.__file__).parents[2])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *code_or_arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+
+
+def test_library_is_built():
+    assert extension.unavailable() is None
+    assert cpu.describe().removeprefix("C++, ") in INSTRUCTION_SETS
+
+
+def test_library_needs_no_cpp_symbol_of_torch_and_no_python():
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", extension.LIBRARY], capture_output=True, text=True)
+    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "Py", "_Py"))]
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_kernels_of_every_instruction_set(instruction_set):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if instruction_set != "default" and f" {instruction_set.replace('512', '512f')} " not in flags:
+        pytest.skip(f"this processor has no {instruction_set}")
+    tests = run(
+        ["-m", "pytest", "-p", "no:cacheprovider", "tests/backends/test_kernels.py", "-k", "cpu- and float32"],
+        DENSENET_FAST_CPU=instruction_set,
+        PYTEST_ADDOPTS="",
+    )
+    assert tests.returncode == 0 and " passed" in tests.stdout, tests.stdout[-3000:]
+    name = run(
+        ["-c", "from densenet_fast.backends import cpu; cpu.unavailable(); print(cpu.describe())"],
+        DENSENET_FAST_CPU=instruction_set,
+    )
+    assert name.stdout.strip() == f"C++, {instruction_set}"
+
+
+def test_unknown_instruction_set_is_refused():
+    code = "from densenet_fast.backends import cpu; print(cpu.unavailable() or cpu.describe())"
+    result = run(["-c", code], DENSENET_FAST_CPU="mmx")
+    assert result.returncode != 0 and "DENSENET_FAST_CPU: expected default, avx2 or avx512" in result.stderr
+
+
+def test_wrong_arguments_raise():
+    x, vector, weight = torch.randn(4, 3), torch.randn(3), torch.randn(2, 3)
+    affine = [vector] * 3
+    kernels = torch.ops.densenet_fast
+    with pytest.raises(RuntimeError, match="expected 3 contiguous float32 values"):
+        kernels.cpu_bn_relu(x, torch.randn(2), vector, vector)
+    with pytest.raises(RuntimeError, match="weight: expected 3 columns, got 4"):
+        kernels.cpu_bn_relu_conv1x1(x, *affine, torch.randn(2, 4), True)
+    with pytest.raises(RuntimeError, match="expected float32 or bfloat16"):
+        kernels.cpu_statistics(x.double())
+    with pytest.raises(RuntimeError, match="adjacent columns"):
+        kernels.cpu_statistics(torch.randn(3, 4).t())
+    with pytest.raises(RuntimeError, match="dtype unlike"):
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), True)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 33, 100, 4099])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(rows, threads):
+    """Any division of the rows into chunks and tiles covers each row once."""
+    x, grad, weight = torch.randn(rows, 37), torch.randn(rows, 24), torch.randn(24, 37) / 6
+    affine = backends.affine.Affine(torch.randn(37), torch.randn(37), torch.randn(37))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for backend in (cpu, cpu, aten):
+            grad_x = torch.zeros_like(x)
+            z, statistics = backend.bn_relu_conv1x1(x, affine, weight, None, True)
+            dw, sums = backend.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, True, True)
+            results.append([z, *statistics, grad_x, dw, *sums, *backend.channel_statistics(x)])
+    finally:
+        torch.set_num_threads(before)
+    for got, again, expected in zip(*results):
+        assert got.equal(again)
+        assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-5
+
+
+def test_without_the_library_aten_serves_and_says_so_once(monkeypatch, recwarn):
+    monkeypatch.setattr(extension, "unavailable", lambda: "not installed")
+    backends._warn.cache_clear()
+    for _ in range(3):
+        assert backends.select(torch.device("cpu"), torch.float32) is aten
+    assert [str(w.message) for w in recwarn] == ["densenet_fast: slower without its cpu backend: not installed"]
+    assert backends.select(torch.device("cpu"), torch.float64) is aten
+    backends._warn.cache_clear()
+
+
+def test_a_missing_library_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "missing.so")
+    assert "not installed" in extension.unavailable.__wrapped__()
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "broken.so")
+    assert "do not load" in extension.unavailable.__wrapped__()
