@@ -19,6 +19,7 @@ URLS = {
 
 NAMES = ("IMAGENET1K_V1", "DEFAULT")
 
+_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _DOTTED_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
 
 
@@ -45,9 +46,9 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
     if weights is None:
         return None
     if isinstance(weights, (str, PathLike)):
-        path = Path(weights)
+        path = Path(weights).expanduser()
         if path.is_file():
-            return normalised(torch.load(path, map_location="cpu", weights_only=True))
+            return normalised(_read(path))
     elif not hasattr(weights, "url"):
         raise TypeError(
             f"weights: expected None, a name, a torchvision weights enum member or a path, got {type(weights).__name__}"
@@ -66,19 +67,41 @@ def _url(model: str, weights: Any) -> str:
             raise ValueError(f"weights: expected a member of {enum} for {model}, got {weights!r}")
         return weights.url
     if str(weights).removeprefix(f"{enum}.") not in NAMES:
-        raise ValueError(f"weights: expected one of {NAMES} or the path of a file, got {str(weights)!r}")
+        raise ValueError(f"weights: expected one of {NAMES} or the path of a file that exists, got {str(weights)!r}")
     if model not in URLS:
         raise ValueError(f"weights: none are hosted for {model}; expected None or the path of a file")
     return URLS[model]
 
 
-def normalised(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"weights: expected a checkpoint of tensors, got {path}: {error!r}") from error
+
+
+def normalised(checkpoint: Any) -> dict[str, Tensor]:
     """The model's state dict in ``checkpoint``, in today's key names.
 
-    Unpacks a training checkpoint (``state_dict`` or ``model``), strips DataParallel's ``module.`` and writes
-    ``denselayer1.norm1`` for the former ``denselayer1.norm.1``.
+    Unpacks a training checkpoint (``state_dict``, ``model_state_dict`` or ``model``), strips the prefixes ``module.``
+    of DataParallel and ``_orig_mod.`` of torch.compile, and writes ``denselayer1.norm1`` for the former
+    ``denselayer1.norm.1``.
+
+    Raises:
+        ValueError: it is no state dict of a DenseNet.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(checkpoint.get(key), dict):
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
-    return {_DOTTED_KEY.sub(r"\1\2", key.removeprefix("module.")): value for key, value in checkpoint.items()}
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        raise ValueError(f"weights: expected a state dict, got a {type(checkpoint).__name__}")
+    state_dict = {_DOTTED_KEY.sub(r"\1\2", _PREFIX.sub("", key)): value for key, value in checkpoint.items()}
+    if "classifier.weight" not in state_dict:
+        found = list(checkpoint)[:5] if checkpoint else "none"
+        raise ValueError(f"weights: expected the keys of a DenseNet with its classifier, got {found}")
+    return state_dict
+
+
+def num_classes(state_dict: dict[str, Tensor]) -> int:
+    """The number of classes that ``state_dict`` distinguishes."""
+    return state_dict["classifier.weight"].shape[0]

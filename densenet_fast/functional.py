@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast import ops
-from densenet_fast.ops.stage import Stage, pack
+from densenet_fast.backends.affine import accumulation_dtype
+from densenet_fast.ops.stage import Stage, autocast_dtype, pack
 from densenet_fast.reference import dropout_mask
 
 __all__ = ["BatchNorm", "BNReLUConv", "bn_relu_conv1x1", "bn_relu_conv1x1_avgpool", "dense_block"]
@@ -89,7 +90,7 @@ def bn_relu_conv1x1_avgpool(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Te
 
 def _single(x: Tensor, unit: BNReLUConv, pool: bool) -> Tensor:
     x = _autocast(x)
-    _check_input(x, [unit.norm])
+    _check_input(x, [unit])
     _check_unit(unit, x, "weight", x.shape[1], kernel=1)
     tensors, (eps,) = pack([unit.stage()], x)
     out, mean, var, count = ops.bn_relu_conv1x1(x, tensors, eps, pool, _group([unit.norm]))
@@ -125,11 +126,11 @@ def dense_block(
         RuntimeError: channels, kernel sizes, dtypes or devices do not match.
     """
     x = _autocast(x)
-    units = [unit for layer in layers for unit in layer]
-    norms = [unit.norm for unit in units]
-    _check_input(x, norms)
-    sizes = {len(layer) for layer in layers}
+    sizes = {len(layer) for layer in layers if not isinstance(layer, BNReLUConv)}
     _check(sizes in ({1}, {2}), ValueError, "layers", "one or two BN-ReLU-convolutions in every layer", sizes)
+    units = [unit for layer in layers for unit in layer]
+    _check_input(x, units)
+    norms = [unit.norm for unit in units]
     bottleneck = sizes == {2}
     channels = x.shape[1]
     for i, layer in enumerate(layers):
@@ -141,8 +142,10 @@ def dense_block(
 
     rates = [0.0] * len(layers) if drop_rates is None else [float(p) for p in drop_rates]
     _check(len(rates) == len(layers), ValueError, "drop_rates", f"{len(layers)} rates", len(rates))
+    _check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
     growths = [layer[-1].weight.shape[0] for layer in layers]
-    masks = [dropout_mask(x, k, p) if p > 0 else x.new_empty(0) for k, p in zip(growths, rates)]
+    shapes = [(x.shape[0], k, *x.shape[2:]) if p > 0 else (0,) for k, p in zip(growths, rates)]
+    masks = [dropout_mask(x.new_empty(shape), p) if p > 0 else x.new_empty(0) for shape, p in zip(shapes, rates)]
     tensors, eps = pack([unit.stage() for unit in units], x)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     features, _, mean, var, count = ops.dense_block(
@@ -179,24 +182,30 @@ def _update_running_statistics(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; ``ranges`` says where each
     normalisation's batch statistics stand in ``mean`` and ``var``."""
-    tracked = [(norm, r) for norm, r in zip(norms, ranges) if norm.training and norm.running_mean is not None]
-    counters = [norm.num_batches_tracked for norm, _ in tracked if norm.num_batches_tracked is not None]
+    training = [(norm, r) for norm, r in zip(norms, ranges) if norm.training]
+    buffers = [id(norm.running_mean) for norm, _ in training if norm.running_mean is not None]
+    if len(set(buffers)) < len(buffers):
+        for norm, r in training:  # a normalisation that several layers share is updated by each in turn
+            _update_running_statistics([norm], [r], mean, var, count)
+        return
+    counters = [norm.num_batches_tracked for norm, _ in training if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    if not tracked:
-        return
     var = var * (count / (count - 1)).to(var.dtype)
     running, batch, momenta = [], [], []
-    for norm, r in tracked:
-        targets, values = (norm.running_mean, norm.running_var), (mean[r], var[r])
+    for norm, r in training:
+        if norm.running_mean is None:
+            continue
+        targets, values, momentum = (norm.running_mean, norm.running_var), (mean[r], var[r]), norm.momentum or 0.0
         if norm.momentum is None and norm.num_batches_tracked is not None:
-            factor = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+            momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+        if isinstance(momentum, Tensor) or norm.running_mean.dtype != mean.dtype:
             for target, value in zip(targets, values):
-                target.mul_(1 - factor).add_(value * factor)
+                target.copy_(torch.lerp(target.to(mean.dtype), value, momentum))
         else:
             running += targets
             batch += values
-            momenta += [norm.momentum or 0.0] * 2
+            momenta += [momentum] * 2
     if running:
         torch._foreach_mul_(running, [1 - momentum for momentum in momenta])
         torch._foreach_add_(running, torch._foreach_mul(batch, momenta))
@@ -207,10 +216,11 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return x.new_zeros(()).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
 
 
@@ -227,10 +237,8 @@ def _group(norms: Sequence[BatchNorm]) -> str | None:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    device_type = x.device.type
-    if x.dtype.is_floating_point and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None or not x.dtype.is_floating_point or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _check(condition: bool, error: type[Exception], argument: str, expected: str, got: object) -> None:
@@ -238,31 +246,51 @@ def _check(condition: bool, error: type[Exception], argument: str, expected: str
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
-def _check_input(x: Tensor, norms: Sequence[BatchNorm]) -> None:
+def _check_input(x: Tensor, units: Sequence[BNReLUConv]) -> None:
+    transform = active_transform()
+    if transform is not None:
+        raise RuntimeError(f"x: {transform} is not supported; the modules of densenet_fast.nn run on stock ops there")
+    for unit in units:
+        right = isinstance(unit, BNReLUConv) and isinstance(unit.norm, BatchNorm) and isinstance(unit.weight, Tensor)
+        _check(right, TypeError, "layers", "BNReLUConv(BatchNorm(...), weight, bias) of tensors", unit)
+        norm = unit.norm
+        pair = (norm.running_mean is None) == (norm.running_var is None)
+        _check(pair, ValueError, "norm", "running_mean and running_var, or neither", "one of them")
+        if norm.eps < 0 or (norm.training and norm.eps == 0):
+            raise ValueError(f"norm.eps: expected a positive number, got {norm.eps}")
     _check(3 <= x.dim() <= 5, ValueError, "x", "[N, C, *spatial] with 1 to 3 spatial dimensions", tuple(x.shape))
     _check(x.dtype.is_floating_point, RuntimeError, "x", "a floating dtype", x.dtype)
     _check(x.numel() > 0, ValueError, "x", "at least one value", tuple(x.shape))
+    channels = units[0].weight.shape[1]
+    _check(x.shape[1] == channels, RuntimeError, "x", f"{channels} channels, as the first weight has", x.shape[1])
+    norms = [unit.norm for unit in units]
     by_batch = [norm for norm in norms if not norm.frozen]
     if by_batch and x.numel() == x.shape[1] and _group(norms) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    for norm in norms:
-        if norm.eps < 0 or (norm.training and norm.eps == 0):
-            raise ValueError(f"norm.eps: expected a positive number, got {norm.eps}")
+
+
+def active_transform() -> str | None:
+    """The transform that the fused ops cannot run inside, if one is active."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform"
+    return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 def _check_unit(unit: BNReLUConv, x: Tensor, name: str, channels: int, kernel: int) -> None:
-    weight = unit.weight
+    norm, weight = unit.norm, unit.weight
     expected = (weight.shape[0], channels, *[kernel] * (x.dim() - 2))
     _check(tuple(weight.shape) == expected, RuntimeError, name, f"a convolution weight {expected}", tuple(weight.shape))
-    matches = weight.dtype == x.dtype or (x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type))
+    matches = weight.dtype == x.dtype or (x.dtype != torch.float64 and autocast_dtype(x.device) is not None)
     _check(matches, RuntimeError, name, f"a convolution weight of the input's dtype {x.dtype}", weight.dtype)
     if unit.bias is not None:
         _check(tuple(unit.bias.shape) == expected[:1], RuntimeError, name, f"a bias {expected[:1]}", unit.bias.shape)
+    dtypes = (x.dtype, accumulation_dtype(x.dtype))
     for field in ("weight", "bias", "running_mean", "running_var"):
-        vector = getattr(unit.norm, field)
+        vector = getattr(norm, field)
         if vector is not None:
             got = tuple(vector.shape)
             _check(got == (channels,), RuntimeError, name, f"a normalisation {field} of {channels} channels", got)
-    for tensor in (weight, unit.bias, unit.norm.weight, unit.norm.bias, unit.norm.running_mean):
+            _check(vector.dtype in dtypes, RuntimeError, name, f"a normalisation {field} of {dtypes[0]}", vector.dtype)
+    for tensor in (weight, unit.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if tensor is not None:
             _check(tensor.device == x.device, RuntimeError, name, f"all tensors on {x.device}", tensor.device)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast import checkpoints, reference
@@ -14,11 +15,14 @@ __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201
 
 
 class Features(nn.Sequential):
-    """The convolutional part. Inside, feature maps are channels last; the result has its input's memory format."""
+    """The convolutional part. Inside, feature maps are channels last; the result is so for a channels-last input alone,
+    and contiguous for every other."""
 
     def forward(self, x: Tensor) -> Tensor:
         features = super().forward(x)
-        return features.contiguous() if isinstance(x, Tensor) and x.is_contiguous() else features
+        if not isinstance(x, Tensor) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
+            return features
+        return features.contiguous()
 
 
 class DenseNet(reference.DenseNet):
@@ -85,7 +89,7 @@ Weights = str | PathLike[str] | Any | None
 def _densenet(name: str, weights: Weights, progress: bool, kwargs: dict[str, Any]) -> DenseNet:
     state_dict = checkpoints.load(name, checkpoints.legacy_argument(weights, kwargs), progress)
     if state_dict is not None:
-        num_classes = state_dict["classifier.weight"].shape[0]
+        num_classes = checkpoints.num_classes(state_dict)
         if kwargs.setdefault("num_classes", num_classes) != num_classes:
             raise ValueError(f"num_classes: expected {num_classes}, as the weights have, got {kwargs['num_classes']}")
     model = DenseNet(*ARCHITECTURES[name], **kwargs)

@@ -44,18 +44,16 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
-def dropout_mask(x: Tensor, channels: int, p: float) -> Tensor:
-    """The mask that ``F.dropout(y, p)`` would draw for ``y`` of shape [N, channels, *spatial], with the batch, spatial
-    shape and device of ``x`` and contiguous memory: [N, channels, *spatial], bool, True where the value is kept."""
-    y = torch.empty(x.shape[0], channels, *x.shape[2:], dtype=x.dtype, device=x.device)
-    return torch.native_dropout(y, p, True)[1]
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """The mask that ``F.dropout(x, p)`` draws for a contiguous ``x``: of its shape, bool, True for what is kept."""
+    return torch.native_dropout(torch.empty_like(x, memory_format=torch.contiguous_format), p, True)[1]
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """``F.dropout(x, p, training=True)`` whose mask does not depend on the memory format of ``x``."""
     if p == 0:
         return x
-    return x * dropout_mask(x, x.shape[1], p) * (1 / (1 - p) if p < 1 else 0.0)
+    return x * dropout_mask(x, p) * (1 / (1 - p) if p < 1 else 0.0)
 
 
 class DenseLayer(nn.Module):
@@ -131,9 +129,9 @@ class DenseBlock(nn.ModuleDict):
             layer = self.layer_type(channels, growth_rate, bn_size, drop_rate, **options)
             self.add_module(f"denselayer{i + 1}", layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, init_features: Tensor) -> Tensor:
         """From [N, C, *spatial] to [N, C + num_layers * k, *spatial]."""
-        features = [x]
+        features = [init_features]
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
@@ -188,7 +186,7 @@ class DenseNet(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        _check_configuration(block_config, drop_rate, compression)
+        _check_configuration(growth_rate, block_config, num_init_features, bn_size, drop_rate, compression)
         self.features = self.features_type()
         if small_inputs:
             self.features.add_module("conv0", nn.Conv2d(in_channels, num_init_features, 3, padding=1, bias=bias))
@@ -206,6 +204,8 @@ class DenseNet(nn.Module):
             channels += num_layers * growth_rate
             if i != len(block_config):
                 compressed = math.floor(compression * channels)
+                if compressed < 1:
+                    raise ValueError(f"compression: expected to keep some of {channels} channels, got {compression!r}")
                 self.features.add_module(f"transition{i}", self.transition_type(channels, compressed, bias=bias))
                 channels = compressed
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
@@ -219,12 +219,23 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From images [N, in_channels, H, W] to logits [N, num_classes]."""
-        x = F.relu(self.features(x), inplace=True)
+        x = F.relu(self.features(x))
         x = F.adaptive_avg_pool2d(x, (1, 1))
         return self.classifier(torch.flatten(x, 1))
 
 
-def _check_configuration(block_config: Sequence[int], drop_rate: float, compression: float) -> None:
+def _check_configuration(
+    growth_rate: int,
+    block_config: Sequence[int],
+    num_init_features: int,
+    bn_size: int | None,
+    drop_rate: float,
+    compression: float,
+) -> None:
+    sizes = {"growth_rate": growth_rate, "num_init_features": num_init_features, "bn_size": bn_size}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: expected a positive number, got {size!r}")
     if not block_config or any(n < 0 for n in block_config):
         raise ValueError(f"block_config: expected one non-negative number of layers per block, got {block_config!r}")
     if not 0 <= drop_rate <= 1:

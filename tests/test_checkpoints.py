@@ -72,7 +72,7 @@ def test_urls_are_torchvisions(name):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_local_checkpoints(tmp_path, wrap, prefix):
     expected = densenet_fast.densenet121(num_classes=7)
     state = {prefix + key: value for key, value in legacy(expected.state_dict()).items()}
@@ -94,7 +94,7 @@ def test_densenet264_takes_a_path(tmp_path):
     "name, weights, options, error, words",
     [
         ("densenet121", "IMAGENET1K_V2", {}, ValueError, "weights: expected one of .* got 'IMAGENET1K_V2'"),
-        ("densenet121", "missing.pth", {}, ValueError, "path of a file, got 'missing.pth'"),
+        ("densenet121", "missing.pth", {}, ValueError, "path of a file that exists, got 'missing.pth'"),
         ("densenet121", 3, {}, TypeError, "weights: expected .* got int"),
         ("densenet121", "DenseNet161_Weights.DEFAULT", {}, ValueError, "weights"),
         ("densenet161", torchvision.models.DenseNet121_Weights.DEFAULT, {}, ValueError, "DenseNet161_Weights"),
@@ -105,3 +105,20 @@ def test_densenet264_takes_a_path(tmp_path):
 def test_what_is_refused(hosted, name, weights, options, error, words):
     with pytest.raises(error, match=words):
         getattr(densenet_fast, name)(weights=weights, **options)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({}, "classifier, got none"),
+        ({"backbone.conv0.weight": torch.zeros(1)}, r"got \['backbone.conv0.weight'\]"),
+        ([torch.zeros(1)], "expected a state dict, got a list"),
+        (b"no checkpoint", "expected a checkpoint of tensors, got .*model.pth"),
+        (b"", "expected a checkpoint of tensors, got .*model.pth"),
+    ],
+)
+def test_files_that_hold_no_weights(tmp_path, content, words):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=words):
+        densenet_fast.densenet121(weights=path)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torchvision
+import torchvision.models.feature_extraction
 from torch import nn
 
 import densenet_fast
@@ -124,6 +124,44 @@ def test_output_has_the_memory_format_of_the_input():
     last = model.features(x.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
     assert model.features[:4](x).shape == (2, 12, 32, 32)
+    grey = torch.randn(2, 1, 128, 128).expand(-1, 3, -1, -1)
+    assert model.features(grey).view(2, -1).shape[0] == 2
+
+
+def test_output_of_the_last_block_may_be_rectified_by_the_model():
+    model = small()
+    model.features.norm5 = nn.Identity()
+    model(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)).sum().backward()
+    assert model.features.conv0.weight.grad.isfinite().all()
+
+
+def test_adversarial_training_equals_torchvision():
+    """A gradient with respect to the input, through which the weights' gradients pass too."""
+    expected = randomise(small_stock().double()).eval()
+    got = twin(expected, small())
+    z, results = torch.randn(2, 3, 40, 40, dtype=torch.float64), []
+    for model in (got, expected):
+        x = z.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        loss = model(x + 0.1 * g).square().sum()
+        results.append(torch.autograd.grad(loss, list(model.parameters()), create_graph=True))
+    assert all(error(a, b) < 1e-9 for a, b in zip(*results))
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        assert densenet_fast.densenet121()(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_feature_extraction(training):
+    model = small(drop_rate=0.2).train(training)
+    extract = torchvision.models.feature_extraction.create_feature_extractor(model, ["features.norm5"])
+    x = torch.randn(2, 3, 40, 40)
+    torch.manual_seed(1)
+    features = extract(x)["features.norm5"]
+    torch.manual_seed(1)
+    assert features.allclose(copy.deepcopy(model).features(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -285,7 +323,16 @@ def test_signature_starts_as_torchvisions():
 
 
 @pytest.mark.parametrize(
-    "argument, value", [("block_config", ()), ("drop_rate", 1.5), ("compression", 0), ("compression", 1.5)]
+    "argument, value",
+    [
+        ("block_config", ()),
+        ("drop_rate", 1.5),
+        ("compression", 0),
+        ("compression", 1.5),
+        ("compression", 0.01),
+        ("growth_rate", 0),
+        ("bn_size", 0),
+    ],
 )
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=argument):

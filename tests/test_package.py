@@ -18,7 +18,7 @@ LEVELS = [
     ["backends.aten", "backends.cpu"],
     ["backends"],
     ["ops.stage"],
-    ["ops.stock"],
+    ["ops.stock", "ops.batching"],
     ["ops.dense_block", "ops.bn_relu_conv1x1"],
     ["ops"],
     ["functional", "nn.sync_batch_norm", "checkpoints"],

@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def to_matrix(x: Tensor) -> Tensor:
-    """[N, C, *spatial] as [M, C]; a view if the memory is channels last, else a copy."""
-    return x.movedim(1, -1).reshape(math.prod(x.shape[:1] + x.shape[2:]), x.shape[1])
+    """[N, C, *spatial] as [M, C] with adjacent columns; a view if the memory is channels last, else a copy."""
+    matrix = x.movedim(1, -1).reshape(math.prod(x.shape[:1] + x.shape[2:]), x.shape[1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def to_image(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:

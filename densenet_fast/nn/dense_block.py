@@ -41,7 +41,8 @@ class DenseBlock(reference.DenseBlock):
         bias: whether the convolutions have biases.
         spatial_dims: 1, 2 or 3.
 
-    Input [N, C0, *spatial], output [N, C0 + L * k, *spatial], channels last in memory when it ran fused.
+    Input [N, C0, *spatial], output [N, C0 + L * k, *spatial], channels last in memory when it ran fused. Under autocast
+    the whole output has its dtype; the channels of a float32 input, which stock keeps in float32, are rounded to it.
     """
 
     layer_type = DenseLayer
@@ -81,12 +82,12 @@ class DenseBlock(reference.DenseBlock):
             return "some of its layers have a bottleneck and some none"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
-            return super().forward(x)
+    def forward(self, init_features: Tensor) -> Tensor:
+        if fusion.call_obstacle(init_features, self.spatial_dims) or self.obstacle():
+            return super().forward(init_features)
         layers: Sequence[Any] = list(self.values())
         return functional.dense_block(
-            x,
+            init_features,
             [layer.units() for layer in layers],
             [layer.drop_rate if layer.training else 0.0 for layer in layers],
             self.memory_efficient,

@@ -1,5 +1,7 @@
 """When a module may run fused, and why not otherwise."""
 
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +17,11 @@ SYNC_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNorm)
 DIMENSIONS = {convolution: dims for dims, convolution in reference.CONVOLUTIONS.items()}
 
 
-class set_fused:
-    """Switches the fused ops on or off for the whole process, as a function or for the length of a ``with`` block.
+class set_fused(ContextDecorator):
+    """Switches the fused ops on or off for the whole process, all threads included.
 
-    Switched off, the modules run their layers one by one on stock torch ops, with the same results::
+    Called as a function it lasts, in a ``with`` block or as a decorator for as long as that runs. Switched off, the
+    modules run their layers one by one on stock torch ops, with the same results::
 
         densenet_fast.set_fused(False)
         with densenet_fast.set_fused(False):
@@ -26,15 +29,28 @@ class set_fused:
     """
 
     def __init__(self, enabled: bool) -> None:
-        global _enabled
-        self._previous, _enabled = _enabled, bool(enabled)
+        self._enabled = bool(enabled)
+        self._before_call: bool | None = _enabled
+        self._before: list[bool] = []
+        _switch(self._enabled)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        _switch(self._before_call)
+        self._before_call = None
+        return super().__call__(function)
 
     def __enter__(self) -> None:
-        pass
+        self._before.append(_enabled if self._before_call is None else self._before_call)
+        self._before_call = None
+        _switch(self._enabled)
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        global _enabled
-        _enabled = self._previous
+        _switch(self._before.pop())
+
+
+def _switch(enabled: bool) -> None:
+    global _enabled
+    _enabled = enabled
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -86,10 +102,9 @@ def call_obstacle(x: Any, dims: int) -> str | None:
             return "traced by torch.jit"
         if nn.modules.module._has_any_global_hook():
             return "a global module hook is registered"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a torch.func transform"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "inside forward-mode differentiation"
+    transform = functional.active_transform()
+    if transform is not None:
+        return transform
     if torch.compiler.is_exporting():
         return "exported"
     if not x.dtype.is_floating_point or x.dtype.itemsize == 1:

@@ -16,6 +16,7 @@ from densenet_fast.backends import select
 from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
+from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.stage import (
     StageGradients,
     global_count,
@@ -137,10 +138,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     if grad is None:
         return None, [None] * len(tensors), None, None, None
-    if torch.is_grad_enabled():
-        (stage,) = unpack(tensors, [ctx.eps])
-        out = (stock.bn_relu_conv_pool if ctx.pool else stock.bn_relu_conv)(x, stage)
-        grad_x, *grads = stock.differentiable_gradients(out, [x, *tensors], grad, ctx.group)
+    if stock.needed_in_backward(grad):
+        run = stock.bn_relu_conv_pool if ctx.pool else stock.bn_relu_conv
+        grad_x, *grads = stock.differentiable_gradients(
+            lambda x, tensors: run(x, *unpack(tensors, [ctx.eps])), x, tensors, grad, ctx.group
+        )
     else:
         grad_x, grads = bn_relu_conv1x1_backward(
             grad, x, mean, var, count, tensors, ctx.eps, ctx.pool, ctx.group, needs
@@ -149,4 +151,5 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     return gradients[0], gradients[1:], None, None, None
 
 
+register_vmap(bn_relu_conv1x1_backward)
 bn_relu_conv1x1.register_autograd(_backward, setup_context=_setup_context)

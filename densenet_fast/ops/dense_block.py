@@ -22,6 +22,7 @@ from densenet_fast.backends import select
 from densenet_fast.backends.affine import Affine, accumulation_dtype
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
+from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
     StageGradients,
@@ -333,7 +334,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     nothing = (None, [None] * num_masks, None, None, None, None, None)
     if grad is None:
         return None, [None] * num_tensors, *nothing
-    if torch.is_grad_enabled():
+    if stock.needed_in_backward(grad):
         grad_x, *grads = _differentiable_backward(ctx, grad, features, link, tensors, masks)
     else:
         grad_x, grads = dense_block_backward(
@@ -359,12 +360,15 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 def _differentiable_backward(
     ctx: Any, grad: Tensor, features: Tensor, link: Tensor | None, tensors: list[Tensor], masks: list[Tensor]
 ) -> list[Tensor | None]:
-    x = features.detach()[:, : ctx.in_channels]
-    if link is not None:
-        x = x + link
-    plan = Plan(x, tensors, ctx.eps, ctx.bottleneck, ctx.drop_rates)
-    out = stock.dense_block(x, plan.layers, masks, plan.keep_scales)
-    return stock.differentiable_gradients(out, [x, *tensors], grad, ctx.group)
+    value = features.detach()[:, : ctx.in_channels]
+
+    def block(x: Tensor, tensors: list[Tensor]) -> Tensor:
+        x = value if link is None else value + x
+        plan = Plan(x, tensors, ctx.eps, ctx.bottleneck, ctx.drop_rates)
+        return stock.dense_block(x, plan.layers, masks, plan.keep_scales)
+
+    return stock.differentiable_gradients(block, value if link is None else link, tensors, grad, ctx.group)
 
 
+register_vmap(dense_block_backward)
 dense_block.register_autograd(_backward, setup_context=_setup_context)

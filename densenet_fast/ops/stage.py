@@ -132,6 +132,13 @@ def _process_group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on ``device``, None where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -141,10 +148,9 @@ def without_autocast(function: Callable[Parameters, Result]) -> Callable[Paramet
 
     @functools.wraps(function)
     def body(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        device_type = args[0].device.type
-        if not torch.is_autocast_enabled(device_type):
+        if autocast_dtype(args[0].device) is None:
             return function(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False):
             return function(*args, **kwargs)
 
     return body

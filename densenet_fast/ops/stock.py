@@ -1,6 +1,6 @@
 """The ops on stock differentiable torch functions: what a second derivative goes through."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +40,33 @@ def dense_block(
     return x
 
 
+def needed_in_backward(grad: Tensor) -> bool:
+    """Whether a backward pass must itself be differentiable, or ``grad`` is a batch (``is_grads_batched``)."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def differentiable_gradients(
-    output: Tensor, inputs: Sequence[Tensor], grad: Tensor, group: str | None
+    function: Callable[[Tensor, list[Tensor]], Tensor],
+    x: Tensor,
+    tensors: list[Tensor],
+    grad: Tensor,
+    group: str | None,
 ) -> list[Tensor | None]:
-    """Gradients of ``output`` with respect to those of ``inputs`` that require them, themselves differentiable.
+    """Gradients of ``function(x, tensors)`` with respect to x and those of the tensors that require them, themselves
+    differentiable if gradients are enabled.
+
+    The inputs are made nodes of their own first, so that a derivative with respect to one is partial even if another
+    was computed from it or is the very same.
 
     Raises:
         RuntimeError: the batch statistics are synchronised over a process group, which has no second derivative here.
     """
     if group is not None:
         raise RuntimeError("create_graph: expected batch statistics of one process, got synchronised batch norm")
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [t.view_as(t) for t in (x, *tensors)]
+        output = function(inputs[0], inputs[1:])
     wanted = [t for t in inputs if t.requires_grad]
-    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(gradients) if t.requires_grad else None for t in inputs]

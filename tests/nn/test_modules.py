@@ -10,7 +10,7 @@ from torch import nn
 import densenet_fast
 from densenet_fast import ops, reference
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, DenseLayer, Transition
-from helpers import assert_same, error, randomise, twin
+from helpers import assert_same, error, randomise, step, twin
 
 SHAPES = {1: (11,), 2: (7, 6), 3: (4, 5, 6)}
 
@@ -75,6 +75,72 @@ def test_switching_off_and_on(monkeypatch):
     densenet_fast.set_fused(True)
     module(x)
     assert len(calls) == 3
+
+
+def test_a_kept_switch_and_a_decorator(monkeypatch):
+    calls, module, x = fused_calls(monkeypatch), block(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+
+    @densenet_fast.set_fused(False)
+    def unfused(depth=1):
+        module(x)
+        if depth:
+            unfused(depth - 1)
+
+    unfused(), module(x)
+    assert len(calls) == 1
+    kept = densenet_fast.set_fused(False)
+    densenet_fast.set_fused(True)
+    for _ in range(2):
+        with kept:
+            module(x)
+        module(x)
+    assert len(calls) == 3
+    with pytest.raises(KeyError), densenet_fast.set_fused(False):
+        raise KeyError
+    module(x)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_normalisation_shared_by_layers(momentum):
+    got = block()
+    got.denselayer1.norm2.momentum = momentum
+    got.denselayer2.norm2 = got.denselayer3.norm2 = got.denselayer1.norm2
+    got.denselayer3.conv2 = got.denselayer1.conv2
+    expected = copy.deepcopy(got)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    with densenet_fast.set_fused(False):
+        stock = list(step(expected, x))
+    for (name, value), (_, reference_value) in zip(step(got, x), stock, strict=True):
+        assert error(value, reference_value) < 1e-10 or value.equal(reference_value), name
+
+
+def test_second_derivatives_through_a_block_used_twice():
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(2)
+        module, transition = block().eval(), randomise(Transition(18, 6).double()).eval()
+        z = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True)
+        inputs = [z, *module.parameters(), *transition.parameters()]
+        with densenet_fast.set_fused(fused):
+            output = module(transition(module(z)))
+            gradients = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+            energy = sum(g.square().sum() for g in gradients)
+            results.append([*gradients, *torch.autograd.grad(energy, inputs)])
+    assert all(error(a, b) < 1e-9 for a, b in zip(*results))
+
+
+def test_compiled_forward_mode_fails_as_on_stock_ops():
+    module, x = block().eval(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+
+    def tangent(x):
+        return torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+
+    with densenet_fast.set_fused(False), pytest.raises(RuntimeError):  # what torch itself does with batch_norm
+        torch.compile(tangent, backend="aot_eager")(x)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError):
+        torch.compile(tangent, backend="aot_eager")(x)
 
 
 def replace(path, module):

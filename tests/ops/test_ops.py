@@ -369,21 +369,91 @@ def test_bitwise_the_same_from_run_to_run(memory_efficient):
     assert all(a.equal(b) for a, b in zip(*results))
 
 
-def test_meta_tensors_give_the_shape():
-    layers = [[untracked(u) for u in layer] for layer in make_layers(3)]
+@pytest.mark.parametrize("pool", [False, True])
+def test_derivatives_are_partial_where_inputs_depend_on_each_other(pool):
+    """Weights that are computed from x or are the same, in the graph of a second derivative."""
+    run = functional.bn_relu_conv1x1_avgpool if pool else functional.bn_relu_conv1x1
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    norm = untracked(make_unit(3, 4, 1, 2)).norm
+
+    def twice(x):
+        weight = x.mean((0, 2, 3)).outer(x.mean((0, 2, 3))).reshape(3, 3, 1, 1)
+        y = run(x, norm, weight, weight.sum((1, 2, 3)))
+        return y if pool else run(y, norm, weight)
+
+    assert torch.autograd.gradcheck(twice, x)
+    cotangent = torch.randn(twice(x).shape, dtype=torch.float64)
+    first = [torch.autograd.grad(twice(x), x, cotangent, create_graph=create)[0] for create in (False, True)]
+    assert error(first[1], first[0]) < 1e-12
+
+
+def test_batched_cotangents():
+    layers = [tuple(map(untracked, layer)) for layer in make_layers(3)]
+    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *leaves(u for layer in layers for u in layer)]
+    weight = torch.randn(2, 7, 1, 1, dtype=torch.float64)
+    output = functional.bn_relu_conv1x1_avgpool(functional.dense_block(x, layers), BatchNorm(), weight)
+    cotangents = torch.randn(3, *output.shape, dtype=torch.float64)
+    together = torch.autograd.grad(output, inputs, cotangents, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda c: torch.autograd.grad(output, inputs, c, retain_graph=True))(cotangents)
+    assert all((a - b).norm() <= 1e-12 * b.norm().clamp_min(1) for a, b in zip(mapped, together))
+    for i in range(3):
+        alone = torch.autograd.grad(output, inputs, cotangents[i], retain_graph=True)
+        assert all((a[i] - b).norm() <= 1e-12 * b.norm().clamp_min(1) for a, b in zip(together, alone))
+
+
+def test_transforms_are_refused_not_answered_with_zeros():
+    weight, x = torch.randn(4, 3, 1, 1), torch.randn(2, 3, 4, 4)
+    calls = [
+        lambda z: functional.bn_relu_conv1x1(z, BatchNorm(), weight),
+        lambda z: functional.dense_block(z, [[BNReLUConv(BatchNorm(), torch.randn(4, 3, 3, 3))]]),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="torch.func transform|forward-mode"):
+            torch.func.jvp(call, (x,), (x,))
+        with pytest.raises(RuntimeError, match="torch.func transform"):
+            torch.func.grad(lambda z, call=call: call(z).sum())(x)
+        with torch.autograd.forward_ad.dual_level():
+            with pytest.raises(RuntimeError, match="forward-mode"):
+                call(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_running_statistics_of_half_precision_are_no_less_accurate_than_stock():
+    norms = [torch.nn.BatchNorm2d(512, dtype=dtype) for dtype in (torch.float16, torch.float16, torch.float64)]
+    ours, stock, exact = norms
+    weight = torch.randn(1, 512, 1, 1).half()
+    for _ in range(50):
+        x = (torch.randn(4, 512, 4, 4) * 3 + 1).half()
+        buffers = (ours.running_mean, ours.running_var, ours.num_batches_tracked)
+        functional.bn_relu_conv1x1(x, BatchNorm(None, None, *buffers), weight)
+        stock(x), exact(x.double())
+    for name in ("running_mean", "running_var"):
+        got, expected, truth = (getattr(norm, name) for norm in norms)
+        assert error(got, truth) <= 1.2 * error(expected, truth)
+
+
+def test_counter_without_running_statistics_is_incremented():
+    counter = torch.tensor(0)
+    functional.bn_relu_conv1x1(torch.randn(2, 3, 4, 4), BatchNorm(num_batches_tracked=counter), torch.randn(4, 3, 1, 1))
+    assert counter == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_meta_tensors_give_the_shape(dtype):
+    layers = [[untracked(u) for u in layer] for layer in make_layers(3, dtype=dtype)]
     on_meta = [
         [BNReLUConv(BatchNorm(*(t.to("meta") for t in u.norm[:2])), u.weight.to("meta")) for u in layer]
         for layer in layers
     ]
-    output = functional.dense_block(torch.empty(2, 3, 3, 4, dtype=torch.float64, device="meta"), on_meta)
-    real = functional.dense_block(torch.randn(2, 3, 3, 4, dtype=torch.float64), layers)
+    output = functional.dense_block(torch.empty(2, 3, 3, 4, dtype=dtype, device="meta"), on_meta)
+    real = functional.dense_block(torch.randn(2, 3, 3, 4, dtype=dtype), layers)
     assert (output.shape, output.stride()) == (real.shape, real.stride())
 
 
 def bad_calls():
     good = dict(x=torch.randn(2, 3, 4, 4, dtype=torch.float64), layers=make_layers(3))
     unit = make_unit(3, 4, 1, 2)
-    yield "channels", {**good, "x": torch.randn(2, 4, 4, 4, dtype=torch.float64)}, RuntimeError, "layers"
+    yield "channels", {**good, "x": torch.randn(2, 4, 4, 4, dtype=torch.float64)}, RuntimeError, "x: expected 3 ch"
     yield "dimensions", {**good, "x": torch.randn(3, 4, dtype=torch.float64)}, ValueError, "x: expected"
     yield "integers", {**good, "x": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, RuntimeError, "floating"
     yield "dtype", {**good, "x": torch.randn(2, 3, 4, 4)}, RuntimeError, "dtype torch.float32, got torch.float64"
@@ -394,12 +464,24 @@ def bad_calls():
     yield "unlike layers", {**good, "layers": [(unit,), *make_layers(3)]}, ValueError, "layers"
     yield "rates", {**good, "drop_rates": [0.5]}, ValueError, "drop_rates: expected 2 rates, got 1"
     yield "kernel", {**good, "layers": [(unit,)]}, RuntimeError, r"weight \(4, 3, 3, 3\), got \(4, 3, 1, 1\)"
+    (a, b), rest = good["layers"]
+    yield "weight", {**good, "layers": [(b, a), rest]}, RuntimeError, "layers|channels"
+    yield "unit", {**good, "layers": [(torch.nn.Conv2d(3, 4, 1),)]}, TypeError, "BNReLUConv"
+    yield "no list", {**good, "layers": [a]}, ValueError, "layers"
+    yield "rate", {**good, "drop_rates": [0.5, float("nan")]}, ValueError, "drop_rates: expected probabilities"
+    half = a._replace(norm=a.norm._replace(running_var=None))
+    yield "half of the statistics", {**good, "layers": [(half, b), rest]}, ValueError, "running_mean and running_var"
+    meta = a._replace(norm=a.norm._replace(running_var=a.norm.running_var.to("meta")))
+    yield "statistics elsewhere", {**good, "layers": [(meta, b), rest]}, RuntimeError, "all tensors on cpu, got meta"
+    single = a._replace(norm=a.norm._replace(running_var=a.norm.running_var.float()))
+    yield "statistics' dtype", {**good, "layers": [(single, b), rest]}, RuntimeError, "running_var of torch.float64"
     yield "eps", {**good, "layers": make_layers(3, eps=0.0)}, ValueError, "eps"
 
 
 @pytest.mark.parametrize("call, error_type, words", [pytest.param(*c[1:], id=c[0]) for c in bad_calls()])
 def test_bad_input_is_named(call, error_type, words):
-    norms = [u.norm for layer in call["layers"] for u in layer]
+    units = [u for layer in call["layers"] for u in layer if isinstance(u, BNReLUConv)]
+    norms = [u.norm for u in units]
     before = [n.running_mean.clone() for n in norms]
     with pytest.raises(error_type, match=words):
         functional.dense_block(**call)
