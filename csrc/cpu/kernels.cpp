@@ -7,91 +7,97 @@
 namespace densenet_fast {
 namespace {
 
-constexpr int64_t kLanes = 16;
-typedef float floats __attribute__((vector_size(kLanes * 4)));
-typedef int32_t ints __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t halves __attribute__((vector_size(kLanes * 2)));
+// N lanes of each type
+template <int N>
+struct Lanes {
+  typedef float floats __attribute__((vector_size(N * 4)));
+  typedef int32_t ints __attribute__((vector_size(N * 4)));
+  typedef uint32_t words __attribute__((vector_size(N * 4)));
+  typedef uint16_t halves __attribute__((vector_size(N * 2)));
+};
+template <int N>
+using floats = typename Lanes<N>::floats;
 
-// `n` is kLanes in the body of a row and the remainder in its tail; lanes past n are zero
-template <typename V, typename T>
-inline V load_raw(const T* p, int64_t n) {
-  V v = {};
-  if (n == kLanes) {
-    __builtin_memcpy(&v, p, sizeof(V));
-  } else {
-    for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  }
+template <int N>
+inline floats<N> load(const float* p) {
+  floats<N> v;
+  __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
 
-inline floats load(const float* p, int64_t n) { return load_raw<floats>(p, n); }
-
-inline floats load(const bf16* p, int64_t n) {
-  const halves bits = load_raw<halves>(reinterpret_cast<const uint16_t*>(p), n);
-  const words wide = __builtin_convertvector(bits, words) << 16;
-  floats v;
+template <int N>
+inline floats<N> load(const bf16* p) {
+  typename Lanes<N>::halves bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  const typename Lanes<N>::words wide = __builtin_convertvector(bits, typename Lanes<N>::words) << 16;
+  floats<N> v;
   __builtin_memcpy(&v, &wide, sizeof(v));
   return v;
 }
 
-template <typename V, typename T>
-inline void store_raw(T* p, V v, int64_t n) {
-  if (n == kLanes) {
-    __builtin_memcpy(p, &v, sizeof(V));
-  } else {
-    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-  }
+template <int N>
+inline void store(float* p, floats<N> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
 }
 
-inline void store(float* p, floats v, int64_t n) { store_raw(p, v, n); }
-
-inline void store(bf16* p, floats v, int64_t n) {  // to nearest, ties to even; NaN stays NaN
-  words w;
+template <int N>
+inline void store(bf16* p, floats<N> v) {  // to nearest, ties to even; NaN stays NaN
+  typename Lanes<N>::words w;
   __builtin_memcpy(&w, &v, sizeof(w));
-  const words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  const ints is_nan = v != v;
-  const words bits = is_nan ? words{} + 0x7fc0 : rounded;
-  store_raw(reinterpret_cast<uint16_t*>(p), __builtin_convertvector(bits, halves), n);
+  const typename Lanes<N>::words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  const typename Lanes<N>::ints is_nan = v != v;
+  const typename Lanes<N>::words bits = is_nan ? typename Lanes<N>::words{} + 0x7fc0 : rounded;
+  const typename Lanes<N>::halves narrow = __builtin_convertvector(bits, typename Lanes<N>::halves);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
 }
 
-inline floats relu(floats v) { return v < 0 ? floats{} : v; }
+template <typename V>
+inline V relu(V v) {
+  return v < 0 ? V{} : v;
+}
 
-// f(column, lanes) over the columns of a row
+// f<lanes>(column) over the columns of a row: sixteen at a time, the rest by eight, four and one
 template <typename F>
 inline void columns(int64_t cols, F f) {
   int64_t c = 0;
-  for (; c + kLanes <= cols; c += kLanes) f(c, kLanes);
-  if (c < cols) f(c, cols - c);
+  for (; c + 16 <= cols; c += 16) f.template operator()<16>(c);
+  if (c + 8 <= cols) {
+    f.template operator()<8>(c);
+    c += 8;
+  }
+  if (c + 4 <= cols) {
+    f.template operator()<4>(c);
+    c += 4;
+  }
+  for (; c < cols; ++c) f.template operator()<1>(c);
 }
 
 template <typename T>
 void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out) {
   for (int64_t r = 0; r < rows; ++r, x += ld, out += cols) {
-    columns(cols, [&](int64_t c, int64_t n) {
-      const floats centred = load(x + c, n) - load(affine.mean + c, n);
-      store(out + c, relu(centred * load(affine.scale + c, n) + load(affine.shift + c, n)), n);
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+      store<N>(out + c, relu(centred * load<N>(affine.scale + c) + load<N>(affine.shift + c)));
     });
   }
 }
 
-// the corrected two-pass formula: `correction` is the mean of the residuals, zero but for rounding
+// the corrected two-pass formula: the residuals' mean is zero but for rounding, and corrects both results
 template <typename T>
 void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2) {
-  columns(cols, [&](int64_t c, int64_t n) {
-    const floats count = floats{} + static_cast<float>(rows);
-    floats sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += load(x + r * ld + c, n);
-    const floats centre = sum / count;
-    floats squares = {}, residuals = {};
+  columns(cols, [&]<int N>(int64_t c) {
+    const float count = static_cast<float>(rows);
+    floats<N> sum = {};
+    for (int64_t r = 0; r < rows; ++r) sum += load<N>(x + r * ld + c);
+    const floats<N> centre = sum / count;
+    floats<N> squares = {}, residuals = {};
     for (int64_t r = 0; r < rows; ++r) {
-      const floats d = load(x + r * ld + c, n) - centre;
+      const floats<N> d = load<N>(x + r * ld + c) - centre;
       residuals += d;
       squares += d * d;
     }
-    store(mean + c, centre + residuals / count, n);
-    const floats centred = squares - residuals * residuals / count;
-    store(m2 + c, relu(centred), n);
+    store<N>(mean + c, centre + residuals / count);
+    store<N>(m2 + c, relu(squares - residuals * residuals / count));
   });
 }
 
@@ -99,15 +105,15 @@ template <typename T>
 void mask_accumulate(const T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* total,
                      int64_t total_ld, T* a, float* sum_d, float* sum_dx) {
   for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
-    columns(cols, [&](int64_t c, int64_t n) {
-      const floats centred = load(x + c, n) - load(affine.mean + c, n);
-      const floats scale = load(affine.scale + c, n);
-      const floats y = centred * scale + load(affine.shift + c, n);
-      const floats d = y > 0 ? load(grad + c, n) : floats{};
-      store(sum_d + c, load(sum_d + c, n) + d, n);
-      store(sum_dx + c, load(sum_dx + c, n) + d * centred, n);
-      if (total) store(total + c, load(total + c, n) + scale * d, n);
-      if (a) store(a + c, relu(y), n);
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+      const floats<N> scale = load<N>(affine.scale + c);
+      const floats<N> y = centred * scale + load<N>(affine.shift + c);
+      const floats<N> d = y > 0 ? load<N>(grad + c) : floats<N>{};
+      store<N>(sum_d + c, load<N>(sum_d + c) + d);
+      store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
+      if (total) store<N>(total + c, load<N>(total + c) + scale * d);
+      if (a) store<N>(a + c, relu(y));
     });
     if (total) total += total_ld;
     if (a) a += cols;
@@ -117,13 +123,14 @@ void mask_accumulate(const T* grad, const T* x, int64_t ld, int64_t rows, int64_
 template <typename T>
 void mask(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx) {
   for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
-    columns(cols, [&](int64_t c, int64_t n) {
-      const floats centred = load(x + c, n) - load(affine.mean + c, n);
-      const floats scale = load(affine.scale + c, n);
-      const floats d = centred * scale + load(affine.shift + c, n) > 0 ? load(grad + c, n) : floats{};
-      store(sum_d + c, load(sum_d + c, n) + d, n);
-      store(sum_dx + c, load(sum_dx + c, n) + d * centred, n);
-      store(grad + c, scale * d, n);
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+      const floats<N> scale = load<N>(affine.scale + c);
+      const floats<N> y = centred * scale + load<N>(affine.shift + c);
+      const floats<N> d = y > 0 ? load<N>(grad + c) : floats<N>{};
+      store<N>(sum_d + c, load<N>(sum_d + c) + d);
+      store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
+      store<N>(grad + c, scale * d);
     });
   }
 }
@@ -132,16 +139,16 @@ template <typename T>
 void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, const float* mean,
               const float* p, const float* q, T* out) {
   for (int64_t r = 0; r < rows; ++r, grad += grad_ld, x += ld, out += cols) {
-    columns(cols, [&](int64_t c, int64_t n) {
-      const floats centred = load(x + c, n) - load(mean + c, n);
-      store(out + c, load(grad + c, n) + (load(p + c, n) + load(q + c, n) * centred), n);
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(mean + c);
+      store<N>(out + c, load<N>(grad + c) + (load<N>(p + c) + load<N>(q + c) * centred));
     });
   }
 }
 
 template <typename T>
 void add(const T* values, int64_t count, float* total) {
-  columns(count, [&](int64_t c, int64_t n) { store(total + c, load(total + c, n) + load(values + c, n), n); });
+  columns(count, [&]<int N>(int64_t c) { store<N>(total + c, load<N>(total + c) + load<N>(values + c)); });
 }
 
 template <typename T>

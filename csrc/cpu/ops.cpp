@@ -332,18 +332,24 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) {  /
   });
 }
 
-// grad + p + q * (x - mean)
-Tensor finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q) {  // [M, n] each, [n] each
+// grad + (p + 2 * q * (x - mean)) / count
+Tensor finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double count) {  // [M, n] each, [n] each
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
     STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
-    const float* vectors[] = {vector(mean, m.cols, "mean"), vector(p, m.cols, "p"), vector(q, m.cols, "q")};
+    const float *centre = vector(mean, m.cols, "mean"), *by_mean = vector(p, m.cols, "p"),
+                *by_variance = vector(q, m.cols, "q");
+    std::vector<float> constant(m.cols), slope(m.cols);
+    for (int64_t c = 0; c < m.cols; ++c) {
+      constant[c] = by_mean[c] / count;
+      slope[c] = 2 * by_variance[c] / count;
+    }
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     Tiles(m.rows, 3 * m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().finalise(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, vectors[0], vectors[1], vectors[2],
-                               result.row(first));
+      kernels_of<T>().finalise(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, centre, constant.data(),
+                               slope.data(), result.row(first));
     });
     return out;
   });

@@ -90,7 +90,7 @@ def bn_relu_conv3x3_backward(
 
 
 def finalise_gradient(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int) -> Tensor:
-    return kernels.cpu_finalise(grad, x, mean, p / count, 2 * q / count)
+    return kernels.cpu_finalise(grad, x, mean, p, q, float(count))
 
 
 def bn_relu_pool_conv1x1(
