@@ -1,4 +1,4 @@
-"""The command line: ``python -m densenet_fast info | train``."""
+"""The command line: ``python -m densenet_fast info | train | bench``."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    from densenet_fast import bench
     from densenet_fast.training.command import add_arguments, execute
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -15,8 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="what runs where on this machine, and why", allow_abbrev=False)
     train = commands.add_parser("train", help="train on real images, also side by side with stock", allow_abbrev=False)
     add_arguments(train)
+    compare = commands.add_parser("bench", help="time and memory beside stock", allow_abbrev=False)
+    bench.add_arguments(compare)
 
-    given = vars(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return bench.execute(compare, options)
+    given = vars(options)
     command = given.pop("command")
     if command == "train":
         return execute(train, given, arguments[arguments.index("train") + 1 :])

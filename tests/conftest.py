@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from helpers import declare_torchvision_ops
+from densenet_fast.thirdparty import import_torchvision
 
-declare_torchvision_ops()
+import_torchvision()
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 

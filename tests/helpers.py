@@ -6,19 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-_LIBRARIES = []
-
-
-def declare_torchvision_ops() -> None:
-    """Declares the two ops that torchvision's import refers to and its compiled library, which does not load on a
-    CPU-only torch, would define."""
-    if torch.cuda.is_available() or hasattr(torch.ops.torchvision, "nms"):
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
-
 
 def error(got: Tensor, expected: Tensor) -> float:
     """||got - expected|| / ||expected|| in float64; infinite where ``got`` holds a value that is not finite."""

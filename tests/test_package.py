@@ -13,7 +13,7 @@ from densenet_fast import info
 
 ROOT = Path(densenet_fast.__file__).parent
 LEVELS = [
-    ["version", "reference", "table", "backends.affine", "backends.layout"],
+    ["version", "reference", "table", "thirdparty", "memory", "backends.affine", "backends.layout"],
     ["backends.spatial", "backends.extension"],
     ["backends.aten", "backends.cpu"],
     ["backends"],
@@ -27,7 +27,7 @@ LEVELS = [
     ["nn"],
     ["models", "explain"],
     [""],
-    ["info", "training"],
+    ["info", "training", "bench"],
     ["__main__"],
 ]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from densenet_fast.thirdparty import import_torchvision
 from densenet_fast.training.errors import UsageError
 from densenet_fast.training.files import atomic_file
 from densenet_fast.training.images import Images, SeededImages, mean_and_deviation
@@ -26,8 +27,6 @@ CIFAR_FILES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
 }
-
-_declared_operators: list[torch.library.Library] = []
 
 
 class DataSet(NamedTuple):
@@ -188,19 +187,7 @@ def _expect_files(settings: Settings, files: list[Path], alternative: str) -> No
 
 
 def _torchvision(settings: Settings) -> ModuleType:
-    """torchvision, also where its compiled operators do not load because torch is built for another device."""
-    if importlib.util.find_spec("torchvision") is None:
-        raise UsageError(f"--data {settings.data}: expected torchvision to read it: pip install torchvision")
     try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        # Its import describes these two operators to torch, which needs them declared. The data sets never call them.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared_operators.append(library)
-        import torchvision
-    return torchvision
+        return import_torchvision()
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--data {settings.data}: expected torchvision to read it: pip install torchvision") from error

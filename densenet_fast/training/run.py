@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from densenet_fast.memory import MemoryUse, PeakMemory
 from densenet_fast.training import checkpoint
 from densenet_fast.training.architecture import build_model, check_image_size, load_weights
 from densenet_fast.training.data import DataSet, load_data
@@ -19,7 +20,6 @@ from densenet_fast.training.errors import UsageError
 from densenet_fast.training.files import atomic_file
 from densenet_fast.training.images import TrainingBatches, evaluation_loader, training_loader
 from densenet_fast.training.loop import Execution, evaluate, learning_rate, train_epoch
-from densenet_fast.training.memory import MemoryUse, PeakMemory
 from densenet_fast.training.metrics import COLUMNS, METRICS, epoch_line, write_csv
 from densenet_fast.training.plots import plot_run
 from densenet_fast.training.seeds import stream_seed

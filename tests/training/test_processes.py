@@ -7,13 +7,13 @@ import pytest
 import torch
 from training.support import DIGITS, PATH, checkpoint, command, table, train
 
+from densenet_fast.memory import CLEAR_REFS
 from densenet_fast.training.architecture import build_model
 from densenet_fast.training.data import load_data
 from densenet_fast.training.distributed import Processes
 from densenet_fast.training.errors import UsageError
 from densenet_fast.training.images import evaluation_loader
 from densenet_fast.training.loop import Execution, evaluate
-from densenet_fast.training.memory import CLEAR_REFS
 from densenet_fast.training.run import check_data
 from densenet_fast.training.settings import Settings, resolve
 
@@ -148,7 +148,7 @@ from densenet_fast.training.distributed import Processes
 from densenet_fast.training.errors import UsageError
 from densenet_fast.training.images import evaluation_loader
 from densenet_fast.training.loop import Execution, evaluate
-from densenet_fast.training.memory import PeakMemory
+from densenet_fast.memory import PeakMemory
 earlier = torch.ones(100 << 20, dtype=torch.uint8)
 del earlier
 memory = PeakMemory(torch.device("cpu"))

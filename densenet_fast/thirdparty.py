@@ -1,0 +1,28 @@
+"""Libraries that are used where they are installed."""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_declared_operators: list[torch.library.Library] = []
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also where its compiled operators do not load because torch is built for another device.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    # Its import describes these two operators to torch, which needs them declared; models and data sets call neither.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared_operators.append(library)
+    return importlib.import_module("torchvision")
