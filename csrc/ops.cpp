@@ -12,5 +12,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "Tensor(a!)? grad_x, bool need_weight, bool need_sums) -> (Tensor, Tensor)");
   m.def("cpu_mask_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
+  m.def("cpu_bn_relu_pool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> Tensor");
+  m.def(
+      "cpu_bn_relu_pool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) "
+      "-> (Tensor, Tensor)");
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count) -> Tensor");
 }

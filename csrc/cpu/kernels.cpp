@@ -147,13 +147,38 @@ void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t ro
 }
 
 template <typename T>
+void bn_relu_sum(const T* const* rows, int64_t count, int64_t cols, Affine affine, float factor, T* out) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+    const floats<N> shift = load<N>(affine.shift + c);
+    floats<N> sum = {};
+    for (int64_t i = 0; i < count; ++i) sum += relu((load<N>(rows[i] + c) - mean) * scale + shift);
+    store<N>(out + c, factor * sum);
+  });
+}
+
+template <typename T>
+void mask_row(const T* grad, const T* x, int64_t cols, Affine affine, float factor, T* out, float* sum_d,
+              float* sum_dx) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+    const floats<N> scale = load<N>(affine.scale + c);
+    const floats<N> y = centred * scale + load<N>(affine.shift + c);
+    const floats<N> d = y > 0 ? factor * load<N>(grad + c) : floats<N>{};
+    store<N>(sum_d + c, load<N>(sum_d + c) + d);
+    store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
+    store<N>(out + c, scale * d);
+  });
+}
+
+template <typename T>
 void add(const T* values, int64_t count, float* total) {
   columns(count, [&]<int N>(int64_t c) { store<N>(total + c, load<N>(total + c) + load<N>(values + c)); });
 }
 
 template <typename T>
 constexpr Kernels<T> table() {
-  return {bn_relu<T>, statistics<T>, mask<T>, mask_accumulate<T>, finalise<T>, add<T>};
+  return {bn_relu<T>, statistics<T>, mask<T>, mask_accumulate<T>, finalise<T>, bn_relu_sum<T>, mask_row<T>, add<T>};
 }
 
 }  // namespace

@@ -33,6 +33,11 @@ struct Kernels {
   // out (contiguous) = grad + p + q * (x - mean)
   void (*finalise)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                    const float* mean, const float* p, const float* q, T* out);
+  // out = factor * sum of relu(y) over `count` rows, [cols]
+  void (*bn_relu_sum)(const T* const* rows, int64_t count, int64_t cols, Affine affine, float factor, T* out);
+  // one row: D = factor * grad * (y > 0): sum_d += D, sum_dx += D * (x - mean), out = scale * D
+  void (*mask_row)(const T* grad, const T* x, int64_t cols, Affine affine, float factor, T* out, float* sum_d,
+                   float* sum_dx);
   // total += values, [count]
   void (*add)(const T* values, int64_t count, float* total);
 };

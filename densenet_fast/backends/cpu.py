@@ -9,7 +9,7 @@ from torch import Tensor
 
 from densenet_fast.backends import extension
 from densenet_fast.backends.affine import Affine
-from densenet_fast.backends.spatial import convolve, convolve_backward, pool, unpool
+from densenet_fast.backends.spatial import convolve, convolve_backward
 
 name = "cpu"
 
@@ -96,16 +96,15 @@ def finalise_gradient(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tenso
 def bn_relu_pool_conv1x1(
     x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
 ) -> Tensor:
-    a = pool(kernels.cpu_bn_relu(x, *affine), grid)
+    a = kernels.cpu_bn_relu_pool(x, *affine, grid)
     return a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
 
 
 def bn_relu_pool_conv1x1_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
-    weight_gradient = grad.t() @ pool(kernels.cpu_bn_relu(x, *affine), grid) if need_weight else None
+    weight_gradient = grad.t() @ kernels.cpu_bn_relu_pool(x, *affine, grid) if need_weight else None
     if not need_input:
         return None, weight_gradient, None
-    input_gradient = unpool(grad @ weight, grid)
-    sums = kernels.cpu_mask_(input_gradient, x, *affine)
+    input_gradient, sums = kernels.cpu_bn_relu_pool_backward(grad @ weight, x, *affine, grid)
     return input_gradient, weight_gradient, (sums[0], sums[1])
