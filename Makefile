@@ -13,7 +13,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test lint clean installed-in-active-environment
+.PHONY: demo test lint sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -24,6 +24,16 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The kernel tests with the compiled kernels under the address and undefined-behaviour sanitizers.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+sanitize: $(INSTALLED)
+	CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py --quiet build_ext --build-temp build/sanitize \
+		--build-lib build/sanitized
+	DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+		$(RUN) -m pytest tests/backends/test_kernels.py tests/backends/test_extension.py \
+		-k "cpu- or threads or arguments"
 
 clean:
 	rm -rf $(or $(VENV),build) build runs *.egg-info

@@ -87,10 +87,11 @@ class BuildLibrary(build_ext):
             for name, flags in INSTRUCTION_SETS.items()
         ]
         lines = [
-            f"flags = {FLAGS} -isystem {home / 'include'}",
+            f"flags = {FLAGS} -isystem {home / 'include'} {os.environ.get('CXXFLAGS', '')}",
+            f"ldflags = -L{home / 'lib'} -ltorch_cpu -ltorch {os.environ.get('LDFLAGS', '')}",
             f"rule compile\n  command = {self.compiler_name()} -MMD -MF $out.d $flags $more -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
-            f"rule link\n  command = {self.compiler_name()} -shared $in -o $out -L{home / 'lib'} -ltorch_cpu -ltorch",
+            f"rule link\n  command = {self.compiler_name()} -shared $in -o $out $ldflags",
             "  description = link $out",
         ]
         for name, source, more in objects:

@@ -1,11 +1,13 @@
 """The compiled kernels: one shared library, loaded where it is installed."""
 
 import functools
+import os
 from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parents[1] / "_kernels.so"
+LIBRARY = Path(os.environ.get("DENSENET_FAST_LIBRARY") or Path(__file__).parents[1] / "_kernels.so")
+"""Where it is: with the package, or where the environment variable DENSENET_FAST_LIBRARY says."""
 
 
 @functools.cache
@@ -16,7 +18,7 @@ def unavailable() -> str | None:
             "the compiled kernels are not installed (pip install --no-build-isolation . with a C++ compiler and ninja)"
         )
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(LIBRARY.resolve())
     except OSError as error:
         return f"the compiled kernels do not load: {error.__cause__ or error}"
     return None
