@@ -40,6 +40,7 @@ def main(folder: Path) -> None:
         "buffers": dict(model.named_buffers()),
     }
     torch.save(result, folder / f"{rank}.pt")
+    del parallel  # as the group's last owner it would destroy it while holding the lock that gloo's threads wait for
     dist.destroy_process_group()
 
 

@@ -15,6 +15,14 @@ from helpers import assert_same, error, randomise, step, twin
 SHAPES = {1: (11,), 2: (7, 6), 3: (4, 5, 6)}
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Nothing compiled before, and nothing left behind."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def block(**options):
     return randomise(DenseBlock(3, 6, 4, 4, **options).double())
 
@@ -130,7 +138,7 @@ def test_second_derivatives_through_a_block_used_twice():
     assert all(error(a, b) < 1e-9 for a, b in zip(*results))
 
 
-def test_compiled_forward_mode_fails_as_on_stock_ops():
+def test_compiled_forward_mode_fails_as_on_stock_ops(fresh_compiler):
     module, x = block().eval(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
 
     def tangent(x):
@@ -297,7 +305,7 @@ def test_backward_under_autocast_computes_in_the_dtypes_of_forward():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_equals_eager(training, channels_last):
+def test_compiled_equals_eager(training, channels_last, fresh_compiler):
     """With channels enough that the convolutions choose their own memory formats."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = randomise(DenseBlock(2, 16, 4, 16, 0.2)).train(training)
