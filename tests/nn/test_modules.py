@@ -1,6 +1,8 @@
 """The modules: fused and one by one they agree, they say which they do and why, and hooks fire."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -138,17 +140,24 @@ def test_second_derivatives_through_a_block_used_twice():
     assert all(error(a, b) < 1e-9 for a, b in zip(*results))
 
 
-def test_compiled_forward_mode_fails_as_on_stock_ops(fresh_compiler):
-    module, x = block().eval(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+COMPILED_TANGENT = """
+import torch
+from densenet_fast.nn import DenseBlock
 
-    def tangent(x):
-        return torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+module, x = DenseBlock(2, 6, 4, 4).double().eval(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+tangent = lambda x: torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+expected = tangent(x)
+try:
+    print(torch.compile(tangent, backend="aot_eager")(x).allclose(expected))
+except RuntimeError:
+    print("refused")
+"""
 
-    with densenet_fast.set_fused(False), pytest.raises(RuntimeError):  # what torch itself does with batch_norm
-        torch.compile(tangent, backend="aot_eager")(x)
-    torch.compiler.reset()
-    with pytest.raises(RuntimeError):
-        torch.compile(tangent, backend="aot_eager")(x)
+
+def test_compiled_forward_mode_is_right_or_refused():
+    """In a process of its own: torch refuses to compile a tangent of batch_norm and is not itself afterwards."""
+    output = subprocess.run([sys.executable, "-c", COMPILED_TANGENT], capture_output=True, text=True).stdout
+    assert output.strip() in ("True", "refused")
 
 
 def replace(path, module):
