@@ -121,21 +121,6 @@ void mask_accumulate(const T* grad, const T* x, int64_t ld, int64_t rows, int64_
 }
 
 template <typename T>
-void mask(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx) {
-  for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
-    columns(cols, [&]<int N>(int64_t c) {
-      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
-      const floats<N> scale = load<N>(affine.scale + c);
-      const floats<N> y = centred * scale + load<N>(affine.shift + c);
-      const floats<N> d = y > 0 ? load<N>(grad + c) : floats<N>{};
-      store<N>(sum_d + c, load<N>(sum_d + c) + d);
-      store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
-      store<N>(grad + c, scale * d);
-    });
-  }
-}
-
-template <typename T>
 void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, const float* mean,
               const float* p, const float* q, T* out) {
   for (int64_t r = 0; r < rows; ++r, grad += grad_ld, x += ld, out += cols) {
@@ -169,6 +154,13 @@ void mask_row(const T* grad, const T* x, int64_t cols, Affine affine, float fact
     store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
     store<N>(out + c, scale * d);
   });
+}
+
+template <typename T>
+void mask(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx) {
+  for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
+    mask_row(grad, x, cols, affine, 1.0f, grad, sum_d, sum_dx);
+  }
 }
 
 template <typename T>

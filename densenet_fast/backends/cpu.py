@@ -46,7 +46,7 @@ def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | 
 def bn_relu_conv1x1(
     x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    z, mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight, statistics and bias is None)
+    z, mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight.contiguous(), statistics and bias is None)
     if bias is not None:
         z.add_(bias)
         return z, channel_statistics(z) if statistics else None
@@ -56,7 +56,9 @@ def bn_relu_conv1x1(
 def bn_relu_conv1x1_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grad_x: Tensor | None, need_weight: bool, need_sums: bool
 ) -> tuple[Tensor | None, Statistics | None]:
-    grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(grad, x, *affine, weight, grad_x, need_weight, need_sums)
+    grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(
+        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums
+    )
     have_sums = need_sums or grad_x is not None
     return grad_weight if need_weight else None, (sums[0], sums[1]) if have_sums else None
 

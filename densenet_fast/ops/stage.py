@@ -46,7 +46,8 @@ class Stage(NamedTuple):
             mean, var = self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
         r = torch.rsqrt(var + self.eps)
         scale = r if self.weight is None else self.weight * r
-        return Affine(mean, scale, torch.zeros_like(r) if self.bias is None else self.bias.to(r.dtype)), r
+        shift = torch.zeros_like(r) if self.bias is None else self.bias.to(r.dtype)
+        return Affine(mean.contiguous(), scale.contiguous(), shift.contiguous()), r
 
 
 def pack(stages: Sequence[Stage], like: Tensor) -> tuple[list[Tensor], list[float]]:

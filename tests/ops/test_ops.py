@@ -432,6 +432,20 @@ def test_running_statistics_of_half_precision_are_no_less_accurate_than_stock():
         assert error(got, truth) <= 1.2 * error(expected, truth)
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_tensors_of_any_strides(pool):
+    run = functional.bn_relu_conv1x1_avgpool if pool else functional.bn_relu_conv1x1
+    weight, vectors, x = torch.randn(3, 4, 1, 1).transpose(0, 1), torch.rand(3, 4), torch.randn(2, 3, 4, 4)
+    norm = BatchNorm(vectors[:, 1], vectors[:, 2], vectors[:, 0], vectors[:, 3], training=False)
+    same = BatchNorm(*(t.contiguous() for t in norm[:4]), training=False)
+    results = []
+    for n, w in ((norm, weight), (same, weight.contiguous())):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf, n, w)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+    assert all(a.equal(b) for a, b in zip(*results))
+
+
 def test_counter_without_running_statistics_is_incremented():
     counter = torch.tensor(0)
     functional.bn_relu_conv1x1(torch.randn(2, 3, 4, 4), BatchNorm(num_batches_tracked=counter), torch.randn(4, 3, 1, 1))
