@@ -1,0 +1,89 @@
+// Statistics, normalisation, masks and gradients of columns: no products.
+#include "tiles.h"
+
+namespace densenet_fast {
+namespace {
+
+std::string capability() { return kernels().name; }
+
+std::tuple<Tensor, Tensor> statistics(Tensor x) {  // [M, C]
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    const Tiles tiles(m.rows, m.cols * sizeof(T));
+    TileStatistics result(tiles, m.cols);
+    tiles.each([&](int64_t tile, int64_t first, int64_t n) { result.add(tile, m.row(first), m.ld, n); });
+    return result.combined(tiles, x);
+  });
+}
+
+Tensor bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], [C] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    const Matrix<T> result(out, "out");
+    Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+      kernels_of<T>().bn_relu(m.row(first), m.ld, n, m.cols, a, result.row(first));
+    });
+    return out;
+  });
+}
+
+// D = grad * (y > 0): grad = scale * D in place, sum D, sum D * (x - mean)
+Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], [C] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<T> g(grad, "grad");
+    const Matrix<const T> m(x, "x");
+    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols && g.ld == g.cols, "grad: expected x's shape, contiguous");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
+    std::vector<ColumnSums> sums(tiles.chunks);
+    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    tiles.each([&](int64_t tile, int64_t first, int64_t n) {
+      sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
+        kernels_of<T>().mask(g.row(first), m.row(first), m.ld, n, m.cols, a, sum_d, sum_dx);
+      });
+    });
+    return total(sums, x);
+  });
+}
+
+// grad + (p + 2 * q * (x - mean)) / count
+Tensor finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double count) {  // [M, n] each, [n] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
+    const float *centre = vector(mean, m.cols, "mean"), *by_mean = vector(p, m.cols, "p"),
+                *by_variance = vector(q, m.cols, "q");
+    std::vector<float> constant(m.cols), slope(m.cols);
+    for (int64_t c = 0; c < m.cols; ++c) {
+      constant[c] = by_mean[c] / count;
+      slope[c] = 2 * by_variance[c] / count;
+    }
+    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    const Matrix<T> result(out, "out");
+    Tiles(m.rows, 3 * m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+      kernels_of<T>().finalise(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, centre, constant.data(),
+                               slope.data(), result.row(first));
+    });
+    return out;
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&densenet_fast::capability));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_statistics", TORCH_BOX(&densenet_fast::statistics));
+  m.impl("cpu_bn_relu", TORCH_BOX(&densenet_fast::bn_relu));
+  m.impl("cpu_mask_", TORCH_BOX(&densenet_fast::mask));
+  m.impl("cpu_finalise", TORCH_BOX(&densenet_fast::finalise));
+}
