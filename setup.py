@@ -23,11 +23,12 @@ TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
 LIBRARY = "_kernels.so"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi"
-CPU_SOURCES = ("dispatch", "elementwise", "bn_relu_conv1x1", "bn_relu_pool")
+CPU_SOURCES = ("dispatch", "elementwise", "bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool")
 INSTRUCTION_SETS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
+    INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
 
 
 def find(program: str) -> str | None:

@@ -6,7 +6,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_statistics(Tensor x) -> (Tensor, Tensor)");
   m.def("cpu_bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
   m.def(
-      "cpu_bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, bool statistics) "
+      "cpu_bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
+      "bool statistics) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
@@ -16,5 +17,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_pool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) "
       "-> (Tensor, Tensor)");
-  m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count) -> Tensor");
+  m.def(
+      "cpu_bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] grid, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
+      "int[] grid, Tensor(a!)? scaled, bool need_weight) -> (Tensor, Tensor)");
+  m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
 }

@@ -25,7 +25,7 @@ Tensor bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], 
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().bn_relu(m.row(first), m.ld, n, m.cols, a, result.row(first));
+      kernels_of<T>().bn_relu(m.row(first), m.ld, n, m.cols, a, result.row(first), result.ld);
     });
     return out;
   });
@@ -51,12 +51,14 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) {  /
   });
 }
 
-// grad + (p + 2 * q * (x - mean)) / count
-Tensor finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double count) {  // [M, n] each, [n] each
-  return by_dtype(x, [&](auto zero) {
+// out = grad + (p + 2 * q * (x - mean)) / count; out may be grad
+void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double count, Tensor out) {  // [M, n], [n] each
+  by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Matrix<T> result(out, "out");
     STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
+    STD_TORCH_CHECK(result.rows == m.rows && result.cols == m.cols, "out: expected x's shape");
     const float *centre = vector(mean, m.cols, "mean"), *by_mean = vector(p, m.cols, "p"),
                 *by_variance = vector(q, m.cols, "q");
     std::vector<float> constant(m.cols), slope(m.cols);
@@ -64,13 +66,10 @@ Tensor finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double c
       constant[c] = by_mean[c] / count;
       slope[c] = 2 * by_variance[c] / count;
     }
-    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
-    const Matrix<T> result(out, "out");
     Tiles(m.rows, 3 * m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
       kernels_of<T>().finalise(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, centre, constant.data(),
-                               slope.data(), result.row(first));
+                               slope.data(), result.row(first), result.ld);
     });
-    return out;
   });
 }
 

@@ -18,21 +18,37 @@ struct Affine {
   const float* shift;  // [cols]
 };
 
+// A matrix of 32-bit words, each a float or two bf16 that are adjacent in the direction that a product sums over ("steps")
+struct Operand {
+  const uint32_t* words;
+  int64_t row, step;  // distance from row to row (unused for a panel, whose columns are adjacent) and from step to step
+};
+
+// The 16 values of each tile, [16, tiles, columns] from `position` to position and `row` to row in elements; if paired, bf16
+// of two tiles share a word
+template <typename T>
+struct TransformedTiles {
+  T* data;
+  int64_t position, row;
+  bool paired;
+};
+
 template <typename T>
 struct Kernels {
-  // out = relu(y), [rows, cols] contiguous
-  void (*bn_relu)(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out);
+  // out = relu(y), [rows, cols]
+  void (*bn_relu)(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out, int64_t out_ld);
   // mean = column means, m2 = sums of squared deviations from them
   void (*statistics)(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2);
   // D = grad * (y > 0): sum_d += sum D, sum_dx += sum D * (x - mean), grad (contiguous) = scale * D
   void (*mask)(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx);
-  // the same, with total [rows, cols] (row distance total_ld) += scale * D unless null and
-  // a (contiguous) = relu(y) unless null; grad is left as it is
-  void (*mask_accumulate)(const T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* total,
-                          int64_t total_ld, T* a, float* sum_d, float* sum_dx);
-  // out (contiguous) = grad + p + q * (x - mean)
+  // the same, with total [rows, cols] += scale * D unless null and a = relu(y) unless null, as a panel whose steps are rows;
+  // with no grad, a alone
+  void (*mask_accumulate)(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+                          Affine affine, T* total, int64_t total_ld, uint32_t* a, int64_t a_width, float* sum_d,
+                          float* sum_dx);
+  // out = grad + p + q * (x - mean); out may be grad
   void (*finalise)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
-                   const float* mean, const float* p, const float* q, T* out);
+                   const float* mean, const float* p, const float* q, T* out, int64_t out_ld);
   // out = factor * sum of relu(y) over `count` rows, [cols]
   void (*bn_relu_sum)(const T* const* rows, int64_t count, int64_t cols, Affine affine, float factor, T* out);
   // one row: D = factor * grad * (y > 0): sum_d += D, sum_dx += D * (x - mean), out = scale * D
@@ -40,6 +56,25 @@ struct Kernels {
                    float* sum_dx);
   // total += values, [count]
   void (*add)(const T* values, int64_t count, float* total);
+  // out = values + bias (unless null), [rows, cols]
+  void (*store_rows)(const float* values, int64_t values_ld, int64_t rows, int64_t cols, const float* bias, T* out,
+                     int64_t out_ld);
+  // the words of a panel [steps, width], or of rows whose steps are adjacent in memory, from values anywhere
+  void (*pack)(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
+               uint32_t* out);
+  // out [rows, cols] = (or +=) a [rows, steps] * b [steps, cols]; cols is a multiple of 16, at most 32
+  void (*product)(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld,
+                  bool accumulate);
+  // winograd.h
+  void (*winograd_weight)(const T* filters, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols,
+                          int64_t width, bool turned, uint32_t* out, int64_t position);
+  void (*winograd_input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
+                         TransformedTiles<T> out);
+  void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);
+  void (*winograd_output)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels);
+  void (*winograd_input_gradient)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x,
+                                  int64_t offset, Affine affine, T* const* out, float* sum_d, float* sum_dx);
+  void (*winograd_weight_gradient)(const float* u, int64_t position, int64_t cols, float* out);
 };
 
 struct KernelTable {
@@ -49,7 +84,7 @@ struct KernelTable {
 };
 
 // The kernels for the best instruction set that this processor and its operating system allow, or for the one that the
-// environment variable DENSENET_FAST_CPU names ("default", "avx2", "avx512"); read once.
+// environment variable DENSENET_FAST_CPU names ("default", "avx2", "avx512", "avx512_bf16"); read once.
 const KernelTable& kernels();
 
 }  // namespace densenet_fast

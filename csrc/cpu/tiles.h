@@ -2,7 +2,6 @@
 // into tiles that stay in cache, and the sums and statistics of tiles.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -78,17 +77,18 @@ inline std::vector<float> zeros(int64_t count) { return std::vector<float>(count
 struct Tiles {
   int64_t rows, chunks, per_chunk;
 
-  Tiles(int64_t rows, int64_t scratch_bytes_per_row) : rows(rows) {
-    constexpr int64_t kScratchBytes = 384 << 10;
-    const int64_t tile = std::clamp<int64_t>(kScratchBytes / std::max<int64_t>(scratch_bytes_per_row, 1), 32, 1024);
-    const int64_t wanted = std::max<int64_t>((rows + tile - 1) / tile, 1);
-    chunks = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(rows / 16, 1));
-    per_chunk = (wanted + chunks - 1) / chunks;
+  Tiles(int64_t rows, int64_t scratch_bytes_per_row)
+      : Tiles(rows, std::clamp<int64_t>((384 << 10) / std::max<int64_t>(scratch_bytes_per_row, 1), 32, 1024), 16) {}
+
+  // tiles of about `tile` rows, chunks of at least `least`
+  Tiles(int64_t rows, int64_t tile, int64_t least) : rows(rows) {
+    chunks = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(rows / least, 1));
+    per_chunk = std::max<int64_t>((rows + tile * chunks - 1) / (tile * chunks), 1);
   }
 
   int64_t count() const { return chunks * per_chunk; }
   int64_t begin(int64_t tile) const { return rows * tile / count(); }
-  int64_t largest() const { return rows / count() + 1; }
+  int64_t largest() const { return (rows + count() - 1) / count(); }
 
   // f(chunk) in parallel; a chunk's tiles are chunk * per_chunk ... (chunk + 1) * per_chunk
   template <typename F>
@@ -165,15 +165,47 @@ struct TileStatistics {
   }
 };
 
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The right factor of a product, packed: panels of 32 columns, the last one of 16 or 32
+struct Panels {
+  int64_t cols, steps, count;
+  std::unique_ptr<uint32_t[], decltype(&std::free)> words;
+
+  Panels(int64_t cols, int64_t steps, int64_t matrices = 1)
+      : cols(cols), steps(steps), count((cols + 31) / 32), words(scratch<uint32_t>(matrices * size())) {}
+
+  int64_t padded() const { return round_up(cols, 16); }
+  int64_t size() const { return padded() * steps; }  // words of one matrix
+  int64_t width(int64_t panel) const { return std::min<int64_t>(padded() - 32 * panel, 32); }
+  int64_t valid(int64_t panel) const { return std::min<int64_t>(cols - 32 * panel, 32); }
+  uint32_t* panel(int64_t panel, int64_t matrix = 0) const {
+    return words.get() + matrix * size() + 32 * panel * steps;
+  }
+
+  Operand operand(int64_t panel, int64_t matrix = 0) const { return {this->panel(panel, matrix), 0, width(panel)}; }
+
+  // f(panel) in parallel
+  template <typename F>
+  void each(F f) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) f(panel);
+    });
+  }
+};
+
 template <typename T>
-Tensor blob(const T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
-  return torch::stable::from_blob(const_cast<T*>(data), {rows, cols}, {row_stride, col_stride},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), kDtype<T>);
+constexpr int64_t kPerWord = 4 / sizeof(T);
+
+// Words that sum over `depth` values
+template <typename T>
+int64_t steps_of(int64_t depth) {
+  return (depth + kPerWord<T> - 1) / kPerWord<T>;
 }
 
-// out = a @ b; a thread of torch's pool computes it alone
-inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+template <typename T>
+const uint32_t* as_words(const T* values) {
+  return reinterpret_cast<const uint32_t*>(values);
 }
 
 // Sums the chunks' accumulators in their order
@@ -190,6 +222,23 @@ inline Tensor total(const std::vector<ColumnSums>& parts, const Tensor& like) { 
   std::vector<std::vector<float>> sums;
   for (const ColumnSums& part : parts) sums.push_back(part.sums);
   return total(sums, {2, parts[0].cols}, like);
+}
+
+// Sums the chunks' products [panels, rows, width] in their order: [rows, cols]
+inline Tensor from_panels(const std::vector<std::vector<float>>& parts, const Panels& panels, int64_t rows,
+                          const Tensor& like) {
+  Tensor sum = torch::stable::new_empty(like, {rows, panels.cols}, ScalarType::Float);
+  float* data = static_cast<float*>(sum.data_ptr());
+  panels.each([&](int64_t p) {
+    const int64_t width = panels.width(p), valid = panels.valid(p);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* out = data + r * panels.cols + 32 * p;
+      const int64_t from = 32 * p * rows + r * width;
+      std::copy_n(parts[0].data() + from, valid, out);
+      for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].data() + from, valid, out);
+    }
+  });
+  return sum;
 }
 
 inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }

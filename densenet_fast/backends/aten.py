@@ -122,12 +122,14 @@ def bn_relu_conv3x3_backward(
     return scaled, weight_gradient, sums
 
 
-def finalise_gradient(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int) -> Tensor:
-    """grad + (p + 2 * q * (x - mean)) / count for grad, x [M, n]: adds what reaches x through its batch statistics,
-    given the gradients p and q [n] with respect to its mean and variance."""
+def finalise_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int, out: Tensor
+) -> None:
+    """out = grad + (p + 2 * q * (x - mean)) / count for grad, x, out [M, n]: adds what reaches x through its batch
+    statistics, given the gradients p and q [n] with respect to its mean and variance. ``out`` may be ``grad``."""
     dtype = accumulation_dtype(x.dtype)
     centred = x.to(dtype) - mean
-    return torch.addcmul(p / count, centred, 2 * q / count).add_(grad).to(grad.dtype)
+    out.copy_(torch.addcmul(p / count, centred, 2 * q / count).add_(grad))
 
 
 def bn_relu_pool_conv1x1(

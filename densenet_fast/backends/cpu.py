@@ -9,6 +9,7 @@ from torch import Tensor
 
 from densenet_fast.backends import extension
 from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
 name = "cpu"
@@ -46,10 +47,8 @@ def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | 
 def bn_relu_conv1x1(
     x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Statistics | None]:
-    z, mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight.contiguous(), statistics and bias is None)
-    if bias is not None:
-        z.add_(bias)
-        return z, channel_statistics(z) if statistics else None
+    bias = None if bias is None else bias.float()
+    z, mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight.contiguous(), bias, statistics)
     return z, (mean, var) if statistics else None
 
 
@@ -74,15 +73,27 @@ def bn_relu_conv3x3(
     keep_scale: float,
     statistics: bool,
 ) -> Statistics | None:
-    y = convolve(kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
+    if not minimal_filtering(grid):
+        y = convolve(kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
+        if mask is not None:
+            y = y.mul_(mask).mul_(keep_scale)
+        return append_features(y, out, statistics)
+    bias = None if bias is None else bias.float()
+    kernels.cpu_bn_relu_conv3x3(x, *affine, weight.contiguous(), bias, grid, out)
     if mask is not None:
-        y = y.mul_(mask).mul_(keep_scale)
-    return append_features(y, out, statistics)
+        out.mul_(to_matrix(mask)).mul_(keep_scale)
+    return kernels.cpu_statistics(out) if statistics else None
 
 
 def bn_relu_conv3x3_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+    if minimal_filtering(grid):
+        scaled = torch.empty_like(x, memory_format=torch.contiguous_format) if need_input else None
+        grad_weight, sums = kernels.cpu_bn_relu_conv3x3_backward(
+            grad, x, *affine, weight.contiguous(), grid, scaled, need_weight
+        )
+        return scaled, grad_weight if need_weight else None, (sums[0], sums[1]) if need_input else None
     a = kernels.cpu_bn_relu(x, *affine)
     input_gradient, weight_gradient = convolve_backward(grad, a, weight, grid, need_input, need_weight)
     if not need_input:
@@ -91,8 +102,15 @@ def bn_relu_conv3x3_backward(
     return input_gradient, weight_gradient, (sums[0], sums[1])
 
 
-def finalise_gradient(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int) -> Tensor:
-    return kernels.cpu_finalise(grad, x, mean, p, q, float(count))
+def minimal_filtering(grid: tuple[int, ...]) -> bool:
+    """Whether the 3x3 convolution runs on 2x2 tiles by minimal filtering: it does for images of at least that size."""
+    return len(grid) == 3 and min(grid[1:]) >= 2
+
+
+def finalise_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int, out: Tensor
+) -> None:
+    kernels.cpu_finalise(grad, x, mean, p, q, float(count), out)
 
 
 def bn_relu_pool_conv1x1(

@@ -104,7 +104,7 @@ def bn_relu_conv1x1_backward(
         return x.new_empty(0), gradients.tensors(x)
     if not stage.frozen:
         p, q = global_sum(*statistics_gradient(sums, affine.scale, r), group)
-        grad_x = backend.finalise_gradient(grad_x, matrix, mean, p, q, count)
+        backend.finalise_gradient(grad_x, matrix, mean, p, q, count, grad_x)
     return to_image(grad_x, grid), gradients.tensors(x)
 
 

@@ -195,19 +195,24 @@ class BlockGradients:
                 dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
             z = bottlenecks[i] if bottlenecks else None
             self.layer(i, dy, z, by_layer[i], need_inputs=need_x or i > first)
-        grad_x = self.finalise(slice(0, plan.starts[0]), plan.normalised_by_batch(0)) if need_x else None
-        if grad_x is None:
-            return self.features.new_empty(0), [t for g in gradients for t in g.tensors(self.features)]
-        image = to_image(grad_x.contiguous(), plan.grid)
-        return image, [t for g in gradients for t in g.tensors(self.features)]
+        tensors = [t for g in gradients for t in g.tensors(self.features)]
+        if not need_x:
+            return self.features.new_empty(0), tensors
+        image = empty_image(self.features, plan.grid, plan.starts[0])
+        self.finalise(slice(0, plan.starts[0]), plan.normalised_by_batch(0), to_matrix(image))
+        return image, tensors
 
-    def finalise(self, columns: slice, normalised_by_batch: bool) -> Tensor:
-        """(1) on columns of F; nothing to add where no reader normalises by the batch."""
+    def finalise(self, columns: slice, normalised_by_batch: bool, out: Tensor | None = None) -> Tensor:
+        """(1) on columns of F, in place or into ``out``; nothing to add where no reader normalises by the batch."""
         grad = self.grad[:, columns]
-        if not normalised_by_batch:
-            return grad
-        p, q = global_sum(self.p[columns], self.q[columns], self.group)
-        return self.backend.finalise_gradient(grad, self.features[:, columns], self.mean[columns], p, q, self.count)
+        out = grad if out is None else out
+        if normalised_by_batch:
+            p, q = global_sum(self.p[columns], self.q[columns], self.group)
+            mean = self.mean[columns]
+            self.backend.finalise_gradient(grad, self.features[:, columns], mean, p, q, self.count, out)
+        elif out is not grad:
+            out.copy_(grad)
+        return out
 
     def layer(self, i: int, dy: Tensor, z: Tensor | None, gradients: list[StageGradients], need_inputs: bool) -> None:
         """One layer's backward: its stages' gradients, and (2) on the columns it read if they need gradients."""
@@ -264,7 +269,8 @@ class BlockGradients:
         if not need_dz or second.frozen:
             return scaled
         p, q = global_sum(*statistics_gradient(sums, affine.scale, r), self.group)
-        return self.backend.finalise_gradient(scaled, z, mean, p, q, self.count)
+        self.backend.finalise_gradient(scaled, z, mean, p, q, self.count, scaled)
+        return scaled
 
 
 @torch.library.custom_op("densenet_fast::dense_block_backward", mutates_args=())

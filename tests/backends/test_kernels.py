@@ -176,10 +176,16 @@ def test_finalise_gradient(backend, dtype, channels, grid):
     grad = torch.randn_like(case.buffer)[:, 1 : 1 + case.c]
     p, q = torch.randn(2, case.c).to(accumulation_dtype(dtype))
     for count in (case.x.shape[0], torch.tensor(3.0 * case.x.shape[0], dtype=torch.float64)):
-        got = backend.finalise_gradient(grad, case.x, case.affine.mean, p, q, count)
+        buffer = torch.zeros_like(case.buffer)
+        backend.finalise_gradient(grad, case.x, case.affine.mean, p, q, count, buffer[:, 3 : 3 + case.c])
+        got = buffer[:, 3 : 3 + case.c].clone()
         centred = case.x.double() - case.affine.mean.double()
         truth = grad.double() + (p.double() + 2 * q.double() * centred) / float(count)
-        assert error(got, truth) <= 2 * torch.finfo(dtype).eps and got.dtype == dtype
+        assert error(got, truth) <= 2 * torch.finfo(dtype).eps
+        assert buffer[:, :3].eq(0).all() and buffer[:, 3 + case.c :].eq(0).all()
+        in_place = grad.clone()
+        backend.finalise_gradient(in_place, case.x, case.affine.mean, p, q, count, in_place)
+        assert in_place.equal(got)
 
 
 @pytest.mark.parametrize("bias", [True, False])

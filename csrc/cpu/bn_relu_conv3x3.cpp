@@ -1,0 +1,232 @@
+// BN-ReLU-Conv3x3 of two-dimensional images, forward and backward, by minimal filtering (winograd.h): a batch of 2x2 tiles is
+// normalised and transformed into scratch, multiplied, and transformed back while it is in cache.
+#include "tiles.h"
+
+namespace densenet_fast {
+namespace {
+
+// The 2x2 tiles of all images, in order; those at the lower and right border may reach outside
+struct ImageTiles {
+  int64_t batch, height, width, down, across;
+
+  ImageTiles(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), height(grid.at(1)), width(grid.at(2)) {
+    STD_TORCH_CHECK(grid.size() == 3 && batch * height * width == rows, "grid: expected two spatial sizes and the product ",
+                    rows);
+    down = (height + 1) / 2;
+    across = (width + 1) / 2;
+  }
+
+  int64_t count() const { return batch * down * across; }
+
+  // Pointers to the size x size pixels of tiles first ... first + n that begin `border` above and left; null outside
+  template <typename T>
+  void pixels(const Matrix<T>& m, int64_t first, int64_t n, int64_t size, int64_t border, T** out) const {
+    for (int64_t t = first; t < first + n; ++t) {
+      const int64_t image = t / (down * across), y = t / across % down * 2 - border, x = t % across * 2 - border;
+      for (int64_t i = y; i < y + size; ++i) {
+        for (int64_t j = x; j < x + size; ++j) {
+          const bool inside = 0 <= i && i < height && 0 <= j && j < width;
+          *out++ = inside ? m.row((image * height + i) * width + j) : nullptr;
+        }
+      }
+    }
+  }
+};
+
+// The pixels of a batch of tiles
+template <typename T>
+struct Pixels {
+  int64_t size, border;
+  std::vector<T*> pointers;
+
+  Pixels(int64_t size, int64_t border, int64_t tiles) : size(size), border(border), pointers(size * size * tiles) {}
+
+  T* const* of(const ImageTiles& tiles, const Matrix<T>& m, int64_t first, int64_t n) {
+    tiles.pixels(m, first, n, size, border, pointers.data());
+    return pointers.data();
+  }
+};
+
+// The 16 values of as many as `tiles` tiles; what no tile is stored to stays zero
+template <typename T>
+struct Transformed {
+  int64_t cols, words, position;  // words in a row; words from position to position
+  bool paired;
+  std::unique_ptr<T[], decltype(&std::free)> data;
+
+  Transformed(int64_t tiles, int64_t cols, bool paired)
+      : cols(cols),
+        words(paired ? cols : steps_of<T>(cols)),
+        position((paired ? steps_of<T>(tiles) : tiles) * words),
+        paired(paired),
+        data(scratch<T>(16 * position * kPerWord<T>)) {
+    std::fill_n(data.get(), 16 * position * kPerWord<T>, T{});
+  }
+
+  TransformedTiles<T> tiles() const { return {data.get(), position * kPerWord<T>, words * kPerWord<T>, paired}; }
+
+  const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
+};
+
+constexpr int64_t kForwardTiles = 42, kBackwardTiles = 84;
+
+struct Filters {
+  int64_t out_channels, in_channels;
+
+  Filters(const Tensor& weight, int64_t cols)
+      : out_channels(weight.size(0)), in_channels(weight.size(1)) {
+    STD_TORCH_CHECK(weight.dim() == 4 && in_channels == cols && weight.size(2) == 3 && weight.size(3) == 3 &&
+                        weight.is_contiguous(),
+                    "weight: expected [k, ", cols, ", 3, 3], contiguous");
+  }
+};
+
+// out = conv3x3(relu(y), weight) + bias
+void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias,
+                     std::vector<int64_t> grid, Tensor out) {  // [M, B], [B] each, [k, B, 3, 3], [k], [M, k]
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels_of<T>();
+    const Matrix<const T> m(x, "x");
+    const Matrix<T> result(out, "out");
+    const Filters filters(weight, m.cols);
+    STD_TORCH_CHECK(weight.scalar_type() == kDtype<T>, "weight: dtype unlike the others'");
+    STD_TORCH_CHECK(result.rows == m.rows && result.cols == filters.out_channels, "out: expected [M, k]");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const float* b = bias ? vector(*bias, filters.out_channels, "bias") : nullptr;
+    const ImageTiles image(grid, m.rows);
+    const Panels weights(filters.out_channels, steps_of<T>(m.cols), 16);
+    const T* w = static_cast<const T*>(weight.data_ptr());
+    weights.each([&](int64_t p) {
+      kernel.winograd_weight(w + 32 * p * m.cols * 9, 9, m.cols * 9, m.cols, weights.valid(p), weights.width(p), false,
+                             weights.panel(p), weights.size());
+    });
+    const Tiles tiles(image.count(), kForwardTiles, 8);
+    tiles.run([&](int64_t chunk) {
+      const int64_t largest = tiles.largest(), products_ld = weights.padded();
+      const Transformed<T> v(largest, m.cols, false);
+      const auto products = scratch<float>(16 * largest * products_ld);
+      Pixels<const T> around(4, 1, largest);
+      Pixels<T> inside(2, 0, largest);
+      for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
+        const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
+        if (n == 0) continue;
+        kernel.winograd_input(around.of(image, m, first, n), 0, n, m.cols, &a, v.tiles());
+        for (int64_t i = 0; i < 16; ++i) {
+          const Operand left = {v.at(i), v.words, 1};
+          for (int64_t p = 0; p < weights.count; ++p) {
+            kernel.product(left, weights.operand(p, i), n, weights.width(p), weights.steps,
+                           products.get() + i * n * products_ld + 32 * p, products_ld, false);
+          }
+        }
+        kernel.winograd_output(products.get(), products_ld, n, filters.out_channels, b,
+                               inside.of(image, result, first, n));
+      }
+    });
+  });
+}
+
+// D = conv3x3_input_grad(grad, weight) * (y > 0):  scaled = scale * D,  dW,  sum D,  sum D * (x - mean)
+std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift,
+                                                    Tensor weight, std::vector<int64_t> grid,
+                                                    std::optional<Tensor> scaled, bool need_weight) {
+  // [M, k], [M, B], [B] each, [k, B, 3, 3], [M, B]
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T>& kernel = kernels_of<T>();
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Filters filters(weight, m.cols);
+    STD_TORCH_CHECK(weight.scalar_type() == kDtype<T>, "weight: dtype unlike the others'");
+    STD_TORCH_CHECK(g.rows == m.rows && g.cols == filters.out_channels, "grad: expected [M, k]");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const ImageTiles image(grid, m.rows);
+    std::optional<Matrix<T>> result;
+    if (scaled) {
+      result.emplace(*scaled, "scaled");
+      STD_TORCH_CHECK(result->rows == m.rows && result->cols == m.cols, "scaled: expected x's shape");
+    }
+    const Panels weights(m.cols, steps_of<T>(g.cols), 16);
+    const T* w = static_cast<const T*>(weight.data_ptr());
+    weights.each([&](int64_t p) {
+      if (!scaled) return;
+      kernel.winograd_weight(w + 32 * p * 9, m.cols * 9, 9, g.cols, weights.valid(p), weights.width(p), true,
+                             weights.panel(p), weights.size());
+    });
+    const Tiles tiles(image.count(), kBackwardTiles, 8);
+    std::vector<std::vector<float>> du(tiles.chunks);
+    std::vector<ColumnSums> sums(tiles.chunks);
+    tiles.run([&](int64_t chunk) {
+      const int64_t largest = tiles.largest();
+      const Transformed<T> dy(scaled ? largest : 0, g.cols, false), ady(need_weight ? largest : 0, g.cols, true);
+      const Transformed<T> v(need_weight ? largest : 0, 32, true);
+      const auto products = scratch<float>(scaled ? 16 * largest * 32 : 0);
+      Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest), x_inside(2, 0, largest);
+      Pixels<T> out_inside(2, 0, largest);
+      if (need_weight) du[chunk] = zeros(16 * g.cols * weights.padded());
+      sums[chunk].reset(m.cols);
+      for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
+        const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
+        if (n == 0) continue;
+        T* const* out = nullptr;
+        const T *const* x4 = nullptr, *const* x16 = nullptr;
+        if (scaled) {
+          kernel.winograd_input(dy_around.of(image, g, first, n), 0, n, g.cols, nullptr,
+                                dy.tiles());
+          out = out_inside.of(image, *result, first, n);
+          x4 = x_inside.of(image, m, first, n);
+        }
+        if (need_weight) {
+          kernel.winograd_gradient(dy_inside.of(image, g, first, n), n, g.cols, ady.tiles());
+          x16 = x_around.of(image, m, first, n);
+        }
+        sums[chunk].add([&](float* sum_d, float* sum_dx) {
+          for (int64_t p = 0; p < weights.count; ++p) {
+            const int64_t c = 32 * p, width = weights.width(p);
+            const Affine columns = {a.mean + c, a.scale + c, a.shift + c};
+            if (scaled) {
+              for (int64_t i = 0; i < 16; ++i) {
+                kernel.product({dy.at(i), dy.words, 1}, weights.operand(p, i), n, width, weights.steps,
+                               products.get() + i * n * width, width, false);
+              }
+              kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, out,
+                                             sum_d + c, sum_dx + c);
+            }
+            if (need_weight) {
+              kernel.winograd_input(x16, c, n, weights.valid(p), &columns, v.tiles());
+              for (int64_t i = 0; i < 16; ++i) {
+                kernel.product({ady.at(i), 1, g.cols}, {v.at(i), 0, v.words}, g.cols, width, steps_of<T>(n),
+                               du[chunk].data() + i * g.cols * weights.padded() + c * g.cols, width, true);
+              }
+            }
+          }
+        });
+      }
+    });
+    Tensor dw = nothing(x);
+    if (need_weight) {
+      dw = torch::stable::new_empty(x, {g.cols, m.cols, 3, 3}, ScalarType::Float);
+      float* data = static_cast<float*>(dw.data_ptr());
+      weights.each([&](int64_t p) {
+        const int64_t width = weights.width(p), position = g.cols * weights.padded();
+        for (int64_t r = 0; r < g.cols; ++r) {
+          float u[16 * 32];
+          for (int64_t i = 0; i < 16; ++i) {
+            const int64_t from = i * position + 32 * p * g.cols + r * width;
+            std::copy_n(du[0].data() + from, width, u + i * width);
+            for (size_t part = 1; part < du.size(); ++part) kernels().f32.add(du[part].data() + from, width, u + i * width);
+          }
+          kernel.winograd_weight_gradient(u, width, weights.valid(p), data + (r * m.cols + 32 * p) * 9);
+        }
+      });
+    }
+    return std::tuple<Tensor, Tensor>(dw, scaled ? total(sums, x) : nothing(x));
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_bn_relu_conv3x3", TORCH_BOX(&densenet_fast::bn_relu_conv3x3));
+  m.impl("cpu_bn_relu_conv3x3_backward", TORCH_BOX(&densenet_fast::bn_relu_conv3x3_backward));
+}

@@ -1,0 +1,123 @@
+// The product of a row tile with a panel of at most 32 columns: registers hold a block of the result, and each step adds one
+// outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
+#pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "vectors.h"
+
+namespace densenet_fast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kBlockRows = 14;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kBlockRows = 6;
+#else
+constexpr int kLanes = 4, kBlockRows = 6;
+#endif
+using Floats = floats<kLanes>;
+using WordLanes = Lanes<kLanes>::words;
+
+template <typename To, typename From>
+inline To same_bits(From from) {
+  To to;
+  static_assert(sizeof(to) == sizeof(from));
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline WordLanes load_words(const uint32_t* p) {
+  WordLanes v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// sum + a * b, with one word of `a` for all lanes
+template <typename T>
+inline Floats add_product(Floats sum, uint32_t a, WordLanes b);
+
+template <>
+inline Floats add_product<float>(Floats sum, uint32_t a, WordLanes b) {
+  return sum + same_bits<float>(a) * same_bits<Floats>(b);
+}
+
+template <>
+inline Floats add_product<bf16>(Floats sum, uint32_t a, WordLanes b) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+  sum += same_bits<float>(a << 16) * same_bits<Floats>(b << 16);
+  return sum + same_bits<float>(a & 0xffff0000) * same_bits<Floats>(b & 0xffff0000);
+#endif
+}
+
+template <typename T, int ROWS, int VECTORS>
+void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool accumulate) {
+  Floats sum[ROWS][VECTORS];
+  for (int i = 0; i < ROWS; ++i) {
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = accumulate ? load<kLanes>(out + i * ld + j * kLanes) : Floats{};
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    WordLanes columns[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) columns[j] = load_words(b.words + k * b.step + j * kLanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < ROWS; ++i) {
+      const uint32_t row = a.words[i * a.row + k * a.step];
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = add_product<T>(sum[i][j], row, columns[j]);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    for (int j = 0; j < VECTORS; ++j) store<kLanes>(out + i * ld + j * kLanes, sum[i][j]);
+  }
+}
+
+template <typename T, int ROWS, int VECTORS>
+inline void block_of(int64_t rows, Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool accumulate) {
+  if (rows == ROWS) return block<T, ROWS, VECTORS>(a, b, steps, out, ld, accumulate);
+  if constexpr (ROWS > 1) block_of<T, ROWS - 1, VECTORS>(rows, a, b, steps, out, ld, accumulate);
+}
+
+template <typename T>
+void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld, bool accumulate) {
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = rows * i / blocks, n = rows * (i + 1) / blocks - first;
+    const Operand part = {a.words + first * a.row, a.row, a.step};
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+      block_of<T, kBlockRows, 2>(n, part, {b.words + c, b.row, b.step}, steps, out + first * ld + c, ld, accumulate);
+    }
+    for (; c < cols; c += kLanes) {
+      block_of<T, kBlockRows, 1>(n, part, {b.words + c, b.row, b.step}, steps, out + first * ld + c, ld, accumulate);
+    }
+  }
+}
+
+// word(k, j) = values k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
+template <typename T>
+void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
+          uint32_t* out) {
+  constexpr int64_t per_word = 4 / sizeof(T);
+  for (int64_t k = 0; k < depth; k += per_word, out += width) {
+    const T* first = values + k * depth_stride;
+    if constexpr (per_word == 1) {
+      for (int64_t j = 0; j < cols; ++j) out[j] = same_bits<uint32_t>(first[j * col_stride]);
+    } else if (k + 1 == depth) {
+      for (int64_t j = 0; j < cols; ++j) out[j] = first[j * col_stride].bits;
+    } else if (const T* second = first + depth_stride; col_stride == 1) {
+      for (int64_t j = 0; j < cols; ++j) out[j] = first[j].bits | static_cast<uint32_t>(second[j].bits) << 16;
+    } else {
+      for (int64_t j = 0; j < cols; ++j) {
+        out[j] = first[j * col_stride].bits | static_cast<uint32_t>(second[j * col_stride].bits) << 16;
+      }
+    }
+    for (int64_t j = cols; j < width; ++j) out[j] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace densenet_fast

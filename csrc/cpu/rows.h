@@ -1,0 +1,138 @@
+// The kernels on row tiles that hold no product.
+//
+//   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0)
+#pragma once
+
+#include "vectors.h"
+
+namespace densenet_fast {
+namespace {
+
+template <typename T>
+void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out, int64_t out_ld) {
+  for (int64_t r = 0; r < rows; ++r, x += ld, out += out_ld) {
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+      store<N>(out + c, relu(centred * load<N>(affine.scale + c) + load<N>(affine.shift + c)));
+    });
+  }
+}
+
+// the corrected two-pass formula: the residuals' mean is zero but for rounding, and corrects both results
+template <typename T>
+void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const float count = static_cast<float>(rows);
+    floats<N> sum = {};
+    for (int64_t r = 0; r < rows; ++r) sum += load<N>(x + r * ld + c);
+    const floats<N> centre = sum / count;
+    floats<N> squares = {}, residuals = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const floats<N> d = load<N>(x + r * ld + c) - centre;
+      residuals += d;
+      squares += d * d;
+    }
+    store<N>(mean + c, centre + residuals / count);
+    store<N>(m2 + c, relu(squares - residuals * residuals / count));
+  });
+}
+
+template <typename T>
+void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+                     Affine affine, T* total, int64_t total_ld, uint32_t* a, int64_t a_width, float* sum_d,
+                     float* sum_dx) {
+  constexpr int64_t per_word = 4 / sizeof(T);
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+    const floats<N> shift = load<N>(affine.shift + c);
+    floats<N> sum = {}, sum_x = {};
+    const auto row = [&](int64_t r) {
+      const floats<N> centred = load<N>(x + r * ld + c) - mean;
+      const floats<N> y = centred * scale + shift;
+      if (grad) {
+        const floats<N> d = y > 0 ? load<N>(grad + r * grad_ld + c) : floats<N>{};
+        sum += d;
+        sum_x += d * centred;
+        if (total) store<N>(total + r * total_ld + c, load<N>(total + r * total_ld + c) + scale * d);
+      }
+      return relu(y);
+    };
+    for (int64_t r = 0; r < rows; r += per_word) {
+      const floats<N> first = row(r);
+      if constexpr (per_word == 1) {
+        if (a) __builtin_memcpy(a + r * a_width + c, &first, sizeof(first));
+      } else {
+        const floats<N> second = r + 1 < rows ? row(r + 1) : floats<N>{};
+        const auto words = round_bits<N>(first) | round_bits<N>(second) << 16;
+        if (a) __builtin_memcpy(a + r / 2 * a_width + c, &words, sizeof(words));
+      }
+    }
+    if (grad) {
+      store<N>(sum_d + c, load<N>(sum_d + c) + sum);
+      store<N>(sum_dx + c, load<N>(sum_dx + c) + sum_x);
+    }
+  });
+}
+
+template <typename T>
+void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, const float* mean,
+              const float* p, const float* q, T* out, int64_t out_ld) {
+  for (int64_t r = 0; r < rows; ++r, grad += grad_ld, x += ld, out += out_ld) {
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(mean + c);
+      store<N>(out + c, load<N>(grad + c) + (load<N>(p + c) + load<N>(q + c) * centred));
+    });
+  }
+}
+
+template <typename T>
+void bn_relu_sum(const T* const* rows, int64_t count, int64_t cols, Affine affine, float factor, T* out) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+    const floats<N> shift = load<N>(affine.shift + c);
+    floats<N> sum = {};
+    for (int64_t i = 0; i < count; ++i) sum += relu((load<N>(rows[i] + c) - mean) * scale + shift);
+    store<N>(out + c, factor * sum);
+  });
+}
+
+template <typename T>
+void mask_row(const T* grad, const T* x, int64_t cols, Affine affine, float factor, T* out, float* sum_d,
+              float* sum_dx) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+    const floats<N> scale = load<N>(affine.scale + c);
+    const floats<N> y = centred * scale + load<N>(affine.shift + c);
+    const floats<N> d = y > 0 ? factor * load<N>(grad + c) : floats<N>{};
+    store<N>(sum_d + c, load<N>(sum_d + c) + d);
+    store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
+    store<N>(out + c, scale * d);
+  });
+}
+
+template <typename T>
+void mask(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx) {
+  for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
+    mask_row(grad, x, cols, affine, 1.0f, grad, sum_d, sum_dx);
+  }
+}
+
+template <typename T>
+void add(const T* values, int64_t count, float* total) {
+  columns(count, [&]<int N>(int64_t c) { store<N>(total + c, load<N>(total + c) + load<N>(values + c)); });
+}
+
+// out = values + bias (unless null), [rows, cols]
+template <typename T>
+void store_rows(const float* values, int64_t values_ld, int64_t rows, int64_t cols, const float* bias, T* out,
+                int64_t out_ld) {
+  for (int64_t r = 0; r < rows; ++r, values += values_ld, out += out_ld) {
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> v = load<N>(values + c);
+      store<N>(out + c, bias ? v + load<N>(bias + c) : v);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace densenet_fast

@@ -1,0 +1,224 @@
+// The 3x3 convolution by minimal filtering, F(2x2, 3x3) of Winograd 1980 as in Lavin and Gray, "Fast Algorithms for
+// Convolutional Neural Networks" (https://arxiv.org/abs/1509.09308): 16 products per channel where the definition takes 36.
+// For a tile of 2x2 outputs y, the 4x4 inputs d around it and a filter g, all per pair of channels,
+//
+//   y = A^T [(G g G^T) . (B^T d B)] A      dg = G^T [(A dy A^T) . (B^T d B)] G
+//
+// and dd is y for dy as the input, with g turned by 180 degrees. The 16 products are summed over channels (for dg, over tiles)
+// as matrix products, one for each position.
+#pragma once
+
+#include "product.h"
+#include "vectors.h"
+
+namespace densenet_fast {
+namespace {
+
+// B^T v, over four vectors `stride` apart
+template <typename V>
+inline void input_line(V* v, int stride) {
+  const V d0 = v[0], d1 = v[stride], d2 = v[2 * stride], d3 = v[3 * stride];
+  v[0] = d0 - d2;
+  v[stride] = d1 + d2;
+  v[2 * stride] = d2 - d1;
+  v[3 * stride] = d1 - d3;
+}
+
+// stores the 16 values of tiles t and, in pairs, t + 1 at column c of out [16, steps, ld] words
+template <int N, typename T>
+inline void put(const floats<N>* v, const floats<N>* next, int64_t t, int64_t c, TransformedTiles<T> out) {
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < 16; ++i) store<N>(out.data + i * out.position + t * out.row + c, v[i]);
+  } else if (!out.paired) {
+    for (int i = 0; i < 16; ++i) store<N>(out.data + i * out.position + t * out.row + c, v[i]);
+  } else {
+    for (int i = 0; i < 16; ++i) {
+      const auto words = round_bits<N>(v[i]) | round_bits<N>(next[i]) << 16;
+      __builtin_memcpy(out.data + i * out.position + t / 2 * out.row + 2 * c, &words, sizeof(words));
+    }
+  }
+}
+
+// f<N>(c, tile, values) computes the 16 values of a tile at columns c, c + 1, ...
+template <typename T, typename F>
+inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out, F f) {
+  const int64_t group = sizeof(T) == 2 && out.paired ? 2 : 1;
+  for (int64_t t = 0; t < tiles; t += group) {
+    columns(cols, [&]<int N>(int64_t c) {
+      floats<N> v[16], next[16] = {};
+      f.template operator()<N>(c, t, v);
+      if (group == 2 && t + 1 < tiles) f.template operator()<N>(c, t + 1, next);
+      put<N>(v, next, t, c, out);
+    });
+  }
+}
+
+// B^T relu(y) B, or B^T x B without an affine; pixels [tiles][16], null outside the image
+template <typename T>
+void winograd_input(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
+                    TransformedTiles<T> out) {
+  transform_tiles(tiles, cols, out, [&]<int N>(int64_t c, int64_t t, floats<N>* v) {
+    const T* const* tile = pixels + 16 * t;
+    if (affine) {
+      const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
+      const floats<N> shift = load<N>(affine->shift + c);
+      for (int i = 0; i < 16; ++i) {
+        v[i] = tile[i] ? relu((load<N>(tile[i] + offset + c) - mean) * scale + shift) : floats<N>{};
+      }
+    } else {
+      for (int i = 0; i < 16; ++i) v[i] = tile[i] ? load<N>(tile[i] + offset + c) : floats<N>{};
+    }
+    for (int j = 0; j < 4; ++j) input_line(v + j, 4);
+    for (int i = 0; i < 4; ++i) input_line(v + 4 * i, 1);
+  });
+}
+
+// A dy A^T; pixels [tiles][4], null outside the image
+template <typename T>
+void winograd_gradient(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out) {
+  transform_tiles(tiles, cols, out, [&]<int N>(int64_t c, int64_t t, floats<N>* v) {
+    floats<N> rows[4][2];
+    for (int j = 0; j < 2; ++j) {
+      const T *upper = pixels[4 * t + j], *lower = pixels[4 * t + 2 + j];
+      const floats<N> first = upper ? load<N>(upper + c) : floats<N>{};
+      const floats<N> second = lower ? load<N>(lower + c) : floats<N>{};
+      rows[0][j] = first;
+      rows[1][j] = first + second;
+      rows[2][j] = first - second;
+      rows[3][j] = -second;
+    }
+    for (int i = 0; i < 4; ++i) {
+      v[4 * i] = rows[i][0];
+      v[4 * i + 1] = rows[i][0] + rows[i][1];
+      v[4 * i + 2] = rows[i][0] - rows[i][1];
+      v[4 * i + 3] = -rows[i][1];
+    }
+  });
+}
+
+// y = A^T m A of one tile at columns c, c + 1, ... of m [16, tiles, ld]
+template <int N>
+inline void output_tile(const float* m, int64_t position, floats<N>* y) {
+  floats<N> rows[2][4];
+  for (int j = 0; j < 4; ++j) {
+    const floats<N> m0 = load<N>(m + j * position), m1 = load<N>(m + (4 + j) * position);
+    const floats<N> m2 = load<N>(m + (8 + j) * position), m3 = load<N>(m + (12 + j) * position);
+    rows[0][j] = m0 + m1 + m2;
+    rows[1][j] = m1 - m2 - m3;
+  }
+  for (int i = 0; i < 2; ++i) {
+    y[2 * i] = rows[i][0] + rows[i][1] + rows[i][2];
+    y[2 * i + 1] = rows[i][1] - rows[i][2] - rows[i][3];
+  }
+}
+
+template <typename T>
+void winograd_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels) {
+  for (int64_t t = 0; t < tiles; ++t) {
+    columns(cols, [&]<int N>(int64_t c) {
+      floats<N> y[4];
+      output_tile<N>(m + t * ld + c, tiles * ld, y);
+      for (int i = 0; i < 4; ++i) {
+        if (pixels[4 * t + i]) store<N>(pixels[4 * t + i] + c, bias ? y[i] + load<N>(bias + c) : y[i]);
+      }
+    });
+  }
+}
+
+// D = (A^T m A) * (y > 0) at the pixels of x: out = scale * D, sum_d += sum D, sum_dx += sum D * (x - mean)
+template <typename T>
+void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x,
+                             int64_t offset, Affine affine, T* const* out, float* sum_d, float* sum_dx) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+    const floats<N> shift = load<N>(affine.shift + c);
+    floats<N> total = {}, total_x = {};
+    for (int64_t t = 0; t < tiles; ++t) {
+      floats<N> d[4];
+      output_tile<N>(m + t * ld + c, tiles * ld, d);
+      for (int i = 0; i < 4; ++i) {
+        if (!out[4 * t + i]) continue;
+        const floats<N> centred = load<N>(x[4 * t + i] + offset + c) - mean;
+        const floats<N> masked = centred * scale + shift > 0 ? d[i] : floats<N>{};
+        total += masked;
+        total_x += masked * centred;
+        store<N>(out[4 * t + i] + offset + c, scale * masked);
+      }
+    }
+    store<N>(sum_d + c, load<N>(sum_d + c) + total);
+    store<N>(sum_dx + c, load<N>(sum_dx + c) + total_x);
+  });
+}
+
+// G v, over three vectors into four
+template <typename V>
+inline void filter_line(V g0, V g1, V g2, V* out, int stride) {
+  out[0] = g0;
+  out[stride] = 0.5f * (g0 + g2 + g1);
+  out[2 * stride] = 0.5f * (g0 + g2 - g1);
+  out[3 * stride] = g2;
+}
+
+// word(position, k, j) of G g G^T for filters g, nine values each, `depth_stride` apart in depth and `col_stride` from column
+// to column; turned by 180 degrees if `turned`. Zero past the last filter and up to `width`, a multiple of 16.
+template <typename T>
+void winograd_weight(const T* filters, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols,
+                     int64_t width, bool turned, uint32_t* out, int64_t position) {
+  constexpr int64_t per_word = 4 / sizeof(T);
+  const int64_t steps = (depth + per_word - 1) / per_word;
+  using V = floats<16>;
+  for (int64_t k = 0; k < steps; ++k) {
+    for (int64_t c = 0; c < width; c += 16) {
+      V u[2][16];
+      for (int64_t half = 0; half < per_word; ++half) {
+        float taps[9][16] = {};
+        const T* first = filters + (k * per_word + half) * depth_stride + c * col_stride;
+        if (k * per_word + half < depth) {
+          for (int64_t j = 0; j < 16 && c + j < cols; ++j) {
+            for (int i = 0; i < 9; ++i) taps[turned ? 8 - i : i][j] = load<1>(first + j * col_stride + i)[0];
+          }
+        }
+        V g[9], rows[12];
+        for (int i = 0; i < 9; ++i) g[i] = load<16>(taps[i]);
+        for (int j = 0; j < 3; ++j) filter_line(g[j], g[3 + j], g[6 + j], rows + j, 3);
+        for (int i = 0; i < 4; ++i) filter_line(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], u[half] + 4 * i, 1);
+      }
+      for (int i = 0; i < 16; ++i) {
+        uint32_t* words = out + i * position + k * width + c;
+        if constexpr (per_word == 1) {
+          __builtin_memcpy(words, &u[0][i], sizeof(V));
+        } else {
+          const auto pairs = round_bits<16>(u[0][i]) | round_bits<16>(u[1][i]) << 16;
+          __builtin_memcpy(words, &pairs, sizeof(pairs));
+        }
+      }
+    }
+  }
+}
+
+// G^T v, over four vectors into three
+template <typename V>
+inline void filter_gradient_line(V u0, V u1, V u2, V u3, V* out, int stride) {
+  const V sum = 0.5f * (u1 + u2);
+  out[0] = u0 + sum;
+  out[stride] = 0.5f * (u1 - u2);
+  out[2 * stride] = u3 + sum;
+}
+
+// dg = G^T u G for `cols` filters, nine adjacent values each, from u [16, cols] with rows `position` apart
+inline void winograd_weight_gradient(const float* u, int64_t position, int64_t cols, float* out) {
+  columns(cols, [&]<int N>(int64_t c) {
+    floats<N> v[16], rows[12], g[9];
+    for (int i = 0; i < 16; ++i) v[i] = load<N>(u + i * position + c);
+    for (int j = 0; j < 4; ++j) filter_gradient_line(v[j], v[4 + j], v[8 + j], v[12 + j], rows + j, 4);
+    for (int i = 0; i < 3; ++i) {
+      filter_gradient_line(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3], g + 3 * i, 1);
+    }
+    for (int j = 0; j < N; ++j) {
+      for (int i = 0; i < 9; ++i) out[9 * (c + j) + i] = g[i][j];
+    }
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
