@@ -3,6 +3,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_capability() -> str");
+  m.def("cpu_huge_pages(Tensor x) -> ()");
   m.def("cpu_statistics(Tensor x) -> (Tensor, Tensor)");
   m.def("cpu_bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
   m.def(

@@ -6,7 +6,6 @@ namespace {
 
 constexpr int64_t kTileRows = 112;    // a multiple of the product's row blocks
 constexpr int64_t kDepthSteps = 256;  // a panel of this depth stays in the first-level cache
-constexpr int64_t kSkew = 16;         // words between rows, against rows that fall into the same cache set
 
 // Z = relu((x - mean) * scale + shift) @ weight^T + bias, with the statistics of Z
 std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
@@ -20,6 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor
     const Affine a = affine(mean, scale, shift, m.cols);
     const float* b = bias ? vector(*bias, w.rows, "bias") : nullptr;
     Tensor z = torch::stable::new_empty(x, {m.rows, w.rows});
+    advise_huge_pages(z);
     const Matrix<T> out(z, "z");
     const Panels weights(w.rows, steps_of<T>(m.cols));
     weights.each([&](int64_t p) {

@@ -42,10 +42,20 @@ struct Pixels {
   Pixels(int64_t size, int64_t border, int64_t tiles) : size(size), border(border), pointers(size * size * tiles) {}
 
   T* const* of(const ImageTiles& tiles, const Matrix<T>& m, int64_t first, int64_t n) {
+    pointers.resize(size * size * n);
     tiles.pixels(m, first, n, size, border, pointers.data());
     return pointers.data();
   }
 };
+
+// Fetches part `part` of `parts` of the pixels of the next tiles, while a product keeps the processor busy
+template <typename T>
+void prefetch(const std::vector<T*>& pixels, int64_t part, int64_t parts, int64_t offset, int64_t cols) {
+  const int64_t count = pixels.size();
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+    for (int64_t c = 0; pixels[i] && c < cols; c += 64 / sizeof(T)) __builtin_prefetch(pixels[i] + offset + c, 0, 2);
+  }
+}
 
 // The 16 values of as many as `tiles` tiles; what no tile is stored to stays zero
 template <typename T>
@@ -56,7 +66,7 @@ struct Transformed {
 
   Transformed(int64_t tiles, int64_t cols, bool paired)
       : cols(cols),
-        words(paired ? cols : steps_of<T>(cols)),
+        words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
         position((paired ? steps_of<T>(tiles) : tiles) * words),
         paired(paired),
         data(scratch<T>(16 * position * kPerWord<T>)) {
@@ -106,13 +116,15 @@ void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
       const int64_t largest = tiles.largest(), products_ld = weights.padded();
       const Transformed<T> v(largest, m.cols, false);
       const auto products = scratch<float>(16 * largest * products_ld);
-      Pixels<const T> around(4, 1, largest);
+      Pixels<const T> around(4, 1, largest), next(2, 0, largest);
       Pixels<T> inside(2, 0, largest);
       for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
         const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
         if (n == 0) continue;
         kernel.winograd_input(around.of(image, m, first, n), 0, n, m.cols, &a, v.tiles());
+        next.of(image, m, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
         for (int64_t i = 0; i < 16; ++i) {
+          prefetch(next.pointers, i, 16, 0, m.cols);
           const Operand left = {v.at(i), v.words, 1};
           for (int64_t p = 0; p < weights.count; ++p) {
             kernel.product(left, weights.operand(p, i), n, weights.width(p), weights.steps,
@@ -160,7 +172,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
       const Transformed<T> dy(scaled ? largest : 0, g.cols, false), ady(need_weight ? largest : 0, g.cols, true);
       const Transformed<T> v(need_weight ? largest : 0, 32, true);
       const auto products = scratch<float>(scaled ? 16 * largest * 32 : 0);
-      Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest), x_inside(2, 0, largest);
+      Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest), x_inside(2, 0, largest),
+          next(2, 0, largest);
       Pixels<T> out_inside(2, 0, largest);
       if (need_weight) du[chunk] = zeros(16 * g.cols * weights.padded());
       sums[chunk].reset(m.cols);
@@ -168,12 +181,13 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
         const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
         if (n == 0) continue;
         T* const* out = nullptr;
-        const T *const* x4 = nullptr, *const* x16 = nullptr;
+        const T* const* x16 = nullptr;
+        const T* const* x4 = x_inside.of(image, m, first, n);
+        next.of(image, m, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
         if (scaled) {
           kernel.winograd_input(dy_around.of(image, g, first, n), 0, n, g.cols, nullptr,
                                 dy.tiles());
           out = out_inside.of(image, *result, first, n);
-          x4 = x_inside.of(image, m, first, n);
         }
         if (need_weight) {
           kernel.winograd_gradient(dy_inside.of(image, g, first, n), n, g.cols, ady.tiles());
@@ -183,8 +197,13 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
           for (int64_t p = 0; p < weights.count; ++p) {
             const int64_t c = 32 * p, width = weights.width(p);
             const Affine columns = {a.mean + c, a.scale + c, a.shift + c};
+            const bool last = p + 1 == weights.count;
+            const auto fetch = [&](int64_t i) {
+              prefetch(last ? next.pointers : x_inside.pointers, i, 16, last ? 0 : c + 32, 32);
+            };
             if (scaled) {
               for (int64_t i = 0; i < 16; ++i) {
+                fetch(i);
                 kernel.product({dy.at(i), dy.words, 1}, weights.operand(p, i), n, width, weights.steps,
                                products.get() + i * n * width, width, false);
               }
@@ -194,7 +213,7 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
             if (need_weight) {
               kernel.winograd_input(x16, c, n, weights.valid(p), &columns, v.tiles());
               for (int64_t i = 0; i < 16; ++i) {
-                kernel.product({ady.at(i), 1, g.cols}, {v.at(i), 0, v.words}, g.cols, width, steps_of<T>(n),
+                kernel.product({ady.at(i), 1, ady.words}, {v.at(i), 0, v.words}, g.cols, width, steps_of<T>(n),
                                du[chunk].data() + i * g.cols * weights.padded() + c * g.cols, width, true);
               }
             }

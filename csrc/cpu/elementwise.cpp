@@ -4,6 +4,8 @@
 namespace densenet_fast {
 namespace {
 
+void huge_pages(Tensor x) { advise_huge_pages(x); }
+
 std::string capability() { return kernels().name; }
 
 std::tuple<Tensor, Tensor> statistics(Tensor x) {  // [M, C]
@@ -81,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_huge_pages", TORCH_BOX(&densenet_fast::huge_pages));
   m.impl("cpu_statistics", TORCH_BOX(&densenet_fast::statistics));
   m.impl("cpu_bn_relu", TORCH_BOX(&densenet_fast::bn_relu));
   m.impl("cpu_mask_", TORCH_BOX(&densenet_fast::mask));

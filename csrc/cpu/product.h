@@ -2,10 +2,6 @@
 // outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "vectors.h"
 
 namespace densenet_fast {

@@ -12,6 +12,7 @@ template <typename T>
 void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out, int64_t out_ld) {
   for (int64_t r = 0; r < rows; ++r, x += ld, out += out_ld) {
     columns(cols, [&]<int N>(int64_t c) {
+      __builtin_prefetch(x + rows * ld + c, 0, 2);  // the next tile's
       const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
       store<N>(out + c, relu(centred * load<N>(affine.scale + c) + load<N>(affine.shift + c)));
     });
@@ -47,6 +48,8 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
     const floats<N> shift = load<N>(affine.shift + c);
     floats<N> sum = {}, sum_x = {};
     const auto row = [&](int64_t r) {
+      __builtin_prefetch(x + r * ld + c + 32, 0, 2);  // the next panel's
+      if (total) __builtin_prefetch(total + r * total_ld + c + 32, 1, 2);
       const floats<N> centred = load<N>(x + r * ld + c) - mean;
       const floats<N> y = centred * scale + shift;
       if (grad) {
@@ -63,7 +66,7 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
         if (a) __builtin_memcpy(a + r * a_width + c, &first, sizeof(first));
       } else {
         const floats<N> second = r + 1 < rows ? row(r + 1) : floats<N>{};
-        const auto words = round_bits<N>(first) | round_bits<N>(second) << 16;
+        const auto words = pair<N>(first, second);
         if (a) __builtin_memcpy(a + r / 2 * a_width + c, &words, sizeof(words));
       }
     }

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -68,6 +72,17 @@ std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t count) {
   T* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
   STD_TORCH_CHECK(memory != nullptr, "out of memory");
   return {memory, &std::free};
+}
+
+// Asks for large pages: rows that are far apart otherwise miss the processor's table of pages at every step
+inline void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t end = begin + t.numel() * t.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 inline std::vector<float> zeros(int64_t count) { return std::vector<float>(count, 0.0f); }
@@ -164,6 +179,8 @@ struct TileStatistics {
     return {mean, var};
   }
 };
+
+constexpr int64_t kSkew = 16;  // words between rows of scratch, lest they fall into the same sets of the caches
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

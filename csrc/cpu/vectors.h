@@ -2,6 +2,10 @@
 // is compiled for one instruction set.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 namespace densenet_fast {
@@ -52,8 +56,30 @@ inline typename Lanes<N>::words round_bits(floats<N> v) {
 
 template <int N>
 inline void store(bf16* p, floats<N> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (N == 16) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &narrow, sizeof(narrow));
+    return;
+  }
+#endif
   const typename Lanes<N>::halves narrow = __builtin_convertvector(round_bits<N>(v), typename Lanes<N>::halves);
   __builtin_memcpy(p, &narrow, sizeof(narrow));
+}
+
+// words of two bf16, of `low` and of `high`
+template <int N>
+inline typename Lanes<N>::words pair(floats<N> low, floats<N> high) {
+#if defined(__AVX512BF16__)
+  if constexpr (N == 16) {
+    typedef uint16_t halves32 __attribute__((vector_size(64)));
+    const halves32 both = (halves32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (typename Lanes<N>::words)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
+                                                             7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+                                                             30, 15, 31);
+  }
+#endif
+  return round_bits<N>(low) | round_bits<N>(high) << 16;
 }
 
 template <typename V>

@@ -14,85 +14,119 @@
 namespace densenet_fast {
 namespace {
 
-// B^T v, over four vectors `stride` apart
 template <typename V>
-inline void input_line(V* v, int stride) {
-  const V d0 = v[0], d1 = v[stride], d2 = v[2 * stride], d3 = v[3 * stride];
-  v[0] = d0 - d2;
-  v[stride] = d1 + d2;
-  v[2 * stride] = d2 - d1;
-  v[3 * stride] = d1 - d3;
+struct Lines {
+  V v[16];
+};
+
+// B^T d, over four vectors into four, `stride` apart
+template <typename V>
+inline void input_line(V d0, V d1, V d2, V d3, V* out, int stride) {
+  out[0] = d0 - d2;
+  out[stride] = d1 + d2;
+  out[2 * stride] = d2 - d1;
+  out[3 * stride] = d1 - d3;
 }
 
-// stores the 16 values of tiles t and, in pairs, t + 1 at column c of out [16, steps, ld] words
-template <int N, typename T>
-inline void put(const floats<N>* v, const floats<N>* next, int64_t t, int64_t c, TransformedTiles<T> out) {
-  if constexpr (sizeof(T) == 4) {
-    for (int i = 0; i < 16; ++i) store<N>(out.data + i * out.position + t * out.row + c, v[i]);
-  } else if (!out.paired) {
-    for (int i = 0; i < 16; ++i) store<N>(out.data + i * out.position + t * out.row + c, v[i]);
-  } else {
-    for (int i = 0; i < 16; ++i) {
-      const auto words = round_bits<N>(v[i]) | round_bits<N>(next[i]) << 16;
-      __builtin_memcpy(out.data + i * out.position + t / 2 * out.row + 2 * c, &words, sizeof(words));
-    }
-  }
-}
-
-// f<N>(c, tile, values) computes the 16 values of a tile at columns c, c + 1, ...
+// transform<N>(c) makes a function f(tile, values) of the 16 values of a tile at columns c, c + 1, ..., called in the order of
+// the tiles; stores them to out
 template <typename T, typename F>
-inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out, F f) {
-  const int64_t group = sizeof(T) == 2 && out.paired ? 2 : 1;
-  for (int64_t t = 0; t < tiles; t += group) {
-    columns(cols, [&]<int N>(int64_t c) {
-      floats<N> v[16], next[16] = {};
-      f.template operator()<N>(c, t, v);
-      if (group == 2 && t + 1 < tiles) f.template operator()<N>(c, t + 1, next);
-      put<N>(v, next, t, c, out);
-    });
-  }
+inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out, F transform) {
+  columns(cols, [&]<int N>(int64_t c) {
+    auto tile = transform.template operator()<N>(c);
+    floats<N> v[16];
+    if (sizeof(T) == 4 || !out.paired) {
+      T* to = out.data + c;
+      for (int64_t t = 0; t < tiles; ++t, to += out.row) {
+        tile(t, v);
+        for (int i = 0; i < 16; ++i) store<N>(to + i * out.position, v[i]);
+      }
+    } else {
+      T* to = out.data + 2 * c;
+      for (int64_t t = 0; t < tiles; t += 2, to += out.row) {
+        floats<N> next[16] = {};
+        tile(t, v);
+        if (t + 1 < tiles) tile(t + 1, next);
+        for (int i = 0; i < 16; ++i) {
+          const auto words = pair<N>(v[i], next[i]);
+          __builtin_memcpy(to + i * out.position, &words, sizeof(words));
+        }
+      }
+    }
+  });
+}
+
+// B^T d B of the pixels [tiles][16], null outside the image, as pixel<N>(c) makes functions that load them
+template <typename T, typename F>
+inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out, F pixel) {
+  transform_tiles(tiles, cols, out, [&]<int N>(int64_t c) {
+    return [=, load_pixel = pixel.template operator()<N>(c), line = Lines<floats<N>>()](int64_t t,
+                                                                                       floats<N>* v) mutable {
+      const T* const* tile = pixels + 16 * t;
+      const auto down = [&](int j) {
+        input_line(load_pixel(tile[j]), load_pixel(tile[4 + j]), load_pixel(tile[8 + j]), load_pixel(tile[12 + j]),
+                   line.v + j, 4);
+      };
+      const bool right_of_the_last = t > 0 && tile[5] == tile[7 - 16];
+      if (right_of_the_last) {
+        for (int i = 0; i < 16; i += 4) {
+          line.v[i] = line.v[i + 2];
+          line.v[i + 1] = line.v[i + 3];
+        }
+      } else {
+        down(0);
+        down(1);
+      }
+      down(2);
+      down(3);
+      for (int i = 0; i < 16; i += 4) {
+        input_line(line.v[i], line.v[i + 1], line.v[i + 2], line.v[i + 3], v + i, 1);
+      }
+    };
+  });
 }
 
 // B^T relu(y) B, or B^T x B without an affine; pixels [tiles][16], null outside the image
 template <typename T>
 void winograd_input(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
                     TransformedTiles<T> out) {
-  transform_tiles(tiles, cols, out, [&]<int N>(int64_t c, int64_t t, floats<N>* v) {
-    const T* const* tile = pixels + 16 * t;
-    if (affine) {
-      const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
-      const floats<N> shift = load<N>(affine->shift + c);
-      for (int i = 0; i < 16; ++i) {
-        v[i] = tile[i] ? relu((load<N>(tile[i] + offset + c) - mean) * scale + shift) : floats<N>{};
-      }
-    } else {
-      for (int i = 0; i < 16; ++i) v[i] = tile[i] ? load<N>(tile[i] + offset + c) : floats<N>{};
-    }
-    for (int j = 0; j < 4; ++j) input_line(v + j, 4);
-    for (int i = 0; i < 4; ++i) input_line(v + 4 * i, 1);
+  if (affine == nullptr) {
+    input_tiles(pixels, tiles, cols, out, [&]<int N>(int64_t c) {
+      return [=](const T* pixel) { return pixel ? load<N>(pixel + offset + c) : floats<N>{}; };
+    });
+    return;
+  }
+  input_tiles(pixels, tiles, cols, out, [&]<int N>(int64_t c) {
+    const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
+    const floats<N> shift = load<N>(affine->shift + c);
+    return [=](const T* pixel) {
+      return pixel ? relu((load<N>(pixel + offset + c) - mean) * scale + shift) : floats<N>{};
+    };
   });
 }
 
 // A dy A^T; pixels [tiles][4], null outside the image
 template <typename T>
 void winograd_gradient(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out) {
-  transform_tiles(tiles, cols, out, [&]<int N>(int64_t c, int64_t t, floats<N>* v) {
-    floats<N> rows[4][2];
-    for (int j = 0; j < 2; ++j) {
-      const T *upper = pixels[4 * t + j], *lower = pixels[4 * t + 2 + j];
-      const floats<N> first = upper ? load<N>(upper + c) : floats<N>{};
-      const floats<N> second = lower ? load<N>(lower + c) : floats<N>{};
-      rows[0][j] = first;
-      rows[1][j] = first + second;
-      rows[2][j] = first - second;
-      rows[3][j] = -second;
-    }
-    for (int i = 0; i < 4; ++i) {
-      v[4 * i] = rows[i][0];
-      v[4 * i + 1] = rows[i][0] + rows[i][1];
-      v[4 * i + 2] = rows[i][0] - rows[i][1];
-      v[4 * i + 3] = -rows[i][1];
-    }
+  transform_tiles(tiles, cols, out, [&]<int N>(int64_t c) {
+    return [=](int64_t t, floats<N>* v) {
+      floats<N> rows[4][2];
+      for (int j = 0; j < 2; ++j) {
+        const T *upper = pixels[4 * t + j], *lower = pixels[4 * t + 2 + j];
+        const floats<N> first = upper ? load<N>(upper + c) : floats<N>{};
+        const floats<N> second = lower ? load<N>(lower + c) : floats<N>{};
+        rows[0][j] = first;
+        rows[1][j] = first + second;
+        rows[2][j] = first - second;
+        rows[3][j] = -second;
+      }
+      for (int i = 0; i < 4; ++i) {
+        v[4 * i] = rows[i][0];
+        v[4 * i + 1] = rows[i][0] + rows[i][1];
+        v[4 * i + 2] = rows[i][0] - rows[i][1];
+        v[4 * i + 3] = -rows[i][1];
+      }
+    };
   });
 }
 
@@ -188,7 +222,7 @@ void winograd_weight(const T* filters, int64_t depth_stride, int64_t col_stride,
         if constexpr (per_word == 1) {
           __builtin_memcpy(words, &u[0][i], sizeof(V));
         } else {
-          const auto pairs = round_bits<16>(u[0][i]) | round_bits<16>(u[1][i]) << 16;
+          const auto pairs = pair<16>(u[0][i], u[1][i]);
           __builtin_memcpy(words, &pairs, sizeof(pairs));
         }
       }
