@@ -23,7 +23,7 @@ TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
 LIBRARY = "_kernels.so"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi"
-CPU_SOURCES = ("dispatch", "elementwise", "bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool")
+CPU_SOURCES = ("dispatch", "elementwise", "bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool_conv1x1")
 INSTRUCTION_SETS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"

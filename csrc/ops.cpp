@@ -14,10 +14,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "Tensor(a!)? grad_x, bool need_weight, bool need_sums) -> (Tensor, Tensor)");
   m.def("cpu_mask_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
-  m.def("cpu_bn_relu_pool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> Tensor");
   m.def(
-      "cpu_bn_relu_pool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) "
-      "-> (Tensor, Tensor)");
+      "cpu_bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
+      "int[] grid) -> Tensor");
+  m.def(
+      "cpu_bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
+      "int[] grid, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] grid, "
       "Tensor(a!) out) -> ()");

@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
         sums[chunk].add([&](float* sum_d, float* sum_dx) {
           for (int64_t p = 0; p < weights.count; ++p) {
             const int64_t c = 32 * p, width = weights.width(p);
-            const Affine columns = {a.mean + c, a.scale + c, a.shift + c};
+            const Affine columns = a.from(c);
             const bool last = p + 1 == weights.count;
             const auto fetch = [&](int64_t i) {
               prefetch(last ? next.pointers : x_inside.pointers, i, 16, last ? 0 : c + 32, 32);

@@ -16,6 +16,8 @@ struct Affine {
   const float* mean;   // [cols]
   const float* scale;  // [cols]
   const float* shift;  // [cols]
+
+  Affine from(int64_t col) const { return {mean + col, scale + col, shift + col}; }
 };
 
 // A matrix of 32-bit words, each a float or two bf16 that are adjacent in the direction that a product sums over ("steps")
@@ -49,11 +51,14 @@ struct Kernels {
   // out = grad + p + q * (x - mean); out may be grad
   void (*finalise)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                    const float* mean, const float* p, const float* q, T* out, int64_t out_ld);
-  // out = factor * sum of relu(y) over `count` rows, [cols]
-  void (*bn_relu_sum)(const T* const* rows, int64_t count, int64_t cols, Affine affine, float factor, T* out);
-  // one row: D = factor * grad * (y > 0): sum_d += D, sum_dx += D * (x - mean), out = scale * D
-  void (*mask_row)(const T* grad, const T* x, int64_t cols, Affine affine, float factor, T* out, float* sum_d,
-                   float* sum_dx);
+  // out [rows, cols] = means of relu(y) over the `window` rows x[window * r], ..., from column `offset`
+  void (*bn_relu_mean)(const T* const* x, int64_t offset, int64_t rows, int64_t window, int64_t cols, Affine affine,
+                       T* out, int64_t out_ld);
+  // the backward pass of that: as mask_accumulate, with D = grad / window * (y > 0) at each of a window's rows, and
+  // out = scale * D there
+  void (*mask_windows)(const float* grad, int64_t grad_ld, const T* const* x, int64_t offset, int64_t rows,
+                       int64_t window, int64_t cols, Affine affine, T* const* out, uint32_t* a, int64_t a_width,
+                       float* sum_d, float* sum_dx);
   // total += values, [count]
   void (*add)(const T* values, int64_t count, float* total);
   // out = values + bias (unless null), [rows, cols]

@@ -8,15 +8,25 @@
 namespace densenet_fast {
 namespace {
 
+// several rows at a time, so that a column's vectors are loaded once for all
+template <int ROWS, typename T>
+inline void bn_relu_rows(const T* x, int64_t ld, int64_t cols, Affine affine, T* out, int64_t out_ld, int64_t ahead) {
+  columns(cols, [&]<int N>(int64_t c) {
+    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+    const floats<N> shift = load<N>(affine.shift + c);
+    for (int i = 0; i < ROWS; ++i) {
+      __builtin_prefetch(x + i * ld + ahead + c, 0, 2);
+      store<N>(out + i * out_ld + c, relu((load<N>(x + i * ld + c) - mean) * scale + shift));
+    }
+  });
+}
+
 template <typename T>
 void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out, int64_t out_ld) {
-  for (int64_t r = 0; r < rows; ++r, x += ld, out += out_ld) {
-    columns(cols, [&]<int N>(int64_t c) {
-      __builtin_prefetch(x + rows * ld + c, 0, 2);  // the next tile's
-      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
-      store<N>(out + c, relu(centred * load<N>(affine.scale + c) + load<N>(affine.shift + c)));
-    });
-  }
+  const int64_t next_tile = rows * ld;
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) bn_relu_rows<4>(x + r * ld, ld, cols, affine, out + r * out_ld, out_ld, next_tile);
+  for (; r < rows; ++r) bn_relu_rows<1>(x + r * ld, ld, cols, affine, out + r * out_ld, out_ld, next_tile);
 }
 
 // the corrected two-pass formula: the residuals' mean is zero but for rounding, and corrects both results
@@ -89,34 +99,73 @@ void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t ro
 }
 
 template <typename T>
-void bn_relu_sum(const T* const* rows, int64_t count, int64_t cols, Affine affine, float factor, T* out) {
-  columns(cols, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-    const floats<N> shift = load<N>(affine.shift + c);
-    floats<N> sum = {};
-    for (int64_t i = 0; i < count; ++i) sum += relu((load<N>(rows[i] + c) - mean) * scale + shift);
-    store<N>(out + c, factor * sum);
-  });
+void bn_relu_mean(const T* const* x, int64_t offset, int64_t rows, int64_t window, int64_t cols, Affine affine, T* out,
+                  int64_t out_ld) {
+  const float factor = 1.0f / static_cast<float>(window);
+  for (int64_t r = 0; r < rows; ++r, x += window, out += out_ld) {
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+      const floats<N> shift = load<N>(affine.shift + c);
+      floats<N> sum = {};
+      for (int64_t i = 0; i < window; ++i) sum += relu((load<N>(x[i] + offset + c) - mean) * scale + shift);
+      store<N>(out + c, factor * sum);
+    });
+  }
 }
 
 template <typename T>
-void mask_row(const T* grad, const T* x, int64_t cols, Affine affine, float factor, T* out, float* sum_d,
-              float* sum_dx) {
+void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t offset, int64_t rows, int64_t window,
+                  int64_t cols, Affine affine, T* const* out, uint32_t* a, int64_t a_width, float* sum_d,
+                  float* sum_dx) {
+  constexpr int64_t per_word = 4 / sizeof(T);
+  const float factor = 1.0f / static_cast<float>(window);
   columns(cols, [&]<int N>(int64_t c) {
-    const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
-    const floats<N> scale = load<N>(affine.scale + c);
-    const floats<N> y = centred * scale + load<N>(affine.shift + c);
-    const floats<N> d = y > 0 ? factor * load<N>(grad + c) : floats<N>{};
-    store<N>(sum_d + c, load<N>(sum_d + c) + d);
-    store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
-    store<N>(out + c, scale * d);
+    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
+    const floats<N> shift = load<N>(affine.shift + c);
+    floats<N> sum = {}, sum_x = {};
+    const auto row = [&](int64_t r) {
+      const floats<N> share = grad ? factor * load<N>(grad + r * grad_ld + c) : floats<N>{};
+      floats<N> mean_a = {};
+      for (int64_t i = r * window; i < (r + 1) * window; ++i) {
+        const floats<N> centred = load<N>(x[i] + offset + c) - mean;
+        const floats<N> y = centred * scale + shift;
+        mean_a += relu(y);
+        if (!grad) continue;
+        const floats<N> d = y > 0 ? share : floats<N>{};
+        sum += d;
+        sum_x += d * centred;
+        store<N>(out[i] + offset + c, scale * d);
+      }
+      return factor * mean_a;
+    };
+    for (int64_t r = 0; r < rows; r += per_word) {
+      const floats<N> first = row(r);
+      if constexpr (per_word == 1) {
+        if (a) __builtin_memcpy(a + r * a_width + c, &first, sizeof(first));
+      } else {
+        const floats<N> second = r + 1 < rows ? row(r + 1) : floats<N>{};
+        const auto words = pair<N>(first, second);
+        if (a) __builtin_memcpy(a + r / 2 * a_width + c, &words, sizeof(words));
+      }
+    }
+    if (grad) {
+      store<N>(sum_d + c, load<N>(sum_d + c) + sum);
+      store<N>(sum_dx + c, load<N>(sum_dx + c) + sum_x);
+    }
   });
 }
 
 template <typename T>
 void mask(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx) {
   for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
-    mask_row(grad, x, cols, affine, 1.0f, grad, sum_d, sum_dx);
+    columns(cols, [&]<int N>(int64_t c) {
+      const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
+      const floats<N> scale = load<N>(affine.scale + c);
+      const floats<N> d = centred * scale + load<N>(affine.shift + c) > 0 ? load<N>(grad + c) : floats<N>{};
+      store<N>(sum_d + c, load<N>(sum_d + c) + d);
+      store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
+      store<N>(grad + c, scale * d);
+    });
   }
 }
 

@@ -116,15 +116,15 @@ def finalise_gradient(
 def bn_relu_pool_conv1x1(
     x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
 ) -> Tensor:
-    a = kernels.cpu_bn_relu_pool(x, *affine, grid)
-    return a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    bias = None if bias is None else bias.float()
+    return kernels.cpu_bn_relu_pool_conv1x1(x, *affine, weight.contiguous(), bias, grid)
 
 
 def bn_relu_pool_conv1x1_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
-    weight_gradient = grad.t() @ kernels.cpu_bn_relu_pool(x, *affine, grid) if need_weight else None
-    if not need_input:
-        return None, weight_gradient, None
-    input_gradient, sums = kernels.cpu_bn_relu_pool_backward(grad @ weight, x, *affine, grid)
-    return input_gradient, weight_gradient, (sums[0], sums[1])
+    scaled, grad_weight, sums = kernels.cpu_bn_relu_pool_conv1x1_backward(
+        grad, x, *affine, weight.contiguous(), grid, need_input, need_weight
+    )
+    grad_weight = grad_weight if need_weight else None
+    return (scaled, grad_weight, (sums[0], sums[1])) if need_input else (None, grad_weight, None)

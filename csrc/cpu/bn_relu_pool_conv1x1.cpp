@@ -1,0 +1,109 @@
+// The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the convolution are
+// linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
+#include "products.h"
+
+namespace densenet_fast {
+namespace {
+
+// The rows of an image and of its 2x2 means; `grid` is (N, *spatial)
+struct Pooling {
+  int64_t batch, sizes[3], windows[3], pooled[3];
+  int64_t inputs, outputs, window = 1;
+
+  Pooling(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), inputs(batch), outputs(batch) {
+    const int64_t dims = grid.size() - 1;
+    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
+    for (int64_t i = 0; i < 3; ++i) {
+      const bool given = i < dims;
+      sizes[i] = given ? grid[1 + i] : 1;
+      windows[i] = given ? 2 : 1;
+      pooled[i] = sizes[i] / windows[i];
+      window *= windows[i];
+      inputs *= sizes[i];
+      outputs *= pooled[i];
+    }
+    STD_TORCH_CHECK(inputs == rows, "grid: expected the product ", rows, ", got ", inputs);
+  }
+
+  // Pointers to the rows of m that each of `n` output rows is the mean of
+  template <typename T>
+  std::vector<T*> sources(const Matrix<T>& m, int64_t first, int64_t n) const {
+    std::vector<T*> pointers;
+    pointers.reserve(n * window);
+    int64_t rows[8];
+    for (int64_t row = first; row < first + n; ++row) {
+      sources(row, rows);
+      for (int64_t i = 0; i < window; ++i) pointers.push_back(m.row(rows[i]));
+    }
+    return pointers;
+  }
+
+  void sources(int64_t row, int64_t* rows) const {
+    const int64_t z = row % pooled[2], y = row / pooled[2] % pooled[1], x = row / (pooled[2] * pooled[1]) % pooled[0];
+    const int64_t n = row / (pooled[2] * pooled[1] * pooled[0]);
+    for (int64_t i = 0; i < windows[0]; ++i)
+      for (int64_t j = 0; j < windows[1]; ++j)
+        for (int64_t k = 0; k < windows[2]; ++k)
+          *rows++ = ((n * sizes[0] + windows[0] * x + i) * sizes[1] + windows[1] * y + j) * sizes[2] + windows[2] * z + k;
+  }
+
+  bool drops_rows() const { return outputs * window != inputs; }
+};
+
+// out = mean(relu(y)) @ weight^T + bias
+Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
+                            std::optional<Tensor> bias, std::vector<int64_t> grid) {
+  // [M, C], [C] each, [C', C], [C']
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x"), w(weight, "weight");
+    STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const Pooling pooling(grid, m.rows);
+    Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, Matrix<T>(out, "out"),
+                product_tiles(pooling.outputs), nullptr,
+                [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
+                  const auto sources = pooling.sources(m, row, rows);
+                  kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, a.from(c), values, ld);
+                });
+    return out;
+  });
+}
+
+// D = (grad @ weight) / window * (y > 0) at each pixel of a window:  scale * D [M, C],  dW,  sum D,  sum D * (x - mean)
+std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale,
+                                                                 Tensor shift, Tensor weight, std::vector<int64_t> grid,
+                                                                 bool need_input, bool need_weight) {
+  // [M', C'], [M, C], [C] each, [C', C]
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> g(grad, "grad"), m(x, "x"), w(weight, "weight");
+    const Affine affine_x = affine(mean, scale, shift, m.cols);
+    const Pooling pooling(grid, m.rows);
+    STD_TORCH_CHECK(g.rows == pooling.outputs && g.cols == w.rows && w.cols == m.cols,
+                    "grad, x, weight: sizes do not match");
+    Tensor scaled = torch::stable::new_empty(x, {need_input ? m.rows : 0, m.cols});
+    advise_huge_pages(scaled);
+    if (pooling.drops_rows()) torch::stable::zero_(scaled);
+    const Matrix<T> result(scaled, "scaled");
+    auto [grad_weight, sums] = multiply_backward<T>(
+        x, g, w, need_input, need_weight,
+        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,
+            float* sum_d, float* sum_dx) {
+          const auto sources = pooling.sources(m, row, rows);
+          const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
+          kernels_of<T>().mask_windows(grad_a, width, sources.data(), c, rows, pooling.window, cols, affine_x.from(c),
+                                       results.data(), a, width, sum_d, sum_dx);
+        });
+    return std::tuple<Tensor, Tensor, Tensor>(scaled, grad_weight, sums);
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_bn_relu_pool_conv1x1", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1));
+  m.impl("cpu_bn_relu_pool_conv1x1_backward", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1_backward));
+}

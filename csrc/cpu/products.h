@@ -1,0 +1,108 @@
+// A normalised matrix times a weight, row tile by row tile, and the backward pass: shared by the convolutions of one pixel and
+// the transitions, which differ in what they do to a tile before (or, backward, after) its product.
+#pragma once
+
+#include "tiles.h"
+
+namespace densenet_fast {
+
+constexpr int64_t kTileRows = 112;    // a multiple of the product's row blocks
+constexpr int64_t kDepthSteps = 256;  // a panel of this depth stays in the first-level cache
+
+inline Tiles product_tiles(int64_t rows) { return Tiles(rows, kTileRows, 16); }
+
+// out = a @ weight^T + bias for weight [B, C], with the statistics of out unless null; normalise(row, rows, column, columns,
+// values, ld) writes that part of a
+template <typename T, typename Normalise>
+void multiply(const Matrix<const T>& weight, const float* bias, const Matrix<T>& out, const Tiles& tiles,
+              TileStatistics* statistics, Normalise normalise) {
+  const Kernels<T>& kernel = kernels_of<T>();
+  const Panels weights(weight.rows, steps_of<T>(weight.cols));
+  weights.each([&](int64_t p) {
+    kernel.pack(weight.row(32 * p), 1, weight.ld, weight.cols, weights.valid(p), weights.width(p), weights.panel(p));
+  });
+  tiles.run([&](int64_t chunk) {
+    const int64_t a_words = std::min(weights.steps, kDepthSteps) + kSkew, a_ld = a_words * kPerWord<T>;
+    const int64_t product_ld = weights.padded();
+    const auto a = scratch<T>(tiles.largest() * a_ld);
+    const auto product = scratch<float>(tiles.largest() * product_ld);
+    for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
+      const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
+      if (n == 0) continue;
+      for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
+        const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
+        const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
+        normalise(first, n, c, cols, a.get(), a_ld);
+        for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) a[r * a_ld + cols] = T{};
+        for (int64_t p = 0; p < weights.count; ++p) {
+          const Operand panel = {weights.panel(p) + step * weights.width(p), 0, weights.width(p)};
+          kernel.product({as_words(a.get()), a_words, 1}, panel, n, weights.width(p), steps, product.get() + 32 * p,
+                         product_ld, step > 0);
+        }
+      }
+      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, out.row(first), out.ld);
+      if (statistics) statistics->add(tile, out.row(first), out.ld, n);
+    }
+  });
+}
+
+// The gradients of a and weight from that of the product, and the sums over the rows of what mask makes of the first:
+// mask(row, rows, column, columns, grad of a or null, a as a panel or null, width of both, sum_d, sum_dx)
+template <typename T, typename Mask>
+std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const Matrix<const T>& grad,
+                                             const Matrix<const T>& weight, bool need_a, bool need_weight, Mask mask) {
+  const Kernels<T>& kernel = kernels_of<T>();
+  const int64_t depth = steps_of<T>(grad.cols);
+  const Panels weights(weight.cols, depth);
+  weights.each([&](int64_t p) {
+    if (!need_a) return;
+    kernel.pack(weight.data + 32 * p, weight.ld, 1, weight.rows, weights.valid(p), weights.width(p), weights.panel(p));
+  });
+  const Tiles tiles = product_tiles(grad.rows);
+  std::vector<std::vector<float>> grad_weight(tiles.chunks);
+  std::vector<ColumnSums> sums(tiles.chunks);
+  tiles.run([&](int64_t chunk) {
+    constexpr bool paired = kPerWord<T> > 1;
+    const int64_t rows = tiles.largest(), row_steps = steps_of<T>(rows), grad_words = depth + kSkew;
+    const auto grad_a = scratch<float>(rows * 32);
+    const auto a = scratch<uint32_t>(row_steps * 32);
+    // grad as pairs along its columns, and along its rows
+    const auto by_row = scratch<uint32_t>(paired ? rows * grad_words : 0);
+    const auto by_column = scratch<uint32_t>(paired ? row_steps * grad.cols : 0);
+    if (need_weight) grad_weight[chunk] = zeros(grad.cols * weights.padded());
+    sums[chunk].reset(weight.cols);
+    for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
+      const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
+      if (n == 0) continue;
+      Operand left = {as_words(grad.row(first)), grad.ld, 1}, transposed = {left.words, 1, grad.ld};
+      if constexpr (paired) {
+        if (grad.cols % 2 == 0 && grad.ld % 2 == 0) {
+          left = {as_words(grad.row(first)), grad.ld / 2, 1};
+        } else {
+          for (int64_t r = 0; r < n; ++r) {
+            kernel.pack(grad.row(first + r), 1, 0, grad.cols, 1, 1, by_row.get() + r * grad_words);
+          }
+          left = {by_row.get(), grad_words, 1};
+        }
+        kernel.pack(grad.row(first), grad.ld, 1, n, grad.cols, grad.cols, by_column.get());
+        transposed = {by_column.get(), 1, grad.cols};
+      }
+      sums[chunk].add([&](float* sum_d, float* sum_dx) {
+        for (int64_t p = 0; p < weights.count; ++p) {
+          const int64_t c = 32 * p, width = weights.width(p);
+          if (need_a) kernel.product(left, weights.operand(p), n, width, depth, grad_a.get(), width, false);
+          mask(first, n, c, weights.valid(p), need_a ? grad_a.get() : nullptr, need_weight ? a.get() : nullptr, width,
+               sum_d + c, sum_dx + c);
+          if (need_weight) {
+            kernel.product(transposed, {a.get(), 0, width}, grad.cols, width, steps_of<T>(n),
+                           grad_weight[chunk].data() + c * grad.cols, width, true);
+          }
+        }
+      });
+    }
+  });
+  return {need_weight ? from_panels(grad_weight, weights, grad.cols, like) : nothing(like),
+          need_a ? total(sums, like) : nothing(like)};
+}
+
+}  // namespace densenet_fast
