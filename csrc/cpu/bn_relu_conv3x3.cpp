@@ -78,7 +78,7 @@ struct Transformed {
   const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
 };
 
-constexpr int64_t kForwardTiles = 42, kBackwardTiles = 84;
+constexpr int64_t kForwardTiles = 28, kBackwardTiles = 84;
 
 struct Filters {
   int64_t out_channels, in_channels;

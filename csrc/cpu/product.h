@@ -79,9 +79,10 @@ inline void block_of(int64_t rows, Operand a, Operand b, int64_t steps, float* o
 
 template <typename T>
 void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld, bool accumulate) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = rows * i / blocks, n = rows * (i + 1) / blocks - first;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, larger = rows % blocks;
+  int64_t n = rows / blocks + 1;
+  for (int64_t i = 0, first = 0; i < blocks; ++i, first += n) {
+    if (i == larger) --n;
     const Operand part = {a.words + first * a.row, a.row, a.step};
     int64_t c = 0;
     for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {

@@ -2,7 +2,7 @@
 // is compiled for one instruction set.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 

@@ -28,28 +28,30 @@ inline void input_line(V d0, V d1, V d2, V d3, V* out, int stride) {
   out[3 * stride] = d1 - d3;
 }
 
-// transform<N>(c) makes a function f(tile, values) of the 16 values of a tile at columns c, c + 1, ..., called in the order of
-// the tiles; stores them to out
+// transform<N>(c) makes a function f(tile, emit), called in the order of the tiles, that emits (i, value) for each of the 16
+// values of a tile at columns c, c + 1, ...; stores them to out
 template <typename T, typename F>
 inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out, F transform) {
   columns(cols, [&]<int N>(int64_t c) {
     auto tile = transform.template operator()<N>(c);
-    floats<N> v[16];
     if (sizeof(T) == 4 || !out.paired) {
       T* to = out.data + c;
       for (int64_t t = 0; t < tiles; ++t, to += out.row) {
-        tile(t, v);
-        for (int i = 0; i < 16; ++i) store<N>(to + i * out.position, v[i]);
+        tile(t, [&](int i, floats<N> v) { store<N>(to + i * out.position, v); });
       }
     } else {
       T* to = out.data + 2 * c;
       for (int64_t t = 0; t < tiles; t += 2, to += out.row) {
-        floats<N> next[16] = {};
-        tile(t, v);
-        if (t + 1 < tiles) tile(t + 1, next);
-        for (int i = 0; i < 16; ++i) {
-          const auto words = pair<N>(v[i], next[i]);
+        floats<N> first[16];
+        const auto both = [&](int i, floats<N> second) {
+          const auto words = pair<N>(first[i], second);
           __builtin_memcpy(to + i * out.position, &words, sizeof(words));
+        };
+        tile(t, [&](int i, floats<N> v) { first[i] = v; });
+        if (t + 1 < tiles) {
+          tile(t + 1, both);
+        } else {
+          for (int i = 0; i < 16; ++i) both(i, floats<N>{});
         }
       }
     }
@@ -60,8 +62,7 @@ inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out
 template <typename T, typename F>
 inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out, F pixel) {
   transform_tiles(tiles, cols, out, [&]<int N>(int64_t c) {
-    return [=, load_pixel = pixel.template operator()<N>(c), line = Lines<floats<N>>()](int64_t t,
-                                                                                       floats<N>* v) mutable {
+    return [=, load_pixel = pixel.template operator()<N>(c), line = Lines<floats<N>>()](int64_t t, auto emit) mutable {
       const T* const* tile = pixels + 16 * t;
       const auto down = [&](int j) {
         input_line(load_pixel(tile[j]), load_pixel(tile[4 + j]), load_pixel(tile[8 + j]), load_pixel(tile[12 + j]),
@@ -80,7 +81,9 @@ inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, Tra
       down(2);
       down(3);
       for (int i = 0; i < 16; i += 4) {
-        input_line(line.v[i], line.v[i + 1], line.v[i + 2], line.v[i + 3], v + i, 1);
+        floats<N> v[4];
+        input_line(line.v[i], line.v[i + 1], line.v[i + 2], line.v[i + 3], v, 1);
+        for (int j = 0; j < 4; ++j) emit(i + j, v[j]);
       }
     };
   });
@@ -109,7 +112,7 @@ void winograd_input(const T* const* pixels, int64_t offset, int64_t tiles, int64
 template <typename T>
 void winograd_gradient(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out) {
   transform_tiles(tiles, cols, out, [&]<int N>(int64_t c) {
-    return [=](int64_t t, floats<N>* v) {
+    return [=](int64_t t, auto emit) {
       floats<N> rows[4][2];
       for (int j = 0; j < 2; ++j) {
         const T *upper = pixels[4 * t + j], *lower = pixels[4 * t + 2 + j];
@@ -121,10 +124,10 @@ void winograd_gradient(const T* const* pixels, int64_t tiles, int64_t cols, Tran
         rows[3][j] = -second;
       }
       for (int i = 0; i < 4; ++i) {
-        v[4 * i] = rows[i][0];
-        v[4 * i + 1] = rows[i][0] + rows[i][1];
-        v[4 * i + 2] = rows[i][0] - rows[i][1];
-        v[4 * i + 3] = -rows[i][1];
+        emit(4 * i, rows[i][0]);
+        emit(4 * i + 1, rows[i][0] + rows[i][1]);
+        emit(4 * i + 2, rows[i][0] - rows[i][1]);
+        emit(4 * i + 3, -rows[i][1]);
       }
     };
   });
