@@ -8,12 +8,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
   m.def(
       "cpu_bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
-      "bool statistics) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor(a!) out, bool statistics) -> (Tensor, Tensor)");
   m.def(
       "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "Tensor(a!)? grad_x, bool need_weight, bool need_sums) -> (Tensor, Tensor)");
-  m.def("cpu_mask_(Tensor(a!) grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
+  m.def("cpu_mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) out) -> Tensor");
   m.def(
       "cpu_bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
       "int[] grid) -> Tensor");
@@ -25,6 +24,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
-      "int[] grid, Tensor(a!)? scaled, bool need_weight) -> (Tensor, Tensor)");
+      "int[] grid, Tensor(a!)? out, bool need_weight) -> (Tensor, Tensor)");
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
 }

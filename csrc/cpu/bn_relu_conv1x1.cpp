@@ -4,26 +4,25 @@
 namespace densenet_fast {
 namespace {
 
-// Z = relu((x - mean) * scale + shift) @ weight^T + bias, with the statistics of Z
-std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
-                                                   std::optional<Tensor> bias, bool want_statistics) {
-  // [M, C], [C] each, [B, C], [B]
+// out = relu((x - mean) * scale + shift) @ weight^T + bias, with its statistics
+std::tuple<Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
+                                           std::optional<Tensor> bias, Tensor out, bool want_statistics) {
+  // [M, C], [C] each, [B, C], [B], [M, B]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x"), w(weight, "weight");
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     const Affine a = affine(mean, scale, shift, m.cols);
-    Tensor z = torch::stable::new_empty(x, {m.rows, w.rows});
+    const Matrix<T> z(out, "out");
+    STD_TORCH_CHECK(z.rows == m.rows && z.cols == w.rows, "out: expected [M, B]");
     advise_huge_pages(z);
     const Tiles tiles = product_tiles(m.rows);
     TileStatistics statistics(tiles, want_statistics ? w.rows : 0);
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, Matrix<T>(z, "z"), tiles,
-                want_statistics ? &statistics : nullptr,
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, z, tiles, want_statistics ? &statistics : nullptr,
                 [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
                   kernels_of<T>().bn_relu(m.row(row) + c, m.ld, rows, cols, a.from(c), values, ld);
                 });
-    auto [z_mean, z_var] = want_statistics ? statistics.combined(tiles, x) : std::tuple(nothing(x), nothing(x));
-    return std::tuple<Tensor, Tensor, Tensor>(z, z_mean, z_var);
+    return want_statistics ? statistics.combined(tiles, x) : std::tuple(nothing(x), nothing(x));
   });
 }
 

@@ -138,10 +138,10 @@ void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
   });
 }
 
-// D = conv3x3_input_grad(grad, weight) * (y > 0):  scaled = scale * D,  dW,  sum D,  sum D * (x - mean)
+// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = scale * D,  dW,  sum D,  sum D * (x - mean)
 std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift,
                                                     Tensor weight, std::vector<int64_t> grid,
-                                                    std::optional<Tensor> scaled, bool need_weight) {
+                                                    std::optional<Tensor> out, bool need_weight) {
   // [M, k], [M, B], [B] each, [k, B, 3, 3], [M, B]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -153,14 +153,15 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
     const Affine a = affine(mean, scale, shift, m.cols);
     const ImageTiles image(grid, m.rows);
     std::optional<Matrix<T>> result;
-    if (scaled) {
-      result.emplace(*scaled, "scaled");
-      STD_TORCH_CHECK(result->rows == m.rows && result->cols == m.cols, "scaled: expected x's shape");
+    if (out) {
+      result.emplace(*out, "out");
+      STD_TORCH_CHECK(result->rows == m.rows && result->cols == m.cols, "out: expected x's shape");
+      advise_huge_pages(*result);
     }
     const Panels weights(m.cols, steps_of<T>(g.cols), 16);
     const T* w = static_cast<const T*>(weight.data_ptr());
     weights.each([&](int64_t p) {
-      if (!scaled) return;
+      if (!out) return;
       kernel.winograd_weight(w + 32 * p * 9, m.cols * 9, 9, g.cols, weights.valid(p), weights.width(p), true,
                              weights.panel(p), weights.size());
     });
@@ -169,9 +170,9 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
     std::vector<ColumnSums> sums(tiles.chunks);
     tiles.run([&](int64_t chunk) {
       const int64_t largest = tiles.largest();
-      const Transformed<T> dy(scaled ? largest : 0, g.cols, false), ady(need_weight ? largest : 0, g.cols, true);
+      const Transformed<T> dy(out ? largest : 0, g.cols, false), ady(need_weight ? largest : 0, g.cols, true);
       const Transformed<T> v(need_weight ? largest : 0, 32, true);
-      const auto products = scratch<float>(scaled ? 16 * largest * 32 : 0);
+      const auto products = scratch<float>(out ? 16 * largest * 32 : 0);
       Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest), x_inside(2, 0, largest),
           next(2, 0, largest);
       Pixels<T> out_inside(2, 0, largest);
@@ -180,14 +181,14 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
       for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
         const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
         if (n == 0) continue;
-        T* const* out = nullptr;
+        T* const* to = nullptr;
         const T* const* x16 = nullptr;
         const T* const* x4 = x_inside.of(image, m, first, n);
         next.of(image, m, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
-        if (scaled) {
+        if (out) {
           kernel.winograd_input(dy_around.of(image, g, first, n), 0, n, g.cols, nullptr,
                                 dy.tiles());
-          out = out_inside.of(image, *result, first, n);
+          to = out_inside.of(image, *result, first, n);
         }
         if (need_weight) {
           kernel.winograd_gradient(dy_inside.of(image, g, first, n), n, g.cols, ady.tiles());
@@ -201,13 +202,13 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
             const auto fetch = [&](int64_t i) {
               prefetch(last ? next.pointers : x_inside.pointers, i, 16, last ? 0 : c + 32, 32);
             };
-            if (scaled) {
+            if (out) {
               for (int64_t i = 0; i < 16; ++i) {
                 fetch(i);
                 kernel.product({dy.at(i), dy.words, 1}, weights.operand(p, i), n, width, weights.steps,
                                products.get() + i * n * width, width, false);
               }
-              kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, out,
+              kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, to,
                                              sum_d + c, sum_dx + c);
             }
             if (need_weight) {
@@ -238,7 +239,7 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
         }
       });
     }
-    return std::tuple<Tensor, Tensor>(dw, scaled ? total(sums, x) : nothing(x));
+    return std::tuple<Tensor, Tensor>(dw, out ? total(sums, x) : nothing(x));
   });
 }
 

@@ -84,9 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     STD_TORCH_CHECK(g.rows == pooling.outputs && g.cols == w.rows && w.cols == m.cols,
                     "grad, x, weight: sizes do not match");
     Tensor scaled = torch::stable::new_empty(x, {need_input ? m.rows : 0, m.cols});
-    advise_huge_pages(scaled);
-    if (pooling.drops_rows()) torch::stable::zero_(scaled);
     const Matrix<T> result(scaled, "scaled");
+    advise_huge_pages(result);
+    if (pooling.drops_rows()) torch::stable::zero_(scaled);
     auto [grad_weight, sums] = multiply_backward<T>(
         x, g, w, need_input, need_weight,
         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,

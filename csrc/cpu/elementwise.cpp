@@ -4,7 +4,9 @@
 namespace densenet_fast {
 namespace {
 
-void huge_pages(Tensor x) { advise_huge_pages(x); }
+void huge_pages(Tensor x) {
+  by_dtype(x, [&](auto zero) { advise_huge_pages(Matrix<decltype(zero)>(x, "x")); });
+}
 
 std::string capability() { return kernels().name; }
 
@@ -33,20 +35,22 @@ Tensor bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], 
   });
 }
 
-// D = grad * (y > 0): grad = scale * D in place, sum D, sum D * (x - mean)
-Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], [C] each
+// D = grad * (y > 0): out = scale * D, sum D, sum D * (x - mean); out may be grad
+Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor out) {  // [M, C], [C] each, [M, C]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<T> g(grad, "grad");
-    const Matrix<const T> m(x, "x");
-    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols && g.ld == g.cols, "grad: expected x's shape, contiguous");
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Matrix<T> result(out, "out");
+    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
+    STD_TORCH_CHECK(result.rows == m.rows && result.cols == m.cols, "out: expected x's shape");
     const Affine a = affine(mean, scale, shift, m.cols);
     const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
     std::vector<ColumnSums> sums(tiles.chunks);
     for (ColumnSums& chunk : sums) chunk.reset(m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-        kernels_of<T>().mask(g.row(first), m.row(first), m.ld, n, m.cols, a, sum_d, sum_dx);
+        kernels_of<T>().mask(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, a, result.row(first), result.ld, sum_d,
+                             sum_dx);
       });
     });
     return total(sums, x);
@@ -86,6 +90,6 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_huge_pages", TORCH_BOX(&densenet_fast::huge_pages));
   m.impl("cpu_statistics", TORCH_BOX(&densenet_fast::statistics));
   m.impl("cpu_bn_relu", TORCH_BOX(&densenet_fast::bn_relu));
-  m.impl("cpu_mask_", TORCH_BOX(&densenet_fast::mask));
+  m.impl("cpu_mask", TORCH_BOX(&densenet_fast::mask));
   m.impl("cpu_finalise", TORCH_BOX(&densenet_fast::finalise));
 }

@@ -41,8 +41,9 @@ struct Kernels {
   void (*bn_relu)(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out, int64_t out_ld);
   // mean = column means, m2 = sums of squared deviations from them
   void (*statistics)(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2);
-  // D = grad * (y > 0): sum_d += sum D, sum_dx += sum D * (x - mean), grad (contiguous) = scale * D
-  void (*mask)(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx);
+  // D = grad * (y > 0): sum_d += sum D, sum_dx += sum D * (x - mean), out = scale * D; out may be grad
+  void (*mask)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out,
+               int64_t out_ld, float* sum_d, float* sum_dx);
   // the same, with total [rows, cols] += scale * D unless null and a = relu(y) unless null, as a panel whose steps are rows;
   // with no grad, a alone
   void (*mask_accumulate)(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,

@@ -156,15 +156,16 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
 }
 
 template <typename T>
-void mask(T* grad, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* sum_d, float* sum_dx) {
-  for (int64_t r = 0; r < rows; ++r, grad += cols, x += ld) {
+void mask(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out,
+          int64_t out_ld, float* sum_d, float* sum_dx) {
+  for (int64_t r = 0; r < rows; ++r, grad += grad_ld, x += ld, out += out_ld) {
     columns(cols, [&]<int N>(int64_t c) {
       const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
       const floats<N> scale = load<N>(affine.scale + c);
       const floats<N> d = centred * scale + load<N>(affine.shift + c) > 0 ? load<N>(grad + c) : floats<N>{};
       store<N>(sum_d + c, load<N>(sum_d + c) + d);
       store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
-      store<N>(grad + c, scale * d);
+      store<N>(out + c, scale * d);
     });
   }
 }

@@ -75,12 +75,12 @@ std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t count) {
 }
 
 // Asks for large pages: rows that are far apart otherwise miss the processor's table of pages at every step
-inline void advise_huge_pages(const Tensor& t) {
+template <typename T>
+void advise_huge_pages(const Matrix<T>& m) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t end = begin + t.numel() * t.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(m.data) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(m.row(m.rows)) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }

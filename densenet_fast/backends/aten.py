@@ -53,12 +53,13 @@ def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | 
 
 
 def bn_relu_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, statistics: bool
-) -> tuple[Tensor, Statistics | None]:
-    """Z = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with Z's statistics if asked for."""
+    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, out: Tensor, statistics: bool
+) -> Statistics | None:
+    """out [M, B] = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with its statistics if asked
+    for."""
     a = _bn_relu(x, affine)
-    z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
-    return z, channel_statistics(z) if statistics else None
+    out.copy_(a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t()))
+    return channel_statistics(out) if statistics else None
 
 
 def bn_relu_conv1x1_backward(
@@ -106,20 +107,21 @@ def bn_relu_conv3x3_backward(
     affine: Affine,
     weight: Tensor,
     grid: tuple[int, ...],
-    need_input: bool,
+    out: Tensor | None,
     need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Statistics | None]:
     """From grad [M, k] with D = conv_input_grad(grad, weight) * (bn(x) > 0):
 
-    scale * D [M, B], dW, and the column sums (sum D, sum D * (x - mean)), each [B].
+    out [M, B] = scale * D (unless None), dW, and with out the column sums (sum D, sum D * (x - mean)), each [B].
     """
     input_gradient, weight_gradient = convolve_backward(
-        grad, _bn_relu(x, affine), weight, grid, need_input, need_weight
+        grad, _bn_relu(x, affine), weight, grid, out is not None, need_weight
     )
-    if not need_input:
-        return None, weight_gradient, None
+    if out is None:
+        return weight_gradient, None
     scaled, sums = _masked(input_gradient, x, affine)
-    return scaled, weight_gradient, sums
+    out.copy_(scaled)
+    return weight_gradient, sums
 
 
 def finalise_gradient(

@@ -40,16 +40,17 @@ def channel_statistics(x: Tensor) -> Statistics:
 
 def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | None:
     rows = new.movedim(1, -1)
+    kernels.cpu_huge_pages(out)
     out.view(rows.shape).copy_(rows)
     return kernels.cpu_statistics(out) if statistics else None
 
 
 def bn_relu_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, statistics: bool
-) -> tuple[Tensor, Statistics | None]:
+    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, out: Tensor, statistics: bool
+) -> Statistics | None:
     bias = None if bias is None else bias.float()
-    z, mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight.contiguous(), bias, statistics)
-    return z, (mean, var) if statistics else None
+    mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight.contiguous(), bias, out, statistics)
+    return (mean, var) if statistics else None
 
 
 def bn_relu_conv1x1_backward(
@@ -86,20 +87,23 @@ def bn_relu_conv3x3(
 
 
 def bn_relu_conv3x3_backward(
-    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    out: Tensor | None,
+    need_weight: bool,
+) -> tuple[Tensor | None, Statistics | None]:
     if minimal_filtering(grid):
-        scaled = torch.empty_like(x, memory_format=torch.contiguous_format) if need_input else None
-        grad_weight, sums = kernels.cpu_bn_relu_conv3x3_backward(
-            grad, x, *affine, weight.contiguous(), grid, scaled, need_weight
-        )
-        return scaled, grad_weight if need_weight else None, (sums[0], sums[1]) if need_input else None
-    a = kernels.cpu_bn_relu(x, *affine)
-    input_gradient, weight_gradient = convolve_backward(grad, a, weight, grid, need_input, need_weight)
-    if not need_input:
-        return None, weight_gradient, None
-    sums = kernels.cpu_mask_(input_gradient, x, *affine)
-    return input_gradient, weight_gradient, (sums[0], sums[1])
+        weight = weight.contiguous()
+        grad_weight, sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine, weight, grid, out, need_weight)
+    else:
+        a = kernels.cpu_bn_relu(x, *affine)
+        input_gradient, grad_weight = convolve_backward(grad, a, weight, grid, out is not None, need_weight)
+        if out is not None:
+            sums = kernels.cpu_mask(input_gradient, x, *affine, out)
+    return grad_weight if need_weight else None, None if out is None else (sums[0], sums[1])
 
 
 def minimal_filtering(grid: tuple[int, ...]) -> bool:

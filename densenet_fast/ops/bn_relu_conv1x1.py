@@ -53,7 +53,8 @@ def bn_relu_conv1x1(x: Tensor, tensors: list[Tensor], eps: float, pool: bool, gr
         out = backend.bn_relu_pool_conv1x1(matrix, affine, weight, bias, grid)
         grid = (grid[0], *(size // 2 for size in grid[1:]))
     else:
-        out, _ = backend.bn_relu_conv1x1(matrix, affine, weight, bias, statistics=False)
+        out = matrix.new_empty(matrix.shape[0], weight.shape[0])
+        backend.bn_relu_conv1x1(matrix, affine, weight, bias, out, statistics=False)
     return as_output(to_image(out, grid)), mean.clone(), var.clone(), count
 
 

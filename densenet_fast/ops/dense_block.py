@@ -67,6 +67,15 @@ class Plan:
         """The columns that layer i writes."""
         return slice(self.starts[i], self.starts[i + 1])
 
+    def bottleneck_buffer(self, features: Tensor) -> Tensor:
+        """Room for any layer's bottleneck, for one at a time."""
+        return features.new_empty(features.shape[0] * max((c.stop - c.start for c in self.bottlenecks), default=0))
+
+    def bottleneck_in(self, buffer: Tensor | None, i: int, features: Tensor) -> Tensor:
+        """An uninitialised [M, B] for layer i's bottleneck, in ``buffer`` or newly allocated."""
+        shape = features.shape[0], self.bottlenecks[i].stop - self.bottlenecks[i].start
+        return features.new_empty(shape) if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
+
     def normalised_by_batch(self, i: int) -> bool:
         """Whether layer i or a later one normalises its input by batch statistics."""
         return any(not layer[0].frozen for layer in self.layers[i:])
@@ -114,14 +123,15 @@ def dense_block(
 
     keep(slice(0, plan.starts[0]), backend.append_features(x, features[:, : x.shape[1]], plan.normalised_by_batch(0)))
     bottlenecks = []
+    shared = None if save_bottlenecks else plan.bottleneck_buffer(features)
     for i, layer in enumerate(plan.layers):
         inputs, new, stage = features[:, : plan.starts[i]], plan.new(i), layer[-1]
         affine, _ = layer[0].fold(mean[: plan.starts[i]], var[: plan.starts[i]])
         if bottleneck:
             weight, bias = layer[0].convolution(x.dtype)
-            inputs, statistics = backend.bn_relu_conv1x1(
-                inputs, affine, weight.flatten(1), bias, statistics=not stage.frozen
-            )
+            z = plan.bottleneck_in(shared, i, features)
+            statistics = backend.bn_relu_conv1x1(inputs, affine, weight.flatten(1), bias, z, not stage.frozen)
+            inputs = z
             keep(plan.bottlenecks[i], statistics)
             affine, _ = stage.fold(mean[plan.bottlenecks[i]], var[plan.bottlenecks[i]])
             if save_bottlenecks:
@@ -187,7 +197,9 @@ class BlockGradients:
         asked = [any(g.needs_any for g in layer) for layer in by_layer]
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
         self.grad = self.features.new_empty(self.features.shape)
-        to_image(self.grad, plan.grid).copy_(grad)
+        self.z = None if bottlenecks else plan.bottleneck_buffer(self.features)
+        self.dz = plan.bottleneck_buffer(self.features)
+        self.backend.append_features(grad, self.grad, statistics=False)
 
         for i in reversed(range(first, len(plan.layers))):
             dy = self.finalise(plan.new(i), plan.normalised_by_batch(i + 1))
@@ -223,8 +235,9 @@ class BlockGradients:
         need_d = need_inputs or gradients[0].needs_norm
         if not plan.bottleneck:
             weight, _ = stages[0].convolution(self.dtype)
-            scaled, grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
-                dy, inputs, affine, weight, plan.grid, need_d, gradients[0].needs_conv_weight
+            scaled = torch.empty_like(inputs, memory_format=torch.contiguous_format) if need_d else None
+            grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
+                dy, inputs, affine, weight, plan.grid, scaled, gradients[0].needs_conv_weight
             )
             gradients[0].convolution(grad_weight, dy)
             if need_inputs:
@@ -258,10 +271,12 @@ class BlockGradients:
         if z is None:
             weight, bias = first.convolution(self.dtype)
             inputs = self.features[:, : plan.starts[i]]
-            z, _ = self.backend.bn_relu_conv1x1(inputs, affine1, weight.flatten(1), bias, statistics=False)
+            z = plan.bottleneck_in(self.z, i, self.features)
+            self.backend.bn_relu_conv1x1(inputs, affine1, weight.flatten(1), bias, z, False)
         weight, _ = second.convolution(self.dtype)
-        scaled, grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
-            dy, z, affine, weight, plan.grid, need_dz or gradients.needs_norm, gradients.needs_conv_weight
+        scaled = plan.bottleneck_in(self.dz, i, self.features) if need_dz or gradients.needs_norm else None
+        grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
+            dy, z, affine, weight, plan.grid, scaled, gradients.needs_conv_weight
         )
         gradients.convolution(grad_weight, dy)
         if sums is not None:

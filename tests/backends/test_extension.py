@@ -69,13 +69,13 @@ def test_wrong_arguments_raise():
     with pytest.raises(RuntimeError, match="expected 3 contiguous float32 values"):
         kernels.cpu_bn_relu(x, torch.randn(2), vector, vector)
     with pytest.raises(RuntimeError, match="weight: expected 3 columns, got 4"):
-        kernels.cpu_bn_relu_conv1x1(x, *affine, torch.randn(2, 4), True)
+        kernels.cpu_bn_relu_conv1x1(x, *affine, torch.randn(2, 4), None, torch.empty(4, 2), True)
     with pytest.raises(RuntimeError, match="expected float32 or bfloat16"):
         kernels.cpu_statistics(x.double())
     with pytest.raises(RuntimeError, match="adjacent columns"):
         kernels.cpu_statistics(torch.randn(3, 4).t())
     with pytest.raises(RuntimeError, match="dtype unlike"):
-        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), True)
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), None, torch.empty(4, 2), True)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 33, 100, 4099])
@@ -90,7 +90,8 @@ def test_any_number_of_threads(rows, threads):
         results = []
         for backend in (cpu, cpu, aten):
             grad_x = torch.zeros_like(x)
-            z, statistics = backend.bn_relu_conv1x1(x, affine, weight, None, True)
+            z = torch.empty(rows, 24)
+            statistics = backend.bn_relu_conv1x1(x, affine, weight, None, z, True)
             dw, sums = backend.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, True, True)
             results.append([z, *statistics, grad_x, dw, *sums, *backend.channel_statistics(x)])
     finally:

@@ -116,11 +116,14 @@ def test_append_features(backend, dtype, channels, grid, channels_last):
 def test_bn_relu_conv1x1(backend, dtype, channels, grid, bias):
     case = Case(grid, channels, dtype)
     bias = case.bias if bias else None
-    z, statistics = backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, True)
+    buffer = torch.full((case.x.shape[0], case.k + 4), 3.0, dtype=dtype)
+    z = buffer[:, 1 : 1 + case.k]
+    statistics = backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, z, True)
     truth, stock = (to_matrix(case.stock(d, case.w1, bias)[0]) for d in (torch.float64, dtype))
-    assert close(z, truth, stock, dtype) and z.dtype == dtype
+    assert close(z, truth, stock, dtype)
+    assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.k :].eq(3).all()
     assert_statistics(statistics, z)
-    assert backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, False)[1] is None
+    assert backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, z, False) is None
 
 
 def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
@@ -162,13 +165,18 @@ def test_bn_relu_conv3x3_backward(backend, dtype, channels, grid):
     case = Case(grid, channels, dtype)
     wide = torch.randn(case.x.shape[0], case.k + 3).to(dtype)
     grad = wide[:, 1 : 1 + case.k]
-    got = backend.bn_relu_conv3x3_backward(grad, case.x, case.affine, case.w3, grid, True, True)
-    assert_gradients(case, dtype, got, case.w3, grad)
-    only_weight = backend.bn_relu_conv3x3_backward(grad, case.x, case.affine, case.w3, grid, False, True)
-    assert only_weight[0] is None and only_weight[2] is None
-    assert error(only_weight[1], got[1]) <= 2 * torch.finfo(dtype).eps
-    only_input = backend.bn_relu_conv3x3_backward(grad, case.x, case.affine, case.w3, grid, True, False)
-    assert only_input[1] is None and error(only_input[0], got[0]) <= 2 * torch.finfo(dtype).eps
+    buffer = torch.full((case.x.shape[0], case.c + 4), 3.0, dtype=dtype)
+    scaled = buffer[:, 1 : 1 + case.c]
+    arguments = (grad, case.x, case.affine, case.w3, grid)
+    grad_weight, sums = backend.bn_relu_conv3x3_backward(*arguments, scaled, True)
+    assert_gradients(case, dtype, (scaled, grad_weight, sums), case.w3, grad)
+    assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.c :].eq(3).all()
+    only_weight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
+    assert only_weight[1] is None
+    assert error(only_weight[0], grad_weight) <= 2 * torch.finfo(dtype).eps
+    again = torch.empty_like(case.x)
+    only_input = backend.bn_relu_conv3x3_backward(*arguments, again, False)
+    assert only_input[0] is None and error(again, scaled) <= 2 * torch.finfo(dtype).eps
 
 
 def test_finalise_gradient(backend, dtype, channels, grid):
