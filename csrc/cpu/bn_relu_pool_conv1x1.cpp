@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     advise_huge_pages(result);
     if (pooling.drops_rows()) torch::stable::zero_(scaled);
     auto [grad_weight, sums] = multiply_backward<T>(
-        x, g, w, need_input, need_weight,
+        x, {g, {}}, w, need_input, need_weight,
         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,
             float* sum_d, float* sum_dx) {
           const auto sources = pooling.sources(m, row, rows);

@@ -61,20 +61,13 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tens
 void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double count, Tensor out) {  // [M, n], [n] each
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Matrix<const T> g(grad, "grad");
     const Matrix<T> result(out, "out");
-    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
-    STD_TORCH_CHECK(result.rows == m.rows && result.cols == m.cols, "out: expected x's shape");
-    const float *centre = vector(mean, m.cols, "mean"), *by_mean = vector(p, m.cols, "p"),
-                *by_variance = vector(q, m.cols, "q");
-    std::vector<float> constant(m.cols), slope(m.cols);
-    for (int64_t c = 0; c < m.cols; ++c) {
-      constant[c] = by_mean[c] / count;
-      slope[c] = 2 * by_variance[c] / count;
-    }
-    Tiles(m.rows, 3 * m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().finalise(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, centre, constant.data(),
-                               slope.data(), result.row(first), result.ld);
+    const Finalise<T> through(x, mean, p, q, count);
+    through.check(g);
+    STD_TORCH_CHECK(result.rows == g.rows && result.cols == g.cols, "out: expected x's shape");
+    Tiles(g.rows, 3 * g.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+      through.apply(g, first, n, result.row(first), result.ld);
     });
   });
 }

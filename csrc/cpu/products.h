@@ -46,11 +46,19 @@ void multiply(const Matrix<const T>& weight, const float* bias, const Matrix<T>&
   });
 }
 
+// The gradient of a product as it is stored: complete, or to be completed by what reaches its x through batch statistics (1)
+template <typename T>
+struct ProductGradient {
+  Matrix<const T> stored;
+  std::optional<Finalise<T>> finalise;
+};
+
 // The gradients of a and weight from that of the product, and the sums over the rows of what mask makes of the first:
 // mask(row, rows, column, columns, grad of a or null, a as a panel or null, width of both, sum_d, sum_dx)
 template <typename T, typename Mask>
-std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const Matrix<const T>& grad,
+std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGradient<T>& gradient,
                                              const Matrix<const T>& weight, bool need_a, bool need_weight, Mask mask) {
+  const Matrix<const T>& grad = gradient.stored;
   const Kernels<T>& kernel = kernels_of<T>();
   const int64_t depth = steps_of<T>(grad.cols);
   const Panels weights(weight.cols, depth);
@@ -63,28 +71,33 @@ std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const Matrix<co
   std::vector<ColumnSums> sums(tiles.chunks);
   tiles.run([&](int64_t chunk) {
     constexpr bool paired = kPerWord<T> > 1;
-    const int64_t rows = tiles.largest(), row_steps = steps_of<T>(rows), grad_words = depth + kSkew;
+    const int64_t rows = tiles.largest(), row_steps = steps_of<T>(rows), ld = (depth + kSkew) * kPerWord<T>;
+    const bool copied = gradient.finalise || (paired && (grad.cols % 2 != 0 || grad.ld % 2 != 0));
     const auto grad_a = scratch<float>(rows * 32);
     const auto a = scratch<uint32_t>(row_steps * 32);
-    // grad as pairs along its columns, and along its rows
-    const auto by_row = scratch<uint32_t>(paired ? rows * grad_words : 0);
-    const auto by_column = scratch<uint32_t>(paired ? row_steps * grad.cols : 0);
+    const auto complete = scratch<T>(copied ? rows * ld : 0);
+    const auto by_column = scratch<uint32_t>(paired ? row_steps * grad.cols : 0);  // grad as pairs along its rows
     if (need_weight) grad_weight[chunk] = zeros(grad.cols * weights.padded());
     sums[chunk].reset(weight.cols);
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
       const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
       if (n == 0) continue;
-      Operand left = {as_words(grad.row(first)), grad.ld, 1}, transposed = {left.words, 1, grad.ld};
-      if constexpr (paired) {
-        if (grad.cols % 2 == 0 && grad.ld % 2 == 0) {
-          left = {as_words(grad.row(first)), grad.ld / 2, 1};
+      const T* tile_grad = grad.row(first);
+      int64_t tile_ld = grad.ld;
+      if (copied) {
+        if (gradient.finalise) {
+          gradient.finalise->apply(grad, first, n, complete.get(), ld);
         } else {
-          for (int64_t r = 0; r < n; ++r) {
-            kernel.pack(grad.row(first + r), 1, 0, grad.cols, 1, 1, by_row.get() + r * grad_words);
-          }
-          left = {by_row.get(), grad_words, 1};
+          for (int64_t r = 0; r < n; ++r) std::copy_n(grad.row(first + r), grad.cols, complete.get() + r * ld);
         }
-        kernel.pack(grad.row(first), grad.ld, 1, n, grad.cols, grad.cols, by_column.get());
+        for (int64_t r = 0; paired && grad.cols % 2 && r < n; ++r) complete[r * ld + grad.cols] = T{};
+        tile_grad = complete.get();
+        tile_ld = ld;
+      }
+      const Operand left = {as_words(tile_grad), tile_ld / kPerWord<T>, 1};
+      Operand transposed = {left.words, 1, tile_ld};
+      if (paired && need_weight) {
+        kernel.pack(tile_grad, tile_ld, 1, n, grad.cols, grad.cols, by_column.get());
         transposed = {by_column.get(), 1, grad.cols};
       }
       sums[chunk].add([&](float* sum_d, float* sum_dx) {

@@ -225,6 +225,32 @@ const uint32_t* as_words(const T* values) {
   return reinterpret_cast<const uint32_t*>(values);
 }
 
+// (1): grad + (p + 2 * q * (x - mean)) / count, what reaches x through its batch statistics included
+template <typename T>
+struct Finalise {
+  Matrix<const T> x;
+  const float* mean;
+  std::vector<float> constant, slope;
+
+  Finalise(const Tensor& x, const Tensor& mean, const Tensor& p, const Tensor& q, double count)
+      : x(x, "x"), mean(vector(mean, this->x.cols, "mean")), constant(this->x.cols), slope(this->x.cols) {
+    const float *by_mean = vector(p, this->x.cols, "p"), *by_variance = vector(q, this->x.cols, "q");
+    for (int64_t c = 0; c < this->x.cols; ++c) {
+      constant[c] = by_mean[c] / count;
+      slope[c] = 2 * by_variance[c] / count;
+    }
+  }
+
+  void check(const Matrix<const T>& grad) const {
+    STD_TORCH_CHECK(grad.rows == x.rows && grad.cols == x.cols, "grad: expected x's shape");
+  }
+
+  void apply(const Matrix<const T>& grad, int64_t first, int64_t rows, T* out, int64_t out_ld) const {
+    kernels_of<T>().finalise(grad.row(first), grad.ld, x.row(first), x.ld, rows, x.cols, mean, constant.data(),
+                             slope.data(), out, out_ld);
+  }
+};
+
 // Sums the chunks' accumulators in their order
 inline Tensor total(const std::vector<std::vector<float>>& parts, torch::headeronly::IntHeaderOnlyArrayRef size,
              const Tensor& like) {

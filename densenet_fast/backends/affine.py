@@ -1,4 +1,4 @@
-"""The vectors with which a kernel normalises its input."""
+"""The vectors with which a kernel normalises its input, and those that lead the gradient back through them."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,17 @@ class Affine(NamedTuple):
     mean: Tensor
     scale: Tensor
     shift: Tensor
+
+
+class ThroughStatistics(NamedTuple):
+    """What completes the gradient of a matrix x [M, n] that was normalised by its batch: the gradients ``p`` and ``q``
+    with respect to its ``mean`` and variance, [n] each, over ``count`` rows."""
+
+    x: Tensor
+    mean: Tensor
+    p: Tensor
+    q: Tensor
+    count: Tensor | int
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

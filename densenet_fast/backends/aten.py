@@ -8,7 +8,7 @@ dimensions. Statistics are a pair (mean, biased variance) of what was stored, ea
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.spatial import convolve, convolve_backward, pool, unpool
 
 name = "aten"
@@ -63,13 +63,22 @@ def bn_relu_conv1x1(
 
 
 def bn_relu_conv1x1_backward(
-    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grad_x: Tensor | None, need_weight: bool, need_sums: bool
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    need_weight: bool,
+    need_sums: bool,
+    through: ThroughStatistics | None = None,
 ) -> tuple[Tensor | None, Statistics | None]:
-    """From grad [M, B] with D = (grad @ weight) * (bn(x) > 0):
+    """From grad [M, B], first completed by ``through``, with D = (grad @ weight) * (bn(x) > 0):
 
     grad_x [M, C] += scale * D in place (unless None), dW = grad^T @ relu(bn(x)), and the column sums
     (sum D, sum D * (x - mean)), each [C].
     """
+    if through is not None:
+        grad = finalise_gradient(grad, through, torch.empty_like(grad))
     weight_gradient = grad.t() @ _bn_relu(x, affine) if need_weight else None
     if grad_x is None and not need_sums:
         return weight_gradient, None
@@ -124,14 +133,13 @@ def bn_relu_conv3x3_backward(
     return weight_gradient, sums
 
 
-def finalise_gradient(
-    grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int, out: Tensor
-) -> None:
-    """out = grad + (p + 2 * q * (x - mean)) / count for grad, x, out [M, n]: adds what reaches x through its batch
-    statistics, given the gradients p and q [n] with respect to its mean and variance. ``out`` may be ``grad``."""
+def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
+    """out = grad + (p + 2 * q * (x - mean)) / count for grad and out [M, n]: adds what reaches x through its batch
+    statistics. ``out``, which may be ``grad``, is returned."""
+    x, mean, p, q, count = through
     dtype = accumulation_dtype(x.dtype)
     centred = x.to(dtype) - mean
-    out.copy_(torch.addcmul(p / count, centred, 2 * q / count).add_(grad))
+    return out.copy_(torch.addcmul(p / count, centred, 2 * q / count).add_(grad))
 
 
 def bn_relu_pool_conv1x1(

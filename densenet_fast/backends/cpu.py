@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
-from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.affine import Affine, ThroughStatistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
@@ -54,10 +54,18 @@ def bn_relu_conv1x1(
 
 
 def bn_relu_conv1x1_backward(
-    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grad_x: Tensor | None, need_weight: bool, need_sums: bool
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    need_weight: bool,
+    need_sums: bool,
+    through: ThroughStatistics | None = None,
 ) -> tuple[Tensor | None, Statistics | None]:
+    completion = (None, None, None, None, 1.0) if through is None else (*through[:4], float(through.count))
     grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(
-        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums
+        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums, *completion
     )
     have_sums = need_sums or grad_x is not None
     return grad_weight if need_weight else None, (sums[0], sums[1]) if have_sums else None
@@ -111,10 +119,9 @@ def minimal_filtering(grid: tuple[int, ...]) -> bool:
     return len(grid) == 3 and min(grid[1:]) >= 2
 
 
-def finalise_gradient(
-    grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, count: Tensor | int, out: Tensor
-) -> None:
-    kernels.cpu_finalise(grad, x, mean, p, q, float(count), out)
+def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
+    kernels.cpu_finalise(grad, *through[:4], float(through.count), out)
+    return out
 
 
 def bn_relu_pool_conv1x1(

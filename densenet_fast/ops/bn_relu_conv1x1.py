@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import accumulation_dtype
+from densenet_fast.backends.affine import ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
@@ -105,7 +105,7 @@ def bn_relu_conv1x1_backward(
         return x.new_empty(0), gradients.tensors(x)
     if not stage.frozen:
         p, q = global_sum(*statistics_gradient(sums, affine.scale, r), group)
-        backend.finalise_gradient(grad_x, matrix, mean, p, q, count, grad_x)
+        backend.finalise_gradient(grad_x, ThroughStatistics(matrix, mean, p, q, count), grad_x)
     return to_image(grad_x, grid), gradients.tensors(x)
 
 

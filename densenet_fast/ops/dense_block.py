@@ -8,7 +8,7 @@ statistics of a column are computed once, when it is written.
 Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
 
     dY = finalise(columns C..C+k)                                              G + (P + 2Q(F - mu)) / M      (1)
-    D' = conv3x3_input_grad(dY, W2) * (bn2(Z) > 0);   dZ = finalise(s' * D')
+    D' = conv3x3_input_grad(dY, W2) * (bn2(Z) > 0);   dZ = finalise(s' * D'), by the kernel that reads it
     D  = (dZ @ W1) * (bn1(F) > 0)
     G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import Affine, accumulation_dtype
-from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.layout import empty_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.stage import (
@@ -220,8 +220,8 @@ class BlockGradients:
         out = grad if out is None else out
         if normalised_by_batch:
             p, q = global_sum(self.p[columns], self.q[columns], self.group)
-            mean = self.mean[columns]
-            self.backend.finalise_gradient(grad, self.features[:, columns], mean, p, q, self.count, out)
+            through = ThroughStatistics(self.features[:, columns], self.mean[columns], p, q, self.count)
+            self.backend.finalise_gradient(grad, through, out)
         elif out is not grad:
             out.copy_(grad)
         return out
@@ -244,13 +244,15 @@ class BlockGradients:
                 self.grad[:, :start].add_(scaled)
         else:
             need_dz = need_d or gradients[0].needs_any
-            dz = self.bottleneck(i, dy, z, affine, gradients[1], need_dz)
+            dz, through = self.bottleneck(i, dy, z, affine, gradients[1], need_dz)
             if not need_dz:
                 return
+            if through is not None and gradients[0].needs_conv_bias:
+                dz, through = self.backend.finalise_gradient(dz, through, dz), None
             grad_inputs = self.grad[:, :start] if need_inputs else None
             weight = stages[0].convolution(self.dtype)[0].flatten(1)
             grad_weight, sums = self.backend.bn_relu_conv1x1_backward(
-                dz, inputs, affine, weight, grad_inputs, gradients[0].needs_conv_weight, need_d
+                dz, inputs, affine, weight, grad_inputs, gradients[0].needs_conv_weight, need_d, through
             )
             gradients[0].convolution(grad_weight, dz)
         if need_d:
@@ -262,8 +264,8 @@ class BlockGradients:
 
     def bottleneck(
         self, i: int, dy: Tensor, z: Tensor | None, affine1: Affine, gradients: StageGradients, need_dz: bool
-    ) -> Tensor | None:
-        """From dY to dZ, through the 3x3 convolution and the second normalisation."""
+    ) -> tuple[Tensor | None, ThroughStatistics | None]:
+        """From dY to dZ, through the 3x3 convolution and the second normalisation: s' * D', and what completes it."""
         plan, (first, second) = self.plan, self.plan.layers[i]
         columns = plan.bottlenecks[i]
         mean, var = self.mean[columns], self.var[columns]
@@ -282,10 +284,9 @@ class BlockGradients:
         if sums is not None:
             gradients.norm(sums, r)
         if not need_dz or second.frozen:
-            return scaled
+            return scaled, None
         p, q = global_sum(*statistics_gradient(sums, affine.scale, r), self.group)
-        self.backend.finalise_gradient(scaled, z, mean, p, q, self.count, scaled)
-        return scaled
+        return scaled, ThroughStatistics(z, mean, p, q, self.count)
 
 
 @torch.library.custom_op("densenet_fast::dense_block_backward", mutates_args=())

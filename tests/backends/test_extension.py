@@ -11,7 +11,8 @@ import torch
 from densenet_fast import backends
 from densenet_fast.backends import aten, cpu, extension
 
-INSTRUCTION_SETS = ("default", "avx2", "avx512")
+INSTRUCTION_SETS = {"default": "", "avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16"}
+"""And the flag by which /proc/cpuinfo shows each."""
 
 
 def run(code_or_arguments, **environment):
@@ -41,10 +42,10 @@ def test_library_needs_no_cpp_symbol_of_torch_and_no_python():
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_kernels_of_every_instruction_set(instruction_set):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if instruction_set != "default" and f" {instruction_set.replace('512', '512f')} " not in flags:
+    if INSTRUCTION_SETS[instruction_set] not in flags.split() + [""]:
         pytest.skip(f"this processor has no {instruction_set}")
     tests = run(
-        ["-m", "pytest", "-p", "no:cacheprovider", "tests/backends/test_kernels.py", "-k", "cpu- and float32"],
+        ["-m", "pytest", "-p", "no:cacheprovider", "tests/backends/test_kernels.py", "-k", "cpu- and not float64"],
         DENSENET_FAST_CPU=instruction_set,
         PYTEST_ADDOPTS="",
     )
@@ -59,7 +60,9 @@ def test_kernels_of_every_instruction_set(instruction_set):
 def test_unknown_instruction_set_is_refused():
     code = "from densenet_fast.backends import cpu; print(cpu.unavailable() or cpu.describe())"
     result = run(["-c", code], DENSENET_FAST_CPU="mmx")
-    assert result.returncode != 0 and "DENSENET_FAST_CPU: expected default, avx2 or avx512" in result.stderr
+    assert (
+        result.returncode != 0 and "DENSENET_FAST_CPU: expected default, avx2, avx512 or avx512_bf16" in result.stderr
+    )
 
 
 def test_wrong_arguments_raise():
@@ -74,6 +77,12 @@ def test_wrong_arguments_raise():
         kernels.cpu_statistics(x.double())
     with pytest.raises(RuntimeError, match="adjacent columns"):
         kernels.cpu_statistics(torch.randn(3, 4).t())
+    with pytest.raises(RuntimeError, match=r"out: expected \[M, B\]"):
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 3), True)
+    with pytest.raises(RuntimeError, match=r"weight: expected \[k, 3, 3, 3\], contiguous"):
+        kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 4, 3, 3), None, [1, 2, 2], torch.empty(4, 2))
+    with pytest.raises(RuntimeError, match="grid: expected two spatial sizes and the product 4"):
+        kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3), None, [2, 2, 2], torch.empty(4, 2))
     with pytest.raises(RuntimeError, match="dtype unlike"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), None, torch.empty(4, 2), True)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from densenet_fast.backends import BACKENDS
-from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.layout import to_image, to_matrix
 from helpers import error
 
@@ -144,6 +144,23 @@ def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
     assert backend.bn_relu_conv1x1_backward(*arguments, None, True, False)[0].equal(grad_weight)
 
 
+def test_bn_relu_conv1x1_backward_completes_its_gradient(backend, dtype, channels, grid):
+    case = Case(grid, channels, dtype)
+    rows = case.x.shape[0]
+    z, grad = torch.randn(2, rows, case.k + 3).to(dtype)[:, :, 1 : 1 + case.k]
+    vectors = torch.randn(3, case.k).to(accumulation_dtype(dtype))
+    through = ThroughStatistics(z, *vectors, 2 * rows)
+    results = []
+    for complete in (True, False):
+        grad_x = torch.zeros_like(case.x)
+        dz = backend.finalise_gradient(grad, through, torch.empty_like(grad)) if complete else grad
+        arguments = (dz, case.x, case.affine, case.w1.flatten(1), grad_x, True, True)
+        grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, None if complete else through)
+        results.append((grad_x, grad_weight, *sums))
+    for got, expected in zip(*results):
+        assert got.equal(expected)
+
+
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_bn_relu_conv3x3(backend, dtype, channels, grid, bias, mask):
@@ -185,14 +202,15 @@ def test_finalise_gradient(backend, dtype, channels, grid):
     p, q = torch.randn(2, case.c).to(accumulation_dtype(dtype))
     for count in (case.x.shape[0], torch.tensor(3.0 * case.x.shape[0], dtype=torch.float64)):
         buffer = torch.zeros_like(case.buffer)
-        backend.finalise_gradient(grad, case.x, case.affine.mean, p, q, count, buffer[:, 3 : 3 + case.c])
+        through = ThroughStatistics(case.x, case.affine.mean, p, q, count)
+        backend.finalise_gradient(grad, through, buffer[:, 3 : 3 + case.c])
         got = buffer[:, 3 : 3 + case.c].clone()
         centred = case.x.double() - case.affine.mean.double()
         truth = grad.double() + (p.double() + 2 * q.double() * centred) / float(count)
         assert error(got, truth) <= 2 * torch.finfo(dtype).eps
         assert buffer[:, :3].eq(0).all() and buffer[:, 3 + case.c :].eq(0).all()
         in_place = grad.clone()
-        backend.finalise_gradient(in_place, case.x, case.affine.mean, p, q, count, in_place)
+        backend.finalise_gradient(in_place, through, in_place)
         assert in_place.equal(got)
 
 
