@@ -1,76 +1,11 @@
-// The row-tile kernels, compiled once for each instruction set with TABLE set to its name. No header with inline code of
-// others is included: such code would be compiled for this instruction set and might run on a processor without it.
+// The row-tile kernels, compiled once for each instruction set with TABLE set to its name (see lanes.h).
 //
 //   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0)
 #include "kernels.h"
+#include "lanes.h"
 
 namespace densenet_fast {
 namespace {
-
-// N lanes of each type
-template <int N>
-struct Lanes {
-  typedef float floats __attribute__((vector_size(N * 4)));
-  typedef int32_t ints __attribute__((vector_size(N * 4)));
-  typedef uint32_t words __attribute__((vector_size(N * 4)));
-  typedef uint16_t halves __attribute__((vector_size(N * 2)));
-};
-template <int N>
-using floats = typename Lanes<N>::floats;
-
-template <int N>
-inline floats<N> load(const float* p) {
-  floats<N> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <int N>
-inline floats<N> load(const bf16* p) {
-  typename Lanes<N>::halves bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
-  const typename Lanes<N>::words wide = __builtin_convertvector(bits, typename Lanes<N>::words) << 16;
-  floats<N> v;
-  __builtin_memcpy(&v, &wide, sizeof(v));
-  return v;
-}
-
-template <int N>
-inline void store(float* p, floats<N> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
-template <int N>
-inline void store(bf16* p, floats<N> v) {  // to nearest, ties to even; NaN stays NaN
-  typename Lanes<N>::words w;
-  __builtin_memcpy(&w, &v, sizeof(w));
-  const typename Lanes<N>::words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  const typename Lanes<N>::ints is_nan = v != v;
-  const typename Lanes<N>::words bits = is_nan ? typename Lanes<N>::words{} + 0x7fc0 : rounded;
-  const typename Lanes<N>::halves narrow = __builtin_convertvector(bits, typename Lanes<N>::halves);
-  __builtin_memcpy(p, &narrow, sizeof(narrow));
-}
-
-template <typename V>
-inline V relu(V v) {
-  return v < 0 ? V{} : v;
-}
-
-// f<lanes>(column) over the columns of a row: sixteen at a time, the rest by eight, four and one
-template <typename F>
-inline void columns(int64_t cols, F f) {
-  int64_t c = 0;
-  for (; c + 16 <= cols; c += 16) f.template operator()<16>(c);
-  if (c + 8 <= cols) {
-    f.template operator()<8>(c);
-    c += 8;
-  }
-  if (c + 4 <= cols) {
-    f.template operator()<4>(c);
-    c += 4;
-  }
-  for (; c < cols; ++c) f.template operator()<1>(c);
-}
 
 template <typename T>
 void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out) {
@@ -174,11 +109,6 @@ constexpr Kernels<T> table() {
 }
 
 }  // namespace
-
-#define STRING_(name) #name
-#define STRING(name) STRING_(name)
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
 
 extern const KernelTable JOIN(table_, TABLE);
 const KernelTable JOIN(table_, TABLE) = {STRING(TABLE), table<float>(), table<bf16>()};

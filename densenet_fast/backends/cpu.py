@@ -110,3 +110,25 @@ def bn_relu_pool_conv1x1_backward(
         return None, weight_gradient, None
     input_gradient, sums = kernels.cpu_bn_relu_pool_backward(grad @ weight, x, *affine, grid)
     return input_gradient, weight_gradient, (sums[0], sums[1])
+
+
+def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return kernels.cpu_bn_relu_maxpool(x, *affine, grid)
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Statistics]:
+    scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *affine, grid)
+    return scaled, (sums[0], sums[1])
+
+
+def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+    return kernels.cpu_bn_relu_global_avgpool(x, *affine, grid[0])
+
+
+def bn_relu_global_avgpool_backward(
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Statistics]:
+    scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *affine)
+    return scaled, (sums[0], sums[1])
