@@ -35,6 +35,8 @@ class Features(nn.Sequential):
     def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """``x`` through the children ``names``, which hold the whole stem or nothing of it."""
         fused = self.stem_obstacle() is None
+        if fused and names[0] == "conv0" and fusion.call_obstacle(x, 2) is None:
+            x = x.contiguous(memory_format=torch.channels_last)  # the images, instead of the larger maps made from them
         for name in names:
             if name == "norm0":
                 fused = fused and fusion.call_obstacle(x, 2) is None

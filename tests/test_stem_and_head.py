@@ -65,6 +65,17 @@ def test_features_are_normalised_as_torchvisions(calls):
     assert error(got.features[:4](x), expected.features[:4](x)) < 1e-12
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_stem_reads_what_the_first_convolution_makes_in_place(fused):
+    model, layouts = small(num_init_features=16), []
+    model.features.conv0.register_forward_hook(
+        lambda m, i, o: layouts.append(o.is_contiguous(memory_format=torch.channels_last))
+    )
+    with densenet_fast.set_fused(fused):
+        model(torch.randn(2, 3, 40, 40))
+    assert layouts == [fused]
+
+
 def test_a_model_without_a_stem(calls):
     model = small(small_inputs=True)
     model(torch.randn(2, 3, 12, 12)).sum().backward()
