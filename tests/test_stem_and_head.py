@@ -190,6 +190,16 @@ def test_a_hook_on_features_sees_them_normalised():
     assert error(seen[0], expected) < 1e-12
 
 
+def test_global_hooks_see_every_module(calls):
+    model, seen = small(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    try:
+        model(torch.randn(2, 3, 40, 40))
+    finally:
+        handle.remove()
+    assert not calls and len(seen) == len(set(seen)) == len(list(model.modules()))
+
+
 def test_switched_off(calls):
     with densenet_fast.set_fused(False):
         model = small()

@@ -64,6 +64,7 @@ def test_unknown_instruction_set_is_refused():
 
 
 def test_wrong_arguments_raise():
+    assert cpu.unavailable() is None
     x, vector, weight = torch.randn(4, 3), torch.randn(3), torch.randn(2, 3)
     affine = [vector] * 3
     kernels = torch.ops.densenet_fast
@@ -84,7 +85,7 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_maxpool(x, *affine, [4])
     with pytest.raises(RuntimeError, match="grad: expected the shape of the maxima"):
         kernels.cpu_bn_relu_maxpool_backward(x, argmax, x, *affine, [1, 2, 2])
-    for wrong in (argmax.long(), argmax[:, :2], argmax.expand(2, 3)):
+    for wrong in (argmax.long(), argmax[:, :2], argmax.expand(2, 3), argmax.repeat(1, 2)[:, ::2]):
         with pytest.raises(RuntimeError, match="argmax: expected uint8 of the shape of the maxima"):
             kernels.cpu_bn_relu_maxpool_backward(grad, wrong, x, *affine, [1, 2, 2])
     with pytest.raises(RuntimeError, match="images: expected a divisor of 4, got 3"):
