@@ -23,7 +23,17 @@ TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
 LIBRARY = "_kernels.so"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi"
-CPU_SOURCES = ("dispatch", "elementwise", "bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool_conv1x1")
+CPU_SOURCES = (
+    "dispatch",
+    "elementwise",
+    "bn_relu_conv1x1",
+    "bn_relu_conv3x3",
+    "bn_relu_pool_conv1x1",
+    "bn_relu_maxpool",
+    "bn_relu_global_avgpool",
+)
+CPU_KERNELS = ("kernels", "pool_kernels")
+"""Compiled once for each instruction set."""
 INSTRUCTION_SETS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
@@ -86,7 +96,8 @@ class BuildLibrary(build_ext):
         objects = [("ops", "ops", "")]
         objects += [(f"cpu_{name}", f"cpu/{name}", "") for name in CPU_SOURCES]
         objects += [
-            (f"cpu_{name}", "cpu/kernels", f"{KERNEL_FLAGS} -DTABLE={name} {flags}")
+            (f"cpu_{kernels}_{name}", f"cpu/{kernels}", f"{KERNEL_FLAGS} -DTABLE={name} {flags}")
+            for kernels in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
         ]
         lines = [

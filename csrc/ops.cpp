@@ -26,5 +26,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "int[] grid, Tensor(a!)? out, bool need_weight) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
+      "int[] grid) -> (Tensor, Tensor)");
+  m.def("cpu_bn_relu_global_avgpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int images) -> Tensor");
+  m.def(
+      "cpu_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) "
+      "-> (Tensor, Tensor)");
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
 }

@@ -1,4 +1,4 @@
-"""Which modules of a model run fused, and why the others do not."""
+"""Which parts of a model run fused, and why the others do not."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from densenet_fast.backends import select
+from densenet_fast.models import DenseNet, Features
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, fusion
 from densenet_fast.table import table
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What one dense block, transition or BN-ReLU-Conv1x1 does when called."""
+    """What one dense block, transition, BN-ReLU-Conv1x1, stem or head does when called."""
 
     name: str
     kind: str
@@ -35,21 +36,35 @@ class Report(list[ModuleReport]):
 
 
 def explain(model: nn.Module) -> Report:
-    """Lists the dense blocks, transitions and BN-ReLU-Conv1x1 modules of ``model``: whether each runs fused on ordinary
-    input on its device, by which backend, and why not otherwise.
+    """Lists the parts of ``model`` that may run fused: whether each does on ordinary input on its device, by which
+    backend, and why not otherwise.
+
+    They are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem (from
+    ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it).
 
     Raises:
         TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    report = Report()
+    report, heads = Report(), Report()
     for name, module in model.named_modules():
         if isinstance(module, (DenseBlock, Transition, BNReLUConv1x1)):
-            parameter = next(module.parameters(), torch.empty(0))
-            example = torch.empty([1] * (module.spatial_dims + 2), dtype=parameter.dtype, device="meta")
-            reason = fusion.call_obstacle(example, module.spatial_dims) or module.obstacle() or ""
-            backend = "stock torch" if reason else select(parameter.device, parameter.dtype).name
-            kind = type(module).__name__
-            report.append(ModuleReport(name, kind, not reason, reason, backend, str(parameter.device)))
-    return report
+            report.append(_part(name, type(module).__name__, module, module.spatial_dims, module.obstacle()))
+        elif isinstance(module, Features) and "norm0" in module._modules:
+            report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle()))
+        elif isinstance(module, DenseNet):
+            heads.append(_part(_join(name, "features.norm5"), "Head", module, 2, module.head_obstacle()))
+    return Report(report + heads)
+
+
+def _part(name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None) -> ModuleReport:
+    parameter = next(module.parameters(), torch.empty(0))
+    example = torch.empty([1] * (dims + 2), dtype=parameter.dtype, device="meta")
+    reason = fusion.call_obstacle(example, dims) or obstacle or ""
+    backend = "stock torch" if reason else select(parameter.device, parameter.dtype).name
+    return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device))
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)

@@ -2,7 +2,7 @@
 
 Like ``torch.nn.functional.batch_norm`` they update the running statistics they are given in place, once per call, with
 the unbiased variance. All take and return feature maps [N, C, *spatial] with 1, 2 or 3 spatial dimensions, in any
-memory format, and return channels-last memory. Under autocast they run in its dtype.
+memory format, and return channels-last memory. Under autocast those with a convolution run in its dtype.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,15 @@ from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.ops.stage import Stage, autocast_dtype, pack
 from densenet_fast.reference import dropout_mask
 
-__all__ = ["BatchNorm", "BNReLUConv", "bn_relu_conv1x1", "bn_relu_conv1x1_avgpool", "dense_block"]
+__all__ = [
+    "BatchNorm",
+    "BNReLUConv",
+    "bn_relu_conv1x1",
+    "bn_relu_conv1x1_avgpool",
+    "bn_relu_global_avgpool",
+    "bn_relu_maxpool",
+    "dense_block",
+]
 
 
 class BatchNorm(NamedTuple):
@@ -44,6 +52,11 @@ class BatchNorm(NamedTuple):
         """Whether it normalises by its running statistics."""
         return not self.training and self.running_mean is not None
 
+    def stage(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Stage:
+        """This, ReLU and, if given, a convolution, as the ops take it."""
+        running = (self.running_mean, self.running_var) if self.frozen else (None, None)
+        return Stage(self.weight, self.bias, *running, weight, bias, self.eps)
+
 
 class BNReLUConv(NamedTuple):
     """Batch normalisation, ReLU and a convolution of ``weight`` [out, in, *kernel] and ``bias`` [out] or None."""
@@ -53,9 +66,7 @@ class BNReLUConv(NamedTuple):
     bias: Tensor | None = None
 
     def stage(self) -> Stage:
-        norm = self.norm
-        running = (norm.running_mean, norm.running_var) if norm.frozen else (None, None)
-        return Stage(norm.weight, norm.bias, *running, self.weight, self.bias, norm.eps)
+        return self.norm.stage(self.weight, self.bias)
 
 
 def bn_relu_conv1x1(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,11 +101,50 @@ def bn_relu_conv1x1_avgpool(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Te
 
 def _single(x: Tensor, unit: BNReLUConv, pool: bool) -> Tensor:
     x = _autocast(x)
-    _check_input(x, [unit])
+    _check_units(x, [unit])
     _check_unit(unit, x, "weight", x.shape[1], kernel=1)
     tensors, (eps,) = pack([unit.stage()], x)
     out, mean, var, count = ops.bn_relu_conv1x1(x, tensors, eps, pool, _group([unit.norm]))
     _update_running_statistics([unit.norm], [slice(None)], mean, var, count)
+    return out
+
+
+def bn_relu_maxpool(x: Tensor, norm: BatchNorm) -> Tensor:
+    """The stem behind its convolution: ``max_pool(relu(batch_norm(x)), 3, stride=2, padding=1)``.
+
+    Huang et al., "Densely Connected Convolutional Networks" (https://arxiv.org/abs/1608.06993), table 1. Saved for the
+    backward pass: ``x`` and one byte for each value of the result.
+
+    Args:
+        x: [N, C, *spatial], floating.
+        norm: the batch normalisation, of C channels.
+
+    Returns:
+        [N, C, *(spatial + 1) // 2], of x's dtype.
+
+    Raises:
+        ValueError: x has the wrong number of dimensions, or one value per channel where the batch is normalised.
+        RuntimeError: channels, dtypes or devices do not match.
+    """
+    _check_input(x, [norm])
+    _check_norm(norm, x, "norm", x.shape[1])
+    tensors, (eps,) = pack([norm.stage()], x)
+    out, _, mean, var, count = ops.bn_relu_maxpool(x, tensors, eps, _group([norm]))
+    _update_running_statistics([norm], [slice(None)], mean, var, count)
+    return out
+
+
+def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm) -> Tensor:
+    """The head before its classifier: ``relu(batch_norm(x))``, averaged over all pixels of each image; saves ``x``
+    alone for the backward pass.
+
+    Arguments, source and errors as for :func:`bn_relu_maxpool`. Returns [N, C], of x's dtype.
+    """
+    _check_input(x, [norm])
+    _check_norm(norm, x, "norm", x.shape[1])
+    tensors, (eps,) = pack([norm.stage()], x)
+    out, mean, var, count = ops.bn_relu_global_avgpool(x, tensors, eps, _group([norm]))
+    _update_running_statistics([norm], [slice(None)], mean, var, count)
     return out
 
 
@@ -129,7 +179,7 @@ def dense_block(
     sizes = {len(layer) for layer in layers if not isinstance(layer, BNReLUConv)}
     _check(sizes in ({1}, {2}), ValueError, "layers", "one or two BN-ReLU-convolutions in every layer", sizes)
     units = [unit for layer in layers for unit in layer]
-    _check_input(x, units)
+    _check_units(x, units)
     norms = [unit.norm for unit in units]
     bottleneck = sizes == {2}
     channels = x.shape[1]
@@ -246,14 +296,21 @@ def _check(condition: bool, error: type[Exception], argument: str, expected: str
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
-def _check_input(x: Tensor, units: Sequence[BNReLUConv]) -> None:
-    transform = active_transform()
-    if transform is not None:
-        raise RuntimeError(f"x: {transform} is not supported; the modules of densenet_fast.nn run on stock ops there")
+def _check_units(x: Tensor, units: Sequence[BNReLUConv]) -> None:
     for unit in units:
         right = isinstance(unit, BNReLUConv) and isinstance(unit.norm, BatchNorm) and isinstance(unit.weight, Tensor)
         _check(right, TypeError, "layers", "BNReLUConv(BatchNorm(...), weight, bias) of tensors", unit)
-        norm = unit.norm
+    _check_input(x, [unit.norm for unit in units])
+    channels = units[0].weight.shape[1]
+    _check(x.shape[1] == channels, RuntimeError, "x", f"{channels} channels, as the first weight has", x.shape[1])
+
+
+def _check_input(x: Tensor, norms: Sequence[BatchNorm]) -> None:
+    transform = active_transform()
+    if transform is not None:
+        raise RuntimeError(f"x: {transform} is not supported; the modules of densenet_fast.nn run on stock ops there")
+    for norm in norms:
+        _check(isinstance(norm, BatchNorm), TypeError, "norm", "BatchNorm(...)", norm)
         pair = (norm.running_mean is None) == (norm.running_var is None)
         _check(pair, ValueError, "norm", "running_mean and running_var, or neither", "one of them")
         if norm.eps < 0 or (norm.training and norm.eps == 0):
@@ -261,9 +318,6 @@ def _check_input(x: Tensor, units: Sequence[BNReLUConv]) -> None:
     _check(3 <= x.dim() <= 5, ValueError, "x", "[N, C, *spatial] with 1 to 3 spatial dimensions", tuple(x.shape))
     _check(x.dtype.is_floating_point, RuntimeError, "x", "a floating dtype", x.dtype)
     _check(x.numel() > 0, ValueError, "x", "at least one value", tuple(x.shape))
-    channels = units[0].weight.shape[1]
-    _check(x.shape[1] == channels, RuntimeError, "x", f"{channels} channels, as the first weight has", x.shape[1])
-    norms = [unit.norm for unit in units]
     by_batch = [norm for norm in norms if not norm.frozen]
     if by_batch and x.numel() == x.shape[1] and _group(norms) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
@@ -284,6 +338,13 @@ def _check_unit(unit: BNReLUConv, x: Tensor, name: str, channels: int, kernel: i
     _check(matches, RuntimeError, name, f"a convolution weight of the input's dtype {x.dtype}", weight.dtype)
     if unit.bias is not None:
         _check(tuple(unit.bias.shape) == expected[:1], RuntimeError, name, f"a bias {expected[:1]}", unit.bias.shape)
+    for tensor in (weight, unit.bias):
+        if tensor is not None:
+            _check(tensor.device == x.device, RuntimeError, name, f"all tensors on {x.device}", tensor.device)
+    _check_norm(norm, x, name, channels)
+
+
+def _check_norm(norm: BatchNorm, x: Tensor, name: str, channels: int) -> None:
     dtypes = (x.dtype, accumulation_dtype(x.dtype))
     for field in ("weight", "bias", "running_mean", "running_var"):
         vector = getattr(norm, field)
@@ -291,6 +352,4 @@ def _check_unit(unit: BNReLUConv, x: Tensor, name: str, channels: int, kernel: i
             got = tuple(vector.shape)
             _check(got == (channels,), RuntimeError, name, f"a normalisation {field} of {channels} channels", got)
             _check(vector.dtype in dtypes, RuntimeError, name, f"a normalisation {field} of {dtypes[0]}", vector.dtype)
-    for tensor in (weight, unit.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        if tensor is not None:
-            _check(tensor.device == x.device, RuntimeError, name, f"all tensors on {x.device}", tensor.device)
+            _check(vector.device == x.device, RuntimeError, name, f"all tensors on {x.device}", vector.device)

@@ -1,4 +1,4 @@
-"""The drop-in DenseNet: torchvision's models, parameters and initialisation over fused dense blocks and transitions."""
+"""The drop-in DenseNet: torchvision's models, parameters and initialisation over fused parts."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -7,20 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import checkpoints, reference
-from densenet_fast.nn import DenseBlock, Transition
+from densenet_fast import checkpoints, functional, reference
+from densenet_fast.nn import DenseBlock, Transition, fusion
 from densenet_fast.reference import ARCHITECTURES
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
 
+STEM = ["norm0", "relu0", "pool0"]
+
 
 class Features(nn.Sequential):
     """The convolutional part. Inside, feature maps are channels last; the result is so for a channels-last input alone,
-    and contiguous for every other."""
+    and contiguous for every other. ``norm0``, ``relu0`` and ``pool0``, the stem, run as one op."""
+
+    def stem_obstacle(self) -> str | None:
+        """Why ``norm0``, ``relu0`` and ``pool0`` cannot run as one op, or None."""
+        names = list(self._modules)
+        if "norm0" not in names or names[names.index("norm0") :][:3] != STEM:
+            return f"its children {', '.join(STEM)} do not follow each other"
+        return (
+            fusion.hook_obstacle(self, *STEM)
+            or fusion.norm_obstacle(self, "norm0", 2)
+            or fusion.relu_obstacle(self, "relu0")
+            or fusion.max_pool_obstacle(self, "pool0")
+        )
+
+    def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """``x`` through the children ``names``, which hold the whole stem or nothing of it."""
+        fused = self.stem_obstacle() is None
+        if fused and names[0] == "conv0" and fusion.call_obstacle(x, 2) is None:
+            x = x.contiguous(memory_format=torch.channels_last)  # the images, instead of the larger maps made from them
+        for name in names:
+            if name == "norm0":
+                fused = fused and fusion.call_obstacle(x, 2) is None
+            if not fused or name not in STEM:
+                x = self._modules[name](x)
+            elif name == "norm0":
+                x = functional.bn_relu_maxpool(x, fusion.batch_norm(self.norm0))
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
-        features = super().forward(x)
-        if not isinstance(x, Tensor) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
+        features = self.through(x, list(self._modules))
+        if not isinstance(x, Tensor) or functional.active_transform():
+            return features  # made by stock modules, which keep the memory format
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return features
         return features.contiguous()
 
@@ -81,6 +111,26 @@ class DenseNet(reference.DenseNet):
         for module in self.modules():
             if isinstance(module, DenseBlock):
                 module.memory_efficient = memory_efficient
+
+    def head_obstacle(self) -> str | None:
+        """Why ``features.norm5`` cannot run as one op with the ReLU and the average behind it, or None."""
+        features = self.features
+        if type(features) is not Features:
+            return f"features is a {type(features).__name__}, not Features"
+        if fusion.has_hooks(features):
+            return "features has a hook or a forward of its own"
+        if list(features._modules)[-1:] != ["norm5"]:
+            return "norm5 is not the last of features"
+        return fusion.hook_obstacle(features, "norm5") or fusion.norm_obstacle(features, "norm5", 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fusion.call_obstacle(x, 2) or self.head_obstacle():
+            return super().forward(x)
+        features = self.features.through(x, list(self.features._modules)[:-1])
+        norm5 = self.features.norm5
+        if fusion.call_obstacle(features, 2):
+            return self.classifier(reference.rectified_average(norm5(features)))
+        return self.classifier(functional.bn_relu_global_avgpool(features, fusion.batch_norm(norm5)))
 
 
 Weights = str | PathLike[str] | Any | None

@@ -219,9 +219,12 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From images [N, in_channels, H, W] to logits [N, num_classes]."""
-        x = F.relu(self.features(x))
-        x = F.adaptive_avg_pool2d(x, (1, 1))
-        return self.classifier(torch.flatten(x, 1))
+        return self.classifier(rectified_average(self.features(x)))
+
+
+def rectified_average(x: Tensor) -> Tensor:
+    """From [N, C, H, W] the means of relu(x) over all pixels: [N, C]."""
+    return torch.flatten(F.adaptive_avg_pool2d(F.relu(x), (1, 1)), 1)
 
 
 def _check_configuration(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.functional import BatchNorm
+
 
 def error(got: Tensor, expected: Tensor) -> float:
     """||got - expected|| / ||expected|| in float64; infinite where ``got`` holds a value that is not finite."""
@@ -30,6 +32,17 @@ def randomise(model: nn.Module) -> nn.Module:
             elif isinstance(module, nn.Linear):
                 module.bias.normal_()
     return model
+
+
+def make_norm(channels, *, affine=True, tracked=True, training=True, momentum=0.1, eps=1e-5, dtype=torch.float64):
+    """A batch normalisation for the functional ops, its parameters and running statistics random."""
+
+    def parameter(shift):
+        return (torch.randn(channels, dtype=dtype) + shift).requires_grad_() if affine else None
+
+    running = (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5) if tracked else (None, None)
+    counter = torch.tensor(0) if tracked else None
+    return BatchNorm(parameter(1), parameter(0), *running, counter, training, momentum, eps)
 
 
 def twin(model: nn.Module, other: nn.Module) -> nn.Module:

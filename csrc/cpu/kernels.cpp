@@ -1,5 +1,4 @@
-// The kernels, compiled once for each instruction set with TABLE set to its name. No header with inline code of others is
-// included: such code would be compiled for this instruction set and might run on a processor without it.
+// The kernels of the block, compiled once for each instruction set with TABLE set to its name (see vectors.h).
 #include "kernels.h"
 
 #include "product.h"
@@ -31,11 +30,6 @@ constexpr Kernels<T> table() {
 }
 
 }  // namespace
-
-#define STRING_(name) #name
-#define STRING(name) STRING_(name)
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
 
 extern const KernelTable JOIN(table_, TABLE);
 const KernelTable JOIN(table_, TABLE) = {STRING(TABLE), table<float>(), table<bf16>()};

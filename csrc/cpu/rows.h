@@ -1,6 +1,6 @@
 // The kernels on row tiles that hold no product.
 //
-//   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0)
+//   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
 #pragma once
 
 #include "vectors.h"
@@ -63,7 +63,7 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
       const floats<N> centred = load<N>(x + r * ld + c) - mean;
       const floats<N> y = centred * scale + shift;
       if (grad) {
-        const floats<N> d = y > 0 ? load<N>(grad + r * grad_ld + c) : floats<N>{};
+        const floats<N> d = y <= 0 ? floats<N>{} : load<N>(grad + r * grad_ld + c);
         sum += d;
         sum_x += d * centred;
         if (total) store<N>(total + r * total_ld + c, load<N>(total + r * total_ld + c) + scale * d);
@@ -131,7 +131,7 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
         const floats<N> y = centred * scale + shift;
         mean_a += relu(y);
         if (!grad) continue;
-        const floats<N> d = y > 0 ? share : floats<N>{};
+        const floats<N> d = y <= 0 ? floats<N>{} : share;
         sum += d;
         sum_x += d * centred;
         store<N>(out[i] + offset + c, scale * d);
@@ -162,7 +162,7 @@ void mask(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, 
     columns(cols, [&]<int N>(int64_t c) {
       const floats<N> centred = load<N>(x + c) - load<N>(affine.mean + c);
       const floats<N> scale = load<N>(affine.scale + c);
-      const floats<N> d = centred * scale + load<N>(affine.shift + c) > 0 ? load<N>(grad + c) : floats<N>{};
+      const floats<N> d = centred * scale + load<N>(affine.shift + c) <= 0 ? floats<N>{} : load<N>(grad + c);
       store<N>(sum_d + c, load<N>(sum_d + c) + d);
       store<N>(sum_dx + c, load<N>(sum_dx + c) + d * centred);
       store<N>(out + c, scale * d);

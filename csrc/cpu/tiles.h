@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pool_kernels.h"
 
 namespace densenet_fast {
 
@@ -39,6 +40,17 @@ inline const Kernels<float>& kernels_of() {
 template <>
 inline const Kernels<bf16>& kernels_of() {
   return kernels().b16;
+}
+
+template <typename T>
+const PoolKernels<T>& pool_kernels_of();
+template <>
+inline const PoolKernels<float>& pool_kernels_of() {
+  return pool_kernels().f32;
+}
+template <>
+inline const PoolKernels<bf16>& pool_kernels_of() {
+  return pool_kernels().b16;
 }
 
 // A matrix with adjacent columns, [rows, cols] and `ld` elements from row to row

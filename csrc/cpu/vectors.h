@@ -1,5 +1,6 @@
-// Vectors of floats, and loads and stores between them and float32 or bfloat16. Internal to each file that includes it, which
-// is compiled for one instruction set.
+// Vectors of floats, and loads and stores between them and float32 or bfloat16, for the sources that are compiled once per
+// instruction set. Such a source includes no header with inline code of others: it would be compiled for this instruction
+// set and might run on a processor without it.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -7,6 +8,11 @@
 #endif
 
 #include "kernels.h"
+
+#define STRING_(name) #name
+#define STRING(name) STRING_(name)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
 
 namespace densenet_fast {
 namespace {
@@ -18,9 +24,12 @@ struct Lanes {
   typedef int32_t ints __attribute__((vector_size(N * 4)));
   typedef uint32_t words __attribute__((vector_size(N * 4)));
   typedef uint16_t halves __attribute__((vector_size(N * 2)));
+  typedef uint8_t bytes __attribute__((vector_size(N)));
 };
 template <int N>
 using floats = typename Lanes<N>::floats;
+template <int N>
+using ints = typename Lanes<N>::ints;
 
 template <int N>
 inline floats<N> load(const float* p) {
@@ -80,6 +89,21 @@ inline typename Lanes<N>::words pair(floats<N> low, floats<N> high) {
   }
 #endif
   return round_bits<N>(low) | round_bits<N>(high) << 16;
+}
+
+// Bytes become words and back by way of halves: GCC converts a vector in one instruction between neighbouring widths alone.
+template <int N>
+inline ints<N> load(const uint8_t* p) {
+  typename Lanes<N>::bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(__builtin_convertvector(bytes, typename Lanes<N>::halves), ints<N>);
+}
+
+template <int N>
+inline void store(uint8_t* p, ints<N> v) {
+  const typename Lanes<N>::halves halves = __builtin_convertvector(v, typename Lanes<N>::halves);
+  const typename Lanes<N>::bytes narrow = __builtin_convertvector(halves, typename Lanes<N>::bytes);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
 }
 
 template <typename V>

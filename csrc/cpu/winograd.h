@@ -176,7 +176,7 @@ void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t 
       for (int i = 0; i < 4; ++i) {
         if (!out[4 * t + i]) continue;
         const floats<N> centred = load<N>(x[4 * t + i] + offset + c) - mean;
-        const floats<N> masked = centred * scale + shift > 0 ? d[i] : floats<N>{};
+        const floats<N> masked = centred * scale + shift <= 0 ? floats<N>{} : d[i];
         total += masked;
         total_x += masked * centred;
         store<N>(out[4 * t + i] + offset + c, scale * masked);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
-from densenet_fast.backends.spatial import convolve, convolve_backward, pool, unpool
+from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool, max_unpool, pool, unpool
 
 name = "aten"
 
@@ -174,6 +174,39 @@ def bn_relu_pool_conv1x1_backward(
     return scaled, weight_gradient, sums
 
 
+def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Maxima of relu(bn(x)) over windows of 3 at distance 2, padded by 1, for x [M, C], and their positions in their
+    windows (uint8, counted from 0, the first of equals): [M', C] each."""
+    out, argmax = max_pool(_normalise(x, affine).relu_(), grid)
+    return out.to(x.dtype), argmax
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Statistics]:
+    """From grad [M', C] with D = unpool(grad) * (bn(x) > 0), where a maximum's gradient goes to its position:
+
+    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C].
+    """
+    return _masked(max_unpool(grad.to(affine.mean.dtype), argmax, grid), x, affine)
+
+
+def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+    """Means of relu(bn(x)) over each image's pixels for x [M, C]: [N, C]."""
+    return _normalise(x, affine).relu_().view(grid[0], -1, x.shape[1]).mean(1).to(x.dtype)
+
+
+def bn_relu_global_avgpool_backward(
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Statistics]:
+    """From grad [N, C] with D = (grad / pixels of an image) * (bn(x) > 0):
+
+    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C].
+    """
+    pixels = x.shape[0] // grid[0]
+    return _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
+
+
 def _normalise(x: Tensor, affine: Affine) -> Tensor:
     return torch.addcmul(affine.shift, x.to(affine.mean.dtype) - affine.mean, affine.scale)
 
@@ -183,10 +216,11 @@ def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
 
 
 def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Statistics]:
-    """scale * D with D = grad * (bn(x) > 0), and the column sums (sum D, sum D * (x - mean))."""
-    d = grad.to(affine.mean.dtype) * (_normalise(x, affine) > 0)
+    """scale * D in x's dtype with D = grad * (bn(x) > 0), and the column sums (sum D, sum D * (x - mean)). Where bn(x)
+    is NaN, D = grad, as in stock's ReLU."""
+    d = grad.to(affine.mean.dtype) * ~(_normalise(x, affine) <= 0)
     sums = d.sum(0), (d * (x.to(d.dtype) - affine.mean)).sum(0)
-    return d.mul_(affine.scale).to(grad.dtype), sums
+    return d.mul_(affine.scale).to(x.dtype), sums
 
 
 def _pooled(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:

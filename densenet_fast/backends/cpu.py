@@ -139,3 +139,25 @@ def bn_relu_pool_conv1x1_backward(
     )
     grad_weight = grad_weight if need_weight else None
     return (scaled, grad_weight, (sums[0], sums[1])) if need_input else (None, grad_weight, None)
+
+
+def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return kernels.cpu_bn_relu_maxpool(x, *affine, grid)
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Statistics]:
+    scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *affine, grid)
+    return scaled, (sums[0], sums[1])
+
+
+def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+    return kernels.cpu_bn_relu_global_avgpool(x, *affine, grid[0])
+
+
+def bn_relu_global_avgpool_backward(
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Statistics]:
+    scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *affine)
+    return scaled, (sums[0], sums[1])

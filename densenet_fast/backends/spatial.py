@@ -1,7 +1,11 @@
 """What knows that a matrix's rows are pixels, on torch ops, for the backends that leave it to torch.
 
-The 3x3 convolution and the 2x2 mean, in 1, 2 or 3 dimensions; ``grid`` is (N, *spatial).
+The 3x3 convolution, the 2x2 mean and the maximum over windows of 3, in 1, 2 or 3 dimensions; ``grid`` is (N, *spatial).
 """
+
+import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,3 +46,35 @@ def unpool(grad: Tensor, grid: tuple[int, ...]) -> Tensor:
     spread = F.interpolate(pooled, scale_factor=2, mode="nearest") / 2 ** len(spatial)
     padding = [amount for size in reversed(spatial) for amount in (0, size % 2)]
     return to_matrix(F.pad(spread, padding)).contiguous()
+
+
+def max_pool(a: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Maxima over windows of 3 at distance 2, padded by 1, of a [M, C], and their positions in their windows, counted
+    from 0, as uint8: [M', C] each."""
+    batch, *spatial = grid
+    maximum = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(spatial) - 1]
+    out, index = maximum(to_image(a, grid), 3, 2, 1, return_indices=True)
+    position = torch.zeros_like(index)
+    for dim, size in enumerate(spatial):
+        stride = math.prod(spatial[dim + 1 :])
+        output = torch.arange(out.shape[2 + dim], device=a.device).view(-1, *[1] * (len(spatial) - 1 - dim))
+        position = 3 * position + (index // stride % size - (2 * output - 1))
+    return to_matrix(out), to_matrix(position.to(torch.uint8)).contiguous()
+
+
+def max_unpool(grad: Tensor, position: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """From the gradient [M', C] of :func:`max_pool`'s result that of its input: [M, C]. Input u of a dimension is at
+    place i of output o's window where u = 2 * o - 1 + i."""
+    batch, *spatial = grid
+    pooled = pooled_sizes(spatial)
+    grad, position = (to_image(t, (batch, *pooled)) for t in (grad, position))
+    padded = grad.new_zeros(batch, grad.shape[1], *(2 * size + 1 for size in pooled))
+    for k, place in enumerate(itertools.product(range(3), repeat=len(spatial))):
+        window = tuple(slice(i, i + 2 * size - 1, 2) for i, size in zip(place, pooled))
+        padded[(..., *window)] += grad * (position == k)
+    return to_matrix(padded[(..., *(slice(1, 1 + size) for size in spatial))]).contiguous()
+
+
+def pooled_sizes(spatial: Sequence[int]) -> list[int]:
+    """The spatial sizes of :func:`max_pool`'s result."""
+    return [(size + 1) // 2 for size in spatial]

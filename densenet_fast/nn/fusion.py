@@ -1,6 +1,6 @@
 """When a module may run fused, and why not otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from types import TracebackType
 from typing import Any
@@ -54,32 +54,30 @@ def _switch(enabled: bool) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class's ``forward``: hooks, or a ``forward`` of its own."""
+    """Whether calling ``module`` does more than its class's ``forward``: hooks, or a ``forward`` of its own, which
+    ``module.compile()`` makes too."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
 
 
 def structural_obstacle(module: nn.Module, norm: str, relu: str, conv: str, kernel: int) -> str | None:
     """Why the children ``norm``, ``relu``, ``conv`` of ``module`` are not a plain BN-ReLU-convolution, or None."""
-    children = [getattr(module, name, None) for name in (norm, relu, conv)]
-    for name, child in zip((norm, relu, conv), children):
-        if not isinstance(child, nn.Module):
-            return f"{name} is missing"
-        if has_hooks(child):
-            return f"{name} has a hook or a forward of its own"
-    normalise, rectify, convolve = children
+    reason = hook_obstacle(module, norm, relu, conv)
+    if reason is not None:
+        return reason
+    convolve = getattr(module, conv)
     dims = DIMENSIONS.get(type(convolve))
     if dims is None:
         return f"{conv} is a {type(convolve).__name__}, not a convolution"
-    if type(normalise) not in (reference.BATCH_NORMS[dims], *SYNC_BATCH_NORMS):
-        return f"{norm} is a {type(normalise).__name__}, not a batch normalisation of {dims} dimensions"
-    if type(rectify) is not nn.ReLU:
-        return f"{relu} is a {type(rectify).__name__}, not a ReLU"
+    reason = norm_obstacle(module, norm, dims) or relu_obstacle(module, relu)
+    if reason is not None:
+        return reason
     plain = (
         convolve.kernel_size == (kernel,) * dims
         and convolve.stride == (1,) * dims
@@ -89,6 +87,45 @@ def structural_obstacle(module: nn.Module, norm: str, relu: str, conv: str, kern
         and (kernel == 1 or convolve.padding_mode == "zeros")
     )
     return None if plain else f"{conv} is not a plain convolution of kernel size {kernel}: {convolve.extra_repr()}"
+
+
+def hook_obstacle(module: nn.Module, *names: str) -> str | None:
+    """Which of the children ``names`` of ``module`` is missing or has a hook, or None."""
+    for name in names:
+        child = getattr(module, name, None)
+        if not isinstance(child, nn.Module):
+            return f"{name} is missing"
+        if has_hooks(child):
+            return f"{name} has a hook or a forward of its own"
+    return None
+
+
+def norm_obstacle(module: nn.Module, norm: str, dims: int) -> str | None:
+    """Why the child ``norm`` of ``module`` is not a batch normalisation of ``dims`` spatial dimensions, or None."""
+    kind = type(getattr(module, norm))
+    if kind in (reference.BATCH_NORMS[dims], *SYNC_BATCH_NORMS):
+        return None
+    return f"{norm} is a {kind.__name__}, not a batch normalisation of {dims} dimensions"
+
+
+def relu_obstacle(module: nn.Module, relu: str) -> str | None:
+    """Why the child ``relu`` of ``module`` is not a ReLU, or None."""
+    kind = type(getattr(module, relu))
+    return None if kind is nn.ReLU else f"{relu} is a {kind.__name__}, not a ReLU"
+
+
+def max_pool_obstacle(module: nn.Module, pool: str) -> str | None:
+    """Why the child ``pool`` of ``module`` is not a maximum over 3x3 windows at distance 2, padded by 1, or None."""
+    child = getattr(module, pool)
+    if type(child) is nn.MaxPool2d and not child.return_indices and not child.ceil_mode:
+        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in _window(child)]
+        if sizes == [(3, 3), (2, 2), (1, 1), (1, 1)]:
+            return None
+    return f"{pool} is not a plain maximum over 3x3 windows of stride 2: {child}"
+
+
+def _window(pool: nn.MaxPool2d) -> tuple[int | Sequence[int], ...]:
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation
 
 
 def call_obstacle(x: Any, dims: int) -> str | None:
@@ -118,12 +155,17 @@ def call_obstacle(x: Any, dims: int) -> str | None:
 
 def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
     """The tensors of the children ``norm`` and ``conv`` of ``module`` as the functional ops take them."""
-    normalise, convolve = getattr(module, norm), getattr(module, conv)
+    convolve = getattr(module, conv)
+    return functional.BNReLUConv(batch_norm(getattr(module, norm)), convolve.weight, convolve.bias)
+
+
+def batch_norm(normalise: nn.Module) -> functional.BatchNorm:
+    """The tensors and options of a batch normalisation as the functional ops take them."""
     tracking = normalise.track_running_stats or not normalise.training
     group = None
     if type(normalise) in SYNC_BATCH_NORMS and normalise.training and torch.distributed.is_initialized():
         group = normalise.process_group or torch.distributed.group.WORLD
-    record = functional.BatchNorm(
+    return functional.BatchNorm(
         normalise.weight,
         normalise.bias,
         normalise.running_mean if tracking else None,
@@ -134,4 +176,3 @@ def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
         normalise.eps,
         group,
     )
-    return functional.BNReLUConv(record, convolve.weight, convolve.bias)

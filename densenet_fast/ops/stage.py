@@ -1,4 +1,4 @@
-"""One BN-ReLU-convolution as the ops take it, and the vector work between kernels.
+"""One BN-ReLU-convolution, or BN-ReLU alone, as the ops take it, and the vector work between kernels.
 
 The letters are the design's: F features, mu and v mean and variance of a column, r = rsqrt(v + eps), s = weight * r,
 P and Q the gradients with respect to mu and v, D the gradient behind the ReLU's mask.
@@ -19,7 +19,8 @@ STAGE_TENSORS = 6
 
 
 class Stage(NamedTuple):
-    """BN-ReLU-convolution: its BatchNorm's and its convolution's tensors, None where absent.
+    """BN-ReLU-convolution: its BatchNorm's and its convolution's tensors, None where absent; both of the convolution's
+    for BN-ReLU alone.
 
     With running statistics the BatchNorm normalises by them (it is frozen), without by the batch's.
     """
@@ -28,7 +29,7 @@ class Stage(NamedTuple):
     bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    conv_weight: Tensor
+    conv_weight: Tensor | None
     conv_bias: Tensor | None
     eps: float
 

@@ -9,15 +9,29 @@ from torch import Tensor
 from densenet_fast.ops.stage import Stage
 
 
+def bn_relu(x: Tensor, stage: Stage) -> Tensor:
+    """BN-ReLU of x [N, C, *spatial]."""
+    running = stage.running_mean, stage.running_var
+    return F.relu(F.batch_norm(x, *running, stage.weight, stage.bias, not stage.frozen, 0.0, stage.eps))
+
+
+def bn_relu_maxpool(x: Tensor, stage: Stage) -> Tensor:
+    """BN-ReLU-max pooling: the stem behind its convolution."""
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.dim() - 3]
+    return pool(bn_relu(x, stage), 3, 2, 1)
+
+
+def bn_relu_global_avgpool(x: Tensor, stage: Stage) -> Tensor:
+    """BN-ReLU and the mean over all pixels: the head before its classifier."""
+    return bn_relu(x, stage).flatten(2).mean(2)
+
+
 def bn_relu_conv(x: Tensor, stage: Stage) -> Tensor:
     """BN-ReLU-convolution, 1x1 or 3x3 with padding 1, of x [N, C, *spatial]."""
-    x = F.batch_norm(
-        x, stage.running_mean, stage.running_var, stage.weight, stage.bias, not stage.frozen, 0.0, stage.eps
-    )
     weight, bias = stage.convolution(x.dtype)
     ones = [1] * (x.dim() - 2)
     padding = [weight.shape[-1] // 2] * len(ones)
-    return torch.convolution(F.relu(x), weight, bias, ones, padding, ones, False, [0], 1)
+    return torch.convolution(bn_relu(x, stage), weight, bias, ones, padding, ones, False, [0], 1)
 
 
 def bn_relu_conv_pool(x: Tensor, stage: Stage) -> Tensor:

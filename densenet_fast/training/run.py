@@ -188,12 +188,12 @@ def _described(model: nn.Module) -> str:
     from densenet_fast import explain
 
     size = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
-    modules = explain(model)
-    if not modules:
+    parts = explain(model)
+    if not parts:
         return size
-    reasons = sorted({module.reason for module in modules if not module.fused})
+    reasons = sorted({part.reason for part in parts if not part.fused})
     why = f" (the others: {'; '.join(reasons)})" if reasons else ""
-    return f"{size}, {sum(module.fused for module in modules)} of {len(modules)} blocks and transitions fused{why}"
+    return f"{size}, {sum(part.fused for part in parts)} of {len(parts)} parts fused{why}"
 
 
 def _report(directory: Path, settings: Settings, rows: list[dict[str, float]], memory: MemoryUse) -> None:

@@ -44,8 +44,9 @@ def test_kernels_of_every_instruction_set(instruction_set):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if INSTRUCTION_SETS[instruction_set] not in flags.split() + [""]:
         pytest.skip(f"this processor has no {instruction_set}")
+    files = ("tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py")
     tests = run(
-        ["-m", "pytest", "-p", "no:cacheprovider", "tests/backends/test_kernels.py", "-k", "cpu- and not float64"],
+        ["-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "cpu- and not float64"],
         DENSENET_FAST_CPU=instruction_set,
         PYTEST_ADDOPTS="",
     )
@@ -66,6 +67,7 @@ def test_unknown_instruction_set_is_refused():
 
 
 def test_wrong_arguments_raise():
+    assert cpu.unavailable() is None
     x, vector, weight = torch.randn(4, 3), torch.randn(3), torch.randn(2, 3)
     affine = [vector] * 3
     kernels = torch.ops.densenet_fast
@@ -85,6 +87,20 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3), None, [2, 2, 2], torch.empty(4, 2))
     with pytest.raises(RuntimeError, match="dtype unlike"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), None, torch.empty(4, 2), True)
+    grad, argmax = torch.randn(1, 3), torch.zeros(1, 3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="grid: expected the product 4, got 6"):
+        kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 3])
+    with pytest.raises(RuntimeError, match="grid: expected one to three spatial sizes"):
+        kernels.cpu_bn_relu_maxpool(x, *affine, [4])
+    with pytest.raises(RuntimeError, match="grad: expected the shape of the maxima"):
+        kernels.cpu_bn_relu_maxpool_backward(x, argmax, x, *affine, [1, 2, 2])
+    for wrong in (argmax.long(), argmax[:, :2], argmax.expand(2, 3), argmax.repeat(1, 2)[:, ::2]):
+        with pytest.raises(RuntimeError, match="argmax: expected uint8 of the shape of the maxima"):
+            kernels.cpu_bn_relu_maxpool_backward(grad, wrong, x, *affine, [1, 2, 2])
+    with pytest.raises(RuntimeError, match="images: expected a divisor of 4, got 3"):
+        kernels.cpu_bn_relu_global_avgpool(x, *affine, 3)
+    with pytest.raises(RuntimeError, match="images: expected a divisor of 4, got 3"):
+        kernels.cpu_bn_relu_global_avgpool_backward(torch.randn(3, 3), x, *affine)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 33, 100, 4099])
@@ -103,6 +119,29 @@ def test_any_number_of_threads(rows, threads):
             statistics = backend.bn_relu_conv1x1(x, affine, weight, None, z, True)
             dw, sums = backend.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, True, True)
             results.append([z, *statistics, grad_x, dw, *sums, *backend.channel_statistics(x)])
+    finally:
+        torch.set_num_threads(before)
+    for got, again, expected in zip(*results):
+        assert got.equal(again)
+        assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-5
+
+
+@pytest.mark.parametrize("grid", [(1, 3, 5), (2, 40, 7), (7, 23, 40), (300, 9)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_pooling_with_any_number_of_threads(grid, threads):
+    """Any division of the lines and images into chunks and tiles covers each pixel once."""
+    x = torch.randn(torch.Size(grid).numel(), 37)
+    affine = backends.affine.Affine(torch.randn(37), torch.randn(37), torch.randn(37))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for backend in (cpu, cpu, aten):
+            out, argmax = backend.bn_relu_maxpool(x, affine, grid)
+            scaled, sums = backend.bn_relu_maxpool_backward(out, argmax, x, affine, grid)
+            mean = backend.bn_relu_global_avgpool(x, affine, grid)
+            spread, mean_sums = backend.bn_relu_global_avgpool_backward(mean, x, affine, grid)
+            results.append([out, argmax.float(), scaled, *sums, mean, spread, *mean_sums])
     finally:
         torch.set_num_threads(before)
     for got, again, expected in zip(*results):

@@ -352,9 +352,11 @@ def test_explain():
     model.features.denseblock2.denselayer1.relu1 = nn.GELU()
     report = densenet_fast.explain(model)
     assert [(r.name, r.kind, r.fused, r.backend) for r in report] == [
+        ("features.norm0", "Stem", True, "cpu"),
         ("features.denseblock1", "DenseBlock", True, "cpu"),
         ("features.transition1", "Transition", True, "cpu"),
         ("features.denseblock2", "DenseBlock", False, "stock torch"),
+        ("features.norm5", "Head", True, "cpu"),
     ]
     assert "denselayer1.relu1 is a GELU" in str(report)
     with densenet_fast.set_fused(False):

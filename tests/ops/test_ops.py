@@ -10,18 +10,9 @@ from densenet_fast.functional import BatchNorm, BNReLUConv
 from densenet_fast.ops.bn_relu_conv1x1 import bn_relu_conv1x1_backward
 from densenet_fast.ops.dense_block import dense_block_backward
 from densenet_fast.ops.stage import pack
-from helpers import error
+from helpers import error, make_norm
 
 SPATIAL = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}
-
-
-def make_norm(channels, *, affine=True, tracked=True, training=True, momentum=0.1, eps=1e-5, dtype=torch.float64):
-    def parameter(shift):
-        return (torch.randn(channels, dtype=dtype) + shift).requires_grad_() if affine else None
-
-    running = (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5) if tracked else (None, None)
-    counter = torch.tensor(0) if tracked else None
-    return BatchNorm(parameter(1), parameter(0), *running, counter, training, momentum, eps)
 
 
 def make_unit(channels, out, kernel, dims, *, bias=False, dtype=torch.float64, **norm):

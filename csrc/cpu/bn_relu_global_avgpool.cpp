@@ -1,0 +1,72 @@
+// The head: BN-ReLU and the mean over an image's pixels, forward and backward.
+#include "tiles.h"
+
+namespace densenet_fast {
+namespace {
+
+constexpr int64_t kBlock = 64;  // pixels summed by themselves, so that rounding does not grow with their number
+
+int64_t pixels(int64_t rows, int64_t images) {
+  STD_TORCH_CHECK(images > 0 && rows > 0 && rows % images == 0, "images: expected a divisor of ", rows, ", got ", images);
+  return rows / images;
+}
+
+// Means of relu(y) over the pixels of each image, [N, C]
+Tensor bn_relu_global_avgpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int64_t images) {  // [M, C], [C] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const int64_t size = pixels(m.rows, images);
+    Tensor out = torch::stable::new_empty(x, {images, m.cols});
+    const Matrix<T> result(out, "out");
+    torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        std::vector<float> sum = zeros(m.cols);
+        for (int64_t first = 0; first < size; first += kBlock) {
+          const int64_t n = std::min(kBlock, size - first);
+          pool_kernels_of<T>().bn_relu_total(m.row(image * size + first), m.ld, n, m.cols, a, sum.data());
+        }
+        pool_kernels_of<T>().scaled(sum.data(), m.cols, 1.0f / size, result.row(image));
+      }
+    });
+    return out;
+  });
+}
+
+// From the gradient of the means [N, C]: D, each pixel's share of it where y > 0; scale * D [M, C], and
+// (sum D, sum D * (x - mean))
+std::tuple<Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale,
+                                                           Tensor shift) {  // [N, C], [M, C], [C] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    STD_TORCH_CHECK(g.cols == m.cols, "grad: expected ", m.cols, " columns, got ", g.cols);
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const int64_t size = pixels(m.rows, g.rows);
+    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    const Matrix<T> result(out, "out");
+    const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
+    std::vector<ColumnSums> sums(tiles.chunks);
+    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    tiles.each([&](int64_t tile, int64_t first, int64_t n) {
+      for (int64_t row = first, end; row < first + n; row = end) {
+        const int64_t image = row / size;
+        end = std::min({(image + 1) * size, first + n, row + kBlock});
+        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
+          pool_kernels_of<T>().mask_average(g.row(image), 1.0f / size, m.row(row), m.ld, end - row, m.cols, a,
+                                            result.row(row), sum_d, sum_dx);
+        });
+      }
+    });
+    return std::tuple<Tensor, Tensor>(out, total(sums, x));
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_bn_relu_global_avgpool", TORCH_BOX(&densenet_fast::bn_relu_global_avgpool));
+  m.impl("cpu_bn_relu_global_avgpool_backward", TORCH_BOX(&densenet_fast::bn_relu_global_avgpool_backward));
+}

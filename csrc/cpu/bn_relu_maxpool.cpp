@@ -1,0 +1,121 @@
+// The stem: BN-ReLU and the maximum over windows of 3 at distance 2, padded by 1; forward and backward.
+#include "tiles.h"
+
+namespace densenet_fast {
+namespace {
+
+// Lines of the image and of the maxima; the other spatial dimensions are x and y, of size 1 where they are missing
+struct Pooling {
+  int64_t batch, sizes[2], pooled[2], width, pooled_width;
+  int centre = 0;  // place of a window's middle along the missing dimensions: positions count from 0 along the given ones
+
+  Pooling(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), width(grid.back()) {
+    const int64_t dims = grid.size() - 1;
+    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
+    for (int64_t i = 0; i < 2; ++i) {
+      const bool given = i + dims >= 3;
+      sizes[i] = given ? grid[i + dims - 2] : 1;
+      pooled[i] = (sizes[i] + 1) / 2;
+      if (!given) centre += i == 0 ? 9 : 3;
+    }
+    pooled_width = (width + 1) / 2;
+    STD_TORCH_CHECK(lines() * width == rows, "grid: expected the product ", rows, ", got ", lines() * width);
+  }
+
+  int64_t lines() const { return batch * sizes[0] * sizes[1]; }
+  int64_t outputs() const { return batch * pooled[0] * pooled[1]; }
+
+  // f(line of pixels, its place) over those that an output line reads: u = 2 * o - 1 + i along x and y
+  template <typename F>
+  void window(int64_t output, F f) const {
+    const int64_t y = output % pooled[1], x = output / pooled[1] % pooled[0], n = output / (pooled[1] * pooled[0]);
+    for (int64_t i = x > 0 ? 0 : 1; i < 3 && 2 * x - 1 + i < sizes[0]; ++i)
+      for (int64_t j = y > 0 ? 0 : 1; j < 3 && 2 * y - 1 + j < sizes[1]; ++j)
+        f((n * sizes[0] + 2 * x - 1 + i) * sizes[1] + 2 * y - 1 + j, 9 * i + 3 * j - centre);
+  }
+
+  // f(output line, the pixels' place in it) over those that read a line of pixels: u / 2 rounded down and up
+  template <typename F>
+  void readers(int64_t line, F f) const {
+    const int64_t y = line % sizes[1], x = line / sizes[1] % sizes[0], n = line / (sizes[1] * sizes[0]);
+    for (int64_t p = x / 2; p <= (x + 1) / 2 && p < pooled[0]; ++p)
+      for (int64_t q = y / 2; q <= (y + 1) / 2 && q < pooled[1]; ++q)
+        f((n * pooled[0] + p) * pooled[1] + q, 9 * (x - 2 * p + 1) + 3 * (y - 2 * q + 1) - centre);
+  }
+};
+
+// out = maxima of relu(y) [M', C], argmax = their positions in their windows [M', C]
+std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift,
+                                           std::vector<int64_t> grid) {  // [M, C], [C] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const Pooling pooling(grid, m.rows);
+    const int64_t pooled = pooling.outputs() * pooling.pooled_width;
+    Tensor out = torch::stable::new_empty(x, {pooled, m.cols});
+    Tensor argmax = torch::stable::new_empty(x, {pooled, m.cols}, ScalarType::Byte);
+    const Matrix<T> result(out, "out");
+    uint8_t* positions = static_cast<uint8_t*>(argmax.data_ptr());
+    Tiles(pooling.outputs(), 3 * pooling.width * m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+      for (int64_t output = first; output < first + n; ++output) {
+        Lines<T> lines;
+        pooling.window(output, [&](int64_t line, uint8_t place) {
+          lines.data[lines.count] = m.row(line * pooling.width);
+          lines.places[lines.count++] = place;
+        });
+        const int64_t row = output * pooling.pooled_width;
+        pool_kernels_of<T>().bn_relu_max(lines, m.ld, pooling.width, m.cols, a, result.row(row),
+                                         positions + row * m.cols);
+      }
+    });
+    return std::tuple<Tensor, Tensor>(out, argmax);
+  });
+}
+
+// From the gradient of the maxima: D, the sum of those that a pixel is the maximum of, where y > 0; scale * D [M, C], and
+// (sum D, sum D * (x - mean)). Each pixel gathers from the outputs that read it, so that no two threads write one.
+std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale,
+                                                    Tensor shift, std::vector<int64_t> grid) {
+  // [M', C] twice, [M, C], [C] each
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Affine a = affine(mean, scale, shift, m.cols);
+    const Pooling pooling(grid, m.rows);
+    STD_TORCH_CHECK(g.rows == pooling.outputs() * pooling.pooled_width && g.cols == m.cols, "grad: expected the shape of the maxima");
+    STD_TORCH_CHECK(argmax.dim() == 2 && argmax.size(0) == g.rows && argmax.size(1) == g.cols &&
+                        argmax.is_contiguous() && argmax.scalar_type() == ScalarType::Byte,
+                    "argmax: expected uint8 of the shape of the maxima, contiguous");
+    const uint8_t* positions = static_cast<const uint8_t*>(argmax.data_ptr());
+    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    const Matrix<T> result(out, "out");
+    const Tiles tiles(pooling.lines(), 3 * pooling.width * m.cols * sizeof(T));
+    std::vector<ColumnSums> sums(tiles.chunks);
+    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    tiles.each([&](int64_t tile, int64_t first, int64_t n) {
+      for (int64_t line = first; line < first + n; ++line) {
+        Readers<T> readers;
+        pooling.readers(line, [&](int64_t output, uint8_t place) {
+          readers.data[readers.count] = g.row(output * pooling.pooled_width);
+          readers.argmaxes[readers.count] = positions + output * pooling.pooled_width * m.cols;
+          readers.places[readers.count++] = place;
+        });
+        const int64_t row = line * pooling.width;
+        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
+          pool_kernels_of<T>().mask_max(readers, g.ld, m.row(row), m.ld, pooling.width, m.cols, a, result.row(row), sum_d,
+                                        sum_dx);
+        });
+      }
+    });
+    return std::tuple<Tensor, Tensor>(out, total(sums, x));
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_bn_relu_maxpool", TORCH_BOX(&densenet_fast::bn_relu_maxpool));
+  m.impl("cpu_bn_relu_maxpool_backward", TORCH_BOX(&densenet_fast::bn_relu_maxpool_backward));
+}
