@@ -11,6 +11,12 @@ constexpr int64_t kDepthSteps = 256;  // a panel of this depth stays in the firs
 
 inline Tiles product_tiles(int64_t rows) { return Tiles(rows, kTileRows, 16); }
 
+// Backward, the rows are summed over too: as many words of them for either type
+template <typename T>
+Tiles backward_tiles(int64_t rows) {
+  return Tiles(rows, kTileRows * kPerWord<T>, 16);
+}
+
 // out = a @ weight^T + bias for weight [B, C], with the statistics of out unless null; normalise(row, rows, column, columns,
 // values, ld) writes that part of a
 template <typename T, typename Normalise>
@@ -66,7 +72,7 @@ std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGr
     if (!need_a) return;
     kernel.pack(weight.data + 32 * p, weight.ld, 1, weight.rows, weights.valid(p), weights.width(p), weights.panel(p));
   });
-  const Tiles tiles = product_tiles(grad.rows);
+  const Tiles tiles = backward_tiles<T>(grad.rows);
   std::vector<std::vector<float>> grad_weight(tiles.chunks);
   std::vector<ColumnSums> sums(tiles.chunks);
   tiles.run([&](int64_t chunk) {

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.layout import as_output
 
 STAGE_TENSORS = 6
 """Tensors of a stage in an op's flat list; an absent one is an empty tensor."""
@@ -83,7 +84,12 @@ class StageGradients:
     def convolution(self, weight: Tensor | None, grad_output: Tensor) -> None:
         """From the weight's gradient and the output's gradient matrix [M, out_channels]."""
         if self.needs_conv_weight:
-            self._gradients[4] = torch.empty_like(self.stage.conv_weight).copy_(weight.view_as(self.stage.conv_weight))
+            like = self.stage.conv_weight
+            own = weight.view(like.shape)
+            if own.dtype == like.dtype and own.stride() == like.stride():
+                self._gradients[4] = as_output(own)
+            else:
+                self._gradients[4] = torch.empty_like(like).copy_(own)
         if self.needs_conv_bias:
             total = grad_output.sum(0, dtype=accumulation_dtype(grad_output.dtype))
             self._gradients[5] = total.to(self.stage.conv_bias.dtype)
