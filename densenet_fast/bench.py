@@ -25,6 +25,16 @@ from densenet_fast.table import table
 from densenet_fast.thirdparty import import_torchvision
 
 MIB = 1 << 20
+MODELS = {name: architecture._asdict() for name, architecture in ARCHITECTURES.items()}
+MODELS["densenet_bc100"] = {
+    "growth_rate": 12,
+    "block_config": (16, 16, 16),
+    "num_init_features": 24,
+    "num_classes": 10,
+    "small_inputs": True,
+}
+"""What the constructors are given; the last is the paper's DenseNet-BC (L = 100, k = 12) for images of 32x32."""
+NOT_IN_TORCHVISION = ("densenet264", "densenet_bc100")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,9 +64,11 @@ def competitors() -> dict[str, Competitor]:
         builds["torchvision"] = lambda name: getattr(models, name)()
     except ModuleNotFoundError:
         print("torchvision is not installed: left out", file=sys.stderr)
-    builds["reference"] = lambda name: getattr(reference, name)()
-    builds["densenet_fast"] = lambda name: getattr(densenet_fast, name)()
-    builds["densenet_fast memory_efficient"] = lambda name: getattr(densenet_fast, name)(memory_efficient=True)
+    builds["reference"] = lambda name: reference.DenseNet(**MODELS[name])
+    builds["densenet_fast"] = lambda name: densenet_fast.DenseNet(**MODELS[name])
+    builds["densenet_fast memory_efficient"] = lambda name: densenet_fast.DenseNet(
+        **MODELS[name], memory_efficient=True
+    )
     layouts = {"contiguous": False, "channels_last": True}
     return {
         f"{name}, {layout}": Competitor(f"{name}, {layout}", build, channels_last)
@@ -74,7 +86,8 @@ def step(model: nn.Module, images: Tensor, dtype: torch.dtype, train: bool) -> T
         logits = model(images)
     if train:
         model.zero_grad()
-        F.cross_entropy(logits.float(), torch.arange(len(images), device=images.device)).backward()
+        labels = torch.arange(len(images), device=images.device) % logits.shape[1]
+        F.cross_entropy(logits.float(), labels).backward()
     if images.is_cuda:
         torch.cuda.synchronize()
     return logits
@@ -134,7 +147,7 @@ def own_memory(entry: Competitor, options: argparse.Namespace, device: torch.dev
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
     parser.description = __doc__.split("\n\n")[1].replace("\n", " ")
-    parser.add_argument("--model", choices=ARCHITECTURES, default="densenet121")
+    parser.add_argument("--model", choices=MODELS, default="densenet121")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images per step (16)")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="height and width of the images (224)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast")
@@ -151,7 +164,9 @@ def execute(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
         if getattr(options, name) < least:
             parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
-    entries = {n: c for n, c in competitors().items() if options.model != "densenet264" or "torchvision" not in n}
+    entries = competitors()
+    if options.model in NOT_IN_TORCHVISION:
+        entries = {name: entry for name, entry in entries.items() if "torchvision" not in name}
     if options.memory_of is not None:
         if options.memory_of not in entries:
             parser.error(f"--memory-of: expected one of {', '.join(entries)}, got {options.memory_of}")

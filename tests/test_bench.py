@@ -23,6 +23,14 @@ def test_table_of_all_competitors(mode, capsys, monkeypatch):
     assert max(float(row[3][:-1]) for row in rows if row[0].startswith("torchvision")) == 1
 
 
+def test_a_network_that_torchvision_does_not_have(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measured_memory", lambda *_: 1.0)
+    tiny = ["--model", "densenet_bc100", "--batch", "11", "--size", "32", "--repeats", "1", "--threads", "1"]
+    assert main(["bench", *tiny]) == 0
+    out = capsys.readouterr().out
+    assert "torchvision" not in out and "reference 1" in out and out.count("densenet_fast") == 4
+
+
 def test_disagreement_is_not_timed(monkeypatch, capsys):
     def broken(name):
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(1000))
