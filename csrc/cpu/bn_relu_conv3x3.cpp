@@ -79,6 +79,7 @@ struct Transformed {
 };
 
 constexpr int64_t kForwardTiles = 28, kBackwardTiles = 84;
+constexpr int64_t kDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
 struct Filters {
   int64_t out_channels, in_channels;
@@ -125,10 +126,13 @@ void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
         next.of(image, m, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
         for (int64_t i = 0; i < 16; ++i) {
           prefetch(next.pointers, i, 16, 0, m.cols);
-          const Operand left = {v.at(i), v.words, 1};
           for (int64_t p = 0; p < weights.count; ++p) {
-            kernel.product(left, weights.operand(p, i), n, weights.width(p), weights.steps,
-                           products.get() + i * n * products_ld + 32 * p, products_ld, false);
+            const int64_t width = weights.width(p);
+            for (int64_t step = 0; step < weights.steps; step += kDepth) {
+              kernel.product({v.at(i) + step, v.words, 1}, {weights.panel(p, i) + step * width, 0, width}, n, width,
+                             std::min(weights.steps - step, kDepth), products.get() + i * n * products_ld + 32 * p,
+                             products_ld, step > 0);
+            }
           }
         }
         kernel.winograd_output(products.get(), products_ld, n, filters.out_channels, b,

@@ -50,12 +50,10 @@ inline Floats add_product<bf16>(Floats sum, uint32_t a, WordLanes b) {
 #endif
 }
 
+// What is accumulated on is added last, so that rounding grows with the number of calls and not with all steps
 template <typename T, int ROWS, int VECTORS>
 void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool accumulate) {
-  Floats sum[ROWS][VECTORS];
-  for (int i = 0; i < ROWS; ++i) {
-    for (int j = 0; j < VECTORS; ++j) sum[i][j] = accumulate ? load<kLanes>(out + i * ld + j * kLanes) : Floats{};
-  }
+  Floats sum[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < steps; ++k) {
     WordLanes columns[VECTORS];
     for (int j = 0; j < VECTORS; ++j) columns[j] = load_words(b.words + k * b.step + j * kLanes);
@@ -67,7 +65,10 @@ void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool acc
     }
   }
   for (int i = 0; i < ROWS; ++i) {
-    for (int j = 0; j < VECTORS; ++j) store<kLanes>(out + i * ld + j * kLanes, sum[i][j]);
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = out + i * ld + j * kLanes;
+      store<kLanes>(to, accumulate ? load<kLanes>(to) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 
