@@ -4,6 +4,8 @@
 namespace densenet_fast {
 namespace {
 
+constexpr int64_t kTileLines = 32;
+
 // Lines of the image and of the maxima; the other spatial dimensions are x and y, of size 1 where they are missing
 struct Pooling {
   int64_t batch, sizes[2], pooled[2], width, pooled_width;
@@ -57,7 +59,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
     Tensor argmax = torch::stable::new_empty(x, {pooled, m.cols}, ScalarType::Byte);
     const Matrix<T> result(out, "out");
     uint8_t* positions = static_cast<uint8_t*>(argmax.data_ptr());
-    Tiles(pooling.outputs(), 3 * pooling.width * m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+    Tiles(pooling.outputs(), kTileLines, 1).each([&](int64_t, int64_t first, int64_t n) {
       for (int64_t output = first; output < first + n; ++output) {
         Lines<T> lines;
         pooling.window(output, [&](int64_t line, uint8_t place) {
@@ -90,7 +92,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
     const uint8_t* positions = static_cast<const uint8_t*>(argmax.data_ptr());
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
-    const Tiles tiles(pooling.lines(), 3 * pooling.width * m.cols * sizeof(T));
+    const Tiles tiles(pooling.lines(), kTileLines, 1);
     std::vector<ColumnSums> sums(tiles.chunks);
     for (ColumnSums& chunk : sums) chunk.reset(m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
