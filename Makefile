@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+TRITON ?= triton==3.7.1; sys_platform == 'linux'
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -40,7 +41,7 @@ clean:
 
 $(VENV)/.installed: setup.py pyproject.toml Makefile $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(TORCH) setuptools ninja
+	$(RUN) -m pip install --quiet $(TORCH) "$(TRITON)" setuptools ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
 	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION)
 	touch $@
