@@ -43,7 +43,7 @@ TABLE: dict[str, Rows] = {
         (80, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 16, 8, 3))),
         (90, "ieee"): ((ANY, Tile(64, 128, 16, 8, 2)),),
         (80, "ieee"): ((ANY, Tile(64, 128, 16, 8, 2)),),
-        (0, "any"): ((ANY, Tile(32, 32, 16, 1, 1)),),
+        (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
     },
     # columns: channels of F per program; inner: columns of dZ
     "bn_relu_conv1x1_backward": {
@@ -53,14 +53,14 @@ TABLE: dict[str, Rows] = {
         (80, "tf32"): ((128, Tile(32, 32, 128, 8, 2)), (ANY, Tile(16, 32, 256, 8, 2))),
         (90, "ieee"): ((ANY, Tile(16, 32, 128, 8, 1)),),
         (80, "ieee"): ((ANY, Tile(16, 32, 128, 8, 1)),),
-        (0, "any"): ((ANY, Tile(32, 16, 32, 1, 1)),),
+        (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
     },
     "bn_relu_conv3x3": {
         (90, "half"): ((ANY, Tile(128, 64, 64, 4, 3)),),
         (80, "half"): ((ANY, Tile(128, 64, 32, 4, 3)),),
         (90, "tf32"): ((ANY, Tile(128, 64, 32, 4, 3)),),
         (80, "tf32"): ((ANY, Tile(128, 64, 32, 4, 3)),),
-        (0, "any"): ((ANY, Tile(32, 16, 16, 1, 1)),),
+        (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
     },
     "bn_relu_conv3x3_grad_input": {
         (90, "half"): ((ANY, Tile(128, 64, 64, 8, 3)),),
@@ -75,7 +75,7 @@ TABLE: dict[str, Rows] = {
         (80, "half"): ((ANY, Tile(64, 128, 32, 8, 3)),),
         (90, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
         (80, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
-        (0, "any"): ((ANY, Tile(32, 16, 16, 1, 1)),),
+        (0, "any"): ((ANY, Tile(32, 32, 16, 1, 1)),),
     },
     "bn_relu_pool_conv1x1": {
         (90, "half"): ((128, Tile(64, 128, 32, 4, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
@@ -84,25 +84,25 @@ TABLE: dict[str, Rows] = {
         (80, "tf32"): ((ANY, Tile(64, 128, 16, 8, 2)),),
         (90, "ieee"): ((ANY, Tile(32, 64, 16, 4, 2)),),
         (80, "ieee"): ((ANY, Tile(32, 64, 16, 4, 2)),),
-        (0, "any"): ((ANY, Tile(16, 32, 16, 1, 1)),),
+        (0, "any"): ((ANY, Tile(16, 32, 32, 1, 1)),),
     },
     "bn_relu_pool_conv1x1_backward": {
         (90, "half"): ((ANY, Tile(64, 64, 64, 8, 3)),),
-        (80, "half"): ((ANY, Tile(64, 64, 64, 8, 3)),),
+        (80, "half"): ((32, Tile(32, 32, 64, 4, 3)), (ANY, Tile(64, 64, 64, 8, 3))),
         (90, "tf32"): ((ANY, Tile(64, 64, 32, 8, 3)),),
         (80, "tf32"): ((ANY, Tile(64, 64, 32, 8, 2)),),
         (90, "ieee"): ((ANY, Tile(64, 32, 16, 8, 2)),),
         (80, "ieee"): ((ANY, Tile(64, 32, 16, 8, 2)),),
-        (0, "any"): ((ANY, Tile(16, 16, 16, 1, 1)),),
+        (0, "any"): ((ANY, Tile(16, 32, 16, 1, 1)),),
     },
 }
 
 BN_RELU = Tile(32, 128, 0, 4, 1)
 STATISTICS = Tile(64, 16, 0, 4, 1)
 """rows: lanes of tiles that are combined at once."""
-SUMS_OF_MANY_TILES = Tile(64, 32, 0, 4, 1)
-SUMS_OF_MANY_COLUMNS = Tile(4, 256, 0, 4, 1)
-MANY_COLUMNS = 4096
+SUMS = ((4096, Tile(64, 32, 0, 4, 1)), (ANY, Tile(4, 256, 0, 4, 1)))
+"""By the number of columns: of a few, each of many tiles; of many, each of a few tiles."""
+INTERPRETED_SUMS = Tile(4, 1024, 0, 4, 1)
 
 PROGRAMS_PER_PROCESSOR = 2
 """Ranges of rows are made so many that a product over rows has this many programs per multiprocessor."""
@@ -148,6 +148,11 @@ def tile(kernel: str, device: Device, dtype: torch.dtype, width: int) -> Tile:
     """The configuration of ``kernel`` for a result of ``width`` columns, or an operand where the table says so."""
     key = (device.generation, precision(dtype) if device.generation else "any")
     return next(found for limit, found in TABLE[kernel][key] if width <= limit)
+
+
+def sums_tile(device: Device, columns: int) -> Tile:
+    """The configuration of a sum over tiles for ``columns`` columns."""
+    return next(found for limit, found in SUMS if columns <= limit) if device.generation else INTERPRETED_SUMS
 
 
 def fit(size: int, limit: int) -> int:

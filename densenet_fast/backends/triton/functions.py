@@ -414,7 +414,7 @@ def _combine_statistics(partials: Tensor, rows: int, tile_rows: int) -> Statisti
 def _sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over the rows of partials [tiles, n]: of the first columns in ``first``, of the others in float32."""
     tiles, n = partials.shape
-    tile = config.SUMS_OF_MANY_COLUMNS if n >= config.MANY_COLUMNS else config.SUMS_OF_MANY_TILES
+    tile = config.sums_tile(config.device_of(partials.device), n)
     rest = _float32(partials, n - first.numel())
     launch(
         partial_kernels.sum_partials,
