@@ -36,12 +36,13 @@ def steps() -> list[Step]:
     ops = [*PYTEST, "tests/ops", "-k"]
     tuner = [sys.executable, "-m", "densenet_fast.backends.triton.tune"]
     few = "triton- and float32 and not 33 and not 16"
+    few_ops = "opcheck_bn_relu_conv1x1 or ten_thousand and float32 and True"
     return [
         Step("what runs where", info, info),
         Step("results, reproducibility, graphs", results, results),
         Step("every access of the kernels", [], [*PYTEST, f"{TRITON}/in_interpreter.py"]),
         Step("every kernel against float64", [*kernels, "triton-"], [*kernels, few]),
-        Step("the ops", [*ops, "not bad_input"], [*ops, "ten_thousand or bitwise"]),
+        Step("the ops", [*ops, "not bad_input"], [*ops, few_ops]),
         Step("the table's rows, measured", tuner, [*tuner, "--dry-run"]),
         Step("training, bfloat16", [*BENCH, "--dtype", "bf16", "--batch", "64"], [*BENCH, "--help"]),
         Step("inference, bfloat16", [*BENCH, "--dtype", "bf16", "--batch", "64", "--infer"], [*BENCH, "--help"]),

@@ -1,8 +1,8 @@
 """The kernels in Triton, for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 and up.
 
 Functions, arguments and results are those of ``aten``. What is shaped like a matrix product is a kernel here
-(``kernels/``, launched by ``functions.py``); what is bound by bandwidth alone is ``aten``'s. Triton itself is imported
-by the first call. With the environment variable TRITON_INTERPRET=1 the kernels run on CPU tensors, in Triton's
+(``kernels/``, launched by the modules beside it); what is bound by bandwidth alone is ``aten``'s. Triton itself is
+imported by the first call. With the environment variable TRITON_INTERPRET=1 the kernels run on CPU tensors, in Triton's
 interpreter: slow, for tests.
 """
 
@@ -37,6 +37,16 @@ __all__ = [
 name = "triton"
 
 MINIMUM_CAPABILITY = (8, 0)
+
+MODULES = {
+    "bn_relu_conv1x1": "conv1x1",
+    "bn_relu_conv1x1_backward": "conv1x1",
+    "bn_relu_conv3x3": "conv3x3",
+    "bn_relu_conv3x3_backward": "conv3x3",
+    "bn_relu_pool_conv1x1": "transition",
+    "bn_relu_pool_conv1x1_backward": "transition",
+}
+"""Where each function is, imported when it is first asked for."""
 
 
 def interpreted() -> bool:
@@ -85,8 +95,8 @@ def _obstacle(index: int) -> str | None:
 
 
 def __getattr__(attribute: str) -> Callable[..., Any]:
-    if attribute not in __all__:
+    if attribute not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
-    function = getattr(importlib.import_module("densenet_fast.backends.triton.functions"), attribute)
+    function = getattr(importlib.import_module(f"{__name__}.{MODULES[attribute]}"), attribute)
     globals()[attribute] = function
     return function

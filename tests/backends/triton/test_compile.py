@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from backends.triton.ahead_of_time import SHARED_BYTES, compile_launch
-from densenet_fast.backends.triton import config
+from backends.triton.cases import Layer
+from densenet_fast.backends import triton as backend
+from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.tune import DTYPES, Shape, training_step
 
 PAIR = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
@@ -64,3 +66,13 @@ def faults(item, got, dtype, generation, shape):
         yield "no 16-byte asynchronous copies"
     if got.warnings and shape.bottleneck >= 128:
         yield "the assembler warns"
+
+
+@pytest.mark.parametrize("sizes", [((2, 5, 7), 33, 20, 12), ((1, 2, 2), 1, 1, 1)], ids=str)
+def test_every_variant_compiles(sizes):
+    """With and without bias, mask, statistics and each gradient; of sizes that nothing divides, and of ones, which
+    Triton compiles in as constants."""
+    with config.assume(config.Device(90, 132)), launch.planning() as launches:
+        Layer(*sizes, torch.bfloat16).run(backend)
+    for item in {str(item): item for item in launches}.values():
+        assert compile_launch(item, 90, disassemble=False).registers, str(item)
