@@ -27,6 +27,7 @@ class Compiled(NamedTuple):
     wide_copies: int
     narrow_copies: int
     warnings: str
+    keeps_nan: bool
 
 
 def compile_launch(launch, generation, disassemble=True):
@@ -73,6 +74,7 @@ def inspect(cubin, ptx, shared, generation, disassemble):
         wide_copies=wide,
         narrow_copies=len(copies) - wide,
         warnings="\n".join(line for line in verbose.splitlines() if re.search(r"\bC75\d\d\b|warning", line)),
+        keeps_nan="max.NaN" in ptx,
     )
 
 
