@@ -57,7 +57,8 @@ def faults(item, got, dtype, generation, shape):
         yield "registers spill"
     if got.shared > SHARED_BYTES[generation]:
         yield "too much shared memory"
-    if "scale" in item.kernel.arg_names and not got.keeps_nan:
+    rectifies = "scale" in item.kernel.arg_names and item.constants.get("WEIGHT", True)
+    if rectifies and not got.keeps_nan:
         yield "the ReLU hides a NaN"
     if "PRECISION" not in item.constants or dtype == torch.float32:
         return
