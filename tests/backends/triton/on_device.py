@@ -113,7 +113,8 @@ def test_training_step_of_a_network(dtype, memory_efficient, monkeypatch):
     truth = dict(step(exact, x.double()))
     with launch.recording() as launches:
         got = dict(step(ours, x))
-    assert {item.name for item in launches} >= {*FORWARD, *BACKWARD, "bn_relu_pool_conv1x1"}
+    if config.precision(dtype) != "ieee":
+        assert {item.name for item in launches} >= {*FORWARD, *BACKWARD, "bn_relu_pool_conv1x1"}
     monkeypatch.setattr(backends, "BACKENDS", (aten,))
     reference = dict(step(theirs, x))
     for name, expected in truth.items():
@@ -134,7 +135,7 @@ def block(depth, device=DEVICE, dtype=torch.float32):
 
 
 def test_launches_of_a_layer(precision):
-    """Two products and three small kernels forward, three products and their three reductions backward; with
+    """Two products, relu(bn(Z)) and two reductions forward, three products and three reductions backward; with
     recomputation one product more."""
     if precision == "ieee":
         pytest.skip("the 3x3 product is the library's")
@@ -177,6 +178,7 @@ def test_captured_in_a_cuda_graph():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         layer.run(backend)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = layer.run(backend)

@@ -75,7 +75,7 @@ def bn_relu_conv3x3_grad_input(
     centred = values.to(tl.float32) - m
     normalised = centred * s + t
     d = tl.where(valid & (normalised > 0), total, 0.0)
-    store_sums(tl.sum(d, 0), tl.sum(d * centred, 0), partials + tile * 2 * B, columns, B, inside_columns)
+    store_sums(tl.sum(d, 0), tl.sum(d * centred, 0), partials + tile.to(tl.int64) * 2 * B, columns, B, inside_columns)
     place = wide_rows[:, None] * B + columns[None, :]
     tl.store(scaled + place, (s * d).to(scaled.dtype.element_ty), mask=valid)
     if KEEP_A:

@@ -87,6 +87,6 @@ def bn_relu_pool_conv1x1_backward(
             tl.store(scaled + pixels * C + columns[None, :], (s * d).to(scaled.dtype.element_ty), mask=valid)
         mean_a += 0.25 * tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if INPUT:
-        store_sums(tl.sum(sum_d, 0), tl.sum(sum_dx, 0), partials + tile * 2 * C, columns, C, inside)
+        store_sums(tl.sum(sum_d, 0), tl.sum(sum_dx, 0), partials + tile.to(tl.int64) * 2 * C, columns, C, inside)
     if POOLED:
         tl.store(pooled + wide_windows[:, None] * C + columns[None, :], mean_a.to(pooled.dtype.element_ty), mask=valid)

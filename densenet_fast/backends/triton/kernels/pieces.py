@@ -27,7 +27,7 @@ def store_statistics(stored, partials, tile, columns, count, num_columns, inside
     values = tl.where(inside_rows[:, None], stored.to(tl.float32), 0.0)
     mean = tl.sum(values, 0) / count
     deviation = tl.where(inside_rows[:, None], values - mean[None, :], 0.0)
-    row = partials + tile * 2 * num_columns + columns
+    row = partials + tile.to(tl.int64) * 2 * num_columns + columns
     tl.store(row, mean, mask=inside_columns)
     tl.store(row + num_columns, tl.sum(deviation * deviation, 0), mask=inside_columns)
 
