@@ -70,7 +70,9 @@ def inspect(cubin, ptx, shared, generation, disassemble):
         stack=int(found["STACK"]),
         spilled=len(re.findall(r"\bSTL\b", code)),
         shared=shared,
-        tensor_core=("HGMMA" if generation >= 90 else "HMMA") in code,
+        tensor_core=bool(re.search(r"\bHGMMA", code)) > bool(re.search(r"\bHMMA", code))
+        if generation >= 90
+        else "HMMA" in code,
         wide_copies=wide,
         narrow_copies=len(copies) - wide,
         warnings="\n".join(line for line in verbose.splitlines() if re.search(r"\bC75\d\d\b|warning", line)),
