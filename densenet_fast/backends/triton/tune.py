@@ -74,12 +74,12 @@ def candidates(kernel: str, limit: int) -> Iterator[Tile]:
     """Configurations worth measuring for a result of up to ``limit`` columns."""
     wide = 256 if limit == ANY else 128
     rows, columns, inner = {
-        "bn_relu_conv1x1": ((64, 128), (64, wide), (16, 32, 64)),
+        "bn_relu_conv1x1": ((64, 128), (64, 128, wide), (16, 32, 64)),
         "bn_relu_conv1x1_backward": ((16, 32, 64), (32, 64), (wide,)),
         "bn_relu_conv3x3": ((64, 128), (64,), (32, 64, 128)),
         "bn_relu_conv3x3_grad_input": ((64, 128), (64, 128), (32, 64)),
         "bn_relu_conv3x3_grad_weight": ((32, 64, 128), (64, 128), (32, 64)),
-        "bn_relu_pool_conv1x1": ((32, 64, 128), (64, wide), (16, 32, 64)),
+        "bn_relu_pool_conv1x1": ((32, 64, 128), (64, 128, wide), (16, 32, 64)),
         "bn_relu_pool_conv1x1_backward": ((32, 64), (32, 64), (32, 64)),
     }[kernel]
     for sides in itertools.product(rows, columns, inner):

@@ -31,13 +31,17 @@ def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
     G read once and written once."""
     layer = Layer((2, 8, 10), 64, width, outputs, torch.float16)
     f, z, y = (layer.rows * columns * HALF for columns in (layer.channels, width, outputs))
-    with config.assume(config.Device(generation, 2)), watching(monkeypatch) as traffic:
+    device = config.Device(generation, 2)
+    with config.assume(device), watching(monkeypatch) as traffic:
         backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, True)
         second = (layer.z, layer.affine2, layer.w2)
         backend.bn_relu_conv3x3(*second, None, layer.grid, layer.buffer[:, layer.new], None, 1.0, True)
         dy, g = layer.gradient[:, layer.new], layer.gradient[:, : layer.channels]
         backend.bn_relu_conv3x3_backward(dy, *second, layer.grid, True, True)
         backend.bn_relu_conv1x1_backward(layer.dz, layer.features, layer.affine1, layer.w1, g, True, True)
+
+    def tiles(kernel, columns):
+        return -(-columns // config.tile(kernel, device, torch.float16, columns).columns)
 
     def requested(kernel):
         return {key[1:]: count for key, count in traffic.items() if key[0] == kernel and count}
@@ -54,21 +58,18 @@ def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
     assert convolve["store", "partials"] <= y / 8
 
     grad_input = requested("bn_relu_conv3x3_grad_input")
-    column_tiles = -(-width // 64)
+    column_tiles = tiles("bn_relu_conv3x3_grad_input", width)
     assert grad_input["load", "z"] == grad_input["store", "scaled"] == grad_input["store", "a"] == z
     assert 6 * y * column_tiles < grad_input["load", "grad"] <= 9 * y * column_tiles
 
     grad_weight = requested("bn_relu_conv3x3_grad_weight")
-    column_tiles, output_tiles = -(-width // 128), -(-outputs // 32)
+    column_tiles, output_tiles = tiles("bn_relu_conv3x3_grad_weight", width), -(-outputs // 32)
     assert grad_weight["load", "a"] == 3 * z * output_tiles
     assert 6 * y * column_tiles < grad_weight["load", "grad"] <= 9 * y * column_tiles
 
     backward = requested("bn_relu_conv1x1_backward")
     assert backward["load", "x"] == backward["load", "grad_x"] == backward["store", "grad_x"] == f
-    owners = -(
-        -layer.channels
-        // config.tile("bn_relu_conv1x1_backward", config.Device(generation, 2), torch.half, width).columns
-    )
+    owners = -(-layer.channels // config.tile("bn_relu_conv1x1_backward", device, torch.float16, width).columns)
     assert backward["load", "grad"] == owners * z
     assert backward["load", "weight"] == width * layer.channels * HALF * ranges(backward, layer)
 
@@ -85,11 +86,14 @@ def test_traffic_of_a_transition(generation, monkeypatch):
     """F is read once forward, and once backward, where its gradient is written once."""
     layer = Layer((1, 10, 16), 64, 16, 32, torch.float16)
     arguments = (layer.features, layer.affine1, layer.transition)
-    with config.assume(config.Device(generation, 2)), watching(monkeypatch) as traffic:
+    device = config.Device(generation, 2)
+    with config.assume(device), watching(monkeypatch) as traffic:
         out = backend.bn_relu_pool_conv1x1(*arguments, None, layer.grid)
         backend.bn_relu_pool_conv1x1_backward(torch.ones_like(out), *arguments, layer.grid, True, True)
     f = layer.rows * layer.channels * HALF
     forward, backward = "bn_relu_pool_conv1x1", "bn_relu_pool_conv1x1_backward"
     assert traffic.of(forward, "load", "x") == traffic.of(backward, "load", "x") == f
-    assert traffic.of(forward, "store", "out") == out.numel() * HALF == traffic.of(backward, "load", "grad")
+    assert traffic.of(forward, "store", "out") == out.numel() * HALF
+    column_tiles = layer.channels // config.tile(backward, device, torch.float16, layer.channels).columns
+    assert traffic.of(backward, "load", "grad") == column_tiles * out.numel() * HALF
     assert traffic.of(backward, "store", "scaled") == f and traffic.of(backward, "store", "pooled") == f / 4
