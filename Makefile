@@ -1,9 +1,11 @@
-# make demo | make test | make lint. To use an environment that is active already, with its own torch (CUDA, say):
+# make demo | make test | make lint | make gpu. To use an environment that is active already, with its own torch (for
+# CUDA, say):
 #     make test PYTHON=python VENV=
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+TRITON ?= triton==3.7.1; sys_platform == 'linux'
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -13,7 +15,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test lint sanitize clean installed-in-active-environment
+.PHONY: demo test lint gpu sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -24,6 +26,10 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The Triton backend on a GPU: its results, then its times. make gpu FLAGS=--dry-run walks the steps without one.
+gpu: $(INSTALLED)
+	$(RUN) tests/gpu.py $(FLAGS)
 
 # The kernel tests with the compiled kernels under the address and undefined-behaviour sanitizers.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
@@ -40,7 +46,7 @@ clean:
 
 $(VENV)/.installed: setup.py pyproject.toml Makefile $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(TORCH) setuptools ninja
+	$(RUN) -m pip install --quiet $(TORCH) "$(TRITON)" setuptools ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
 	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION)
 	touch $@

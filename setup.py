@@ -136,6 +136,14 @@ setup(
     extras_require={
         "train": TRAIN,
         "gpu": ["triton>=3.6"],
-        "test": [*TRAIN, "ninja", "pytest>=8", "pytest-xdist", "ruff==0.17.6", "pillow"],
+        "test": [
+            *TRAIN,
+            "ninja",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff==0.17.6",
+            "pillow",
+            "triton>=3.6; sys_platform == 'linux'",
+        ],
     },
 )

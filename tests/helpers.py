@@ -58,7 +58,9 @@ def step(model: nn.Module, x: Tensor, seed: int = 7) -> Iterator[tuple[str, Tens
     model.zero_grad()
     torch.manual_seed(seed)
     output = model(x)
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cotangent = torch.randn(
+        output.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(seed), dtype=torch.float64
+    )
     output.backward(cotangent.to(output))
     yield "output", output
     yield "grad x", x.grad

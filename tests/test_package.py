@@ -12,10 +12,17 @@ import densenet_fast
 from densenet_fast import info
 
 ROOT = Path(densenet_fast.__file__).parent
+TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
 LEVELS = [
     ["version", "reference", "table", "thirdparty", "memory", "backends.affine", "backends.layout"],
     ["backends.spatial", "backends.extension"],
     ["backends.aten", "backends.cpu"],
+    ["backends.triton.config", "backends.triton.kernels", "backends.triton.kernels.pieces"],
+    ["backends.triton.launch", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],
+    ["backends.triton.shared"],
+    ["backends.triton.conv1x1", "backends.triton.conv3x3", "backends.triton.transition"],
+    ["backends.triton"],
+    ["backends.triton.tune"],
     ["backends"],
     ["ops.stage"],
     ["ops.stock", "ops.batching"],

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import torch
 
-from densenet_fast.backends import aten, cpu
+from densenet_fast.backends import aten, cpu, triton
 
-BACKENDS: tuple[ModuleType, ...] = (cpu, aten)
+BACKENDS: tuple[ModuleType, ...] = (triton, cpu, aten)
 """All backends, the preferred one first."""
 
 

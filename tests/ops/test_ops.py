@@ -111,7 +111,7 @@ def test_double_backward_of_dense_block(options):
     twice = []
     for block in (functional.dense_block, stock_block):
         output = block(x, layers)
-        generator = torch.Generator().manual_seed(2)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(2)
         first = torch.autograd.grad(
             output, inputs, torch.randn(output.shape, generator=generator, dtype=torch.float64), create_graph=True
         )
@@ -360,7 +360,7 @@ def test_bitwise_the_same_from_run_to_run(memory_efficient):
     results = []
     for _ in range(2):
         output = functional.dense_block(x, layers, memory_efficient=memory_efficient)
-        cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        cotangent = torch.randn(output.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
         results.append([output, *torch.autograd.grad(output, inputs, cotangent)])
     assert all(a.equal(b) for a, b in zip(*results))
 

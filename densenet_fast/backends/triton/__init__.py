@@ -1,0 +1,114 @@
+"""The kernels in Triton, for float16, bfloat16 and float32 on NVIDIA GPUs of compute capability 8.0 and up.
+
+Functions, arguments and results are those of ``aten``. What is shaped like a matrix product is a kernel here
+(``kernels/``, launched by the modules beside it); what is bound by bandwidth alone is ``aten``'s. Triton itself is
+imported by the first call. With the environment variable TRITON_INTERPRET=1 the kernels run on CPU tensors, in Triton's
+interpreter: slow, for tests.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from densenet_fast.backends.aten import (
+    append_features,
+    bn_relu_global_avgpool,
+    bn_relu_global_avgpool_backward,
+    bn_relu_maxpool,
+    bn_relu_maxpool_backward,
+    channel_statistics,
+    finalise_gradient,
+)
+
+__all__ = [
+    "append_features",
+    "bn_relu_conv1x1",
+    "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_backward",
+    "bn_relu_global_avgpool",
+    "bn_relu_global_avgpool_backward",
+    "bn_relu_maxpool",
+    "bn_relu_maxpool_backward",
+    "bn_relu_pool_conv1x1",
+    "bn_relu_pool_conv1x1_backward",
+    "channel_statistics",
+    "describe",
+    "finalise_gradient",
+    "name",
+    "supports",
+    "unavailable",
+]
+
+name = "triton"
+
+MINIMUM_CAPABILITY = (8, 0)
+
+MODULES = {
+    "bn_relu_conv1x1": "conv1x1",
+    "bn_relu_conv1x1_backward": "conv1x1",
+    "bn_relu_conv3x3": "conv3x3",
+    "bn_relu_conv3x3_backward": "conv3x3",
+    "bn_relu_pool_conv1x1": "transition",
+    "bn_relu_pool_conv1x1_backward": "transition",
+}
+"""Where each function is, imported when it is first asked for."""
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'densenet_fast[gpu]')"
+    if interpreted():
+        return None
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    obstacles = [_obstacle(i) for i in range(torch.cuda.device_count())]
+    return None if None in obstacles else "; ".join(obstacles)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this backend has kernels for ``dtype`` on ``device``."""
+    if device.type == "cpu":
+        return interpreted() and dtype in (torch.float32, torch.float16)
+    if device.type != "cuda" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    return _obstacle(torch.cuda.current_device() if device.index is None else device.index) is None
+
+
+def describe() -> str:
+    """What the kernels are made of, and the devices they leave to another backend."""
+    version = f"Triton {importlib.metadata.version('triton')}"
+    if interpreted():
+        return f"{version}, interpreted"
+    return "; ".join([version, *filter(None, map(_obstacle, range(torch.cuda.device_count())))])
+
+
+@functools.cache
+def _obstacle(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MINIMUM_CAPABILITY:
+        return None
+    return "cuda:{} has compute capability {}.{}, below {}.{}".format(index, *capability, *MINIMUM_CAPABILITY)
+
+
+def __getattr__(attribute: str) -> Callable[..., Any]:
+    if attribute not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+    function = getattr(importlib.import_module(f"{__name__}.{MODULES[attribute]}"), attribute)
+    globals()[attribute] = function
+    return function

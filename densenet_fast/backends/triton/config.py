@@ -1,0 +1,183 @@
+"""The launch configurations, one table: per kernel, device generation, precision and width of the result.
+
+Reasoned from registers, shared memory and the instructions that the compiler makes of them, not measured on a device;
+``python -m densenet_fast.backends.triton.tune`` measures candidates there and prints rows for this table. Nothing is
+tuned during training: a kernel that adds to its output must not be run twice on it.
+
+Rows for more than 128 columns take 256 at once, so that F is read once; for sm_90 Triton 3.7 compiles them well, 3.6
+serialises their products (the assembler's warning C7515).
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """rows x columns of the result (in backward products over rows: of the operand), inner per step of the loop."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Device(NamedTuple):
+    """What the configuration depends on: ``generation`` is 80, 90 or 0 for the interpreter."""
+
+    generation: int
+    processors: int
+
+
+INTERPRETER = Device(0, 2)
+ANY = 1 << 30
+
+Rows = dict[tuple[int, str], tuple[tuple[int, Tile], ...]]
+
+TABLE: dict[str, Rows] = {
+    "bn_relu_conv1x1": {
+        (90, "half"): ((128, Tile(128, 128, 64, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
+        (80, "half"): ((128, Tile(128, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
+        (90, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 2))),
+        (80, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 16, 8, 3))),
+        (90, "ieee"): ((ANY, Tile(64, 128, 16, 8, 2)),),
+        (80, "ieee"): ((ANY, Tile(64, 128, 16, 8, 2)),),
+        (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
+    },
+    # columns: channels of F per program; inner: columns of dZ
+    "bn_relu_conv1x1_backward": {
+        (90, "half"): ((128, Tile(64, 64, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
+        (80, "half"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
+        (90, "tf32"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(32, 32, 256, 8, 2))),
+        (80, "tf32"): ((128, Tile(32, 32, 128, 8, 2)), (ANY, Tile(16, 32, 256, 8, 2))),
+        (90, "ieee"): ((ANY, Tile(16, 32, 128, 8, 1)),),
+        (80, "ieee"): ((ANY, Tile(16, 32, 128, 8, 1)),),
+        (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
+    },
+    "bn_relu_conv3x3": {
+        (90, "half"): ((ANY, Tile(128, 64, 64, 4, 3)),),
+        (80, "half"): ((ANY, Tile(128, 64, 32, 4, 3)),),
+        (90, "tf32"): ((ANY, Tile(128, 64, 32, 4, 3)),),
+        (80, "tf32"): ((ANY, Tile(128, 64, 32, 4, 3)),),
+        (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
+    },
+    "bn_relu_conv3x3_grad_input": {
+        (90, "half"): ((ANY, Tile(128, 64, 64, 8, 3)),),
+        (80, "half"): ((ANY, Tile(64, 128, 64, 8, 3)),),
+        (90, "tf32"): ((ANY, Tile(128, 64, 32, 8, 3)),),
+        (80, "tf32"): ((ANY, Tile(128, 64, 32, 8, 3)),),
+        (0, "any"): ((ANY, Tile(32, 32, 16, 1, 1)),),
+    },
+    # columns: channels of A per program; inner: of dY
+    "bn_relu_conv3x3_grad_weight": {
+        (90, "half"): ((ANY, Tile(64, 128, 32, 4, 3)),),
+        (80, "half"): ((ANY, Tile(64, 128, 32, 8, 3)),),
+        (90, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
+        (80, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
+        (0, "any"): ((ANY, Tile(32, 32, 16, 1, 1)),),
+    },
+    "bn_relu_pool_conv1x1": {
+        (90, "half"): ((128, Tile(64, 128, 32, 4, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
+        (80, "half"): ((ANY, Tile(32, 128, 32, 4, 2)),),
+        (90, "tf32"): ((ANY, Tile(64, 128, 32, 8, 2)),),
+        (80, "tf32"): ((ANY, Tile(32, 128, 16, 4, 2)),),
+        (90, "ieee"): ((ANY, Tile(32, 64, 16, 4, 2)),),
+        (80, "ieee"): ((ANY, Tile(32, 64, 16, 4, 2)),),
+        (0, "any"): ((ANY, Tile(16, 32, 32, 1, 1)),),
+    },
+    "bn_relu_pool_conv1x1_backward": {
+        (90, "half"): ((ANY, Tile(64, 32, 64, 4, 3)),),
+        (80, "half"): ((32, Tile(32, 32, 64, 4, 3)), (ANY, Tile(64, 64, 64, 8, 3))),
+        (90, "tf32"): ((ANY, Tile(64, 64, 32, 8, 3)),),
+        (80, "tf32"): ((ANY, Tile(64, 64, 32, 8, 2)),),
+        (90, "ieee"): ((ANY, Tile(64, 32, 16, 8, 2)),),
+        (80, "ieee"): ((ANY, Tile(64, 32, 16, 8, 2)),),
+        (0, "any"): ((ANY, Tile(16, 32, 16, 1, 1)),),
+    },
+}
+
+BN_RELU = Tile(32, 128, 0, 4, 1)
+STATISTICS = Tile(64, 16, 0, 4, 1)
+"""rows: lanes of tiles that are combined at once."""
+SUMS = ((4096, Tile(64, 32, 0, 4, 1)), (ANY, Tile(4, 256, 0, 4, 1)))
+"""By the number of columns: of a few, each of many tiles; of many, each of a few tiles."""
+INTERPRETED_SUMS = Tile(4, 1024, 0, 4, 1)
+
+PROGRAMS_PER_PROCESSOR = 2
+"""Ranges of rows are made so many that a product over rows has this many programs per multiprocessor."""
+TILES_PER_RANGE = 4
+"""But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
+
+_assumed: list[Device] = []
+
+
+@contextlib.contextmanager
+def assume(device: Device) -> Iterator[None]:
+    """Configures for ``device``, whatever the tensors are on: for compiling ahead of time and audits."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def device_of(device: torch.device) -> Device:
+    """What the configuration depends on of ``device``."""
+    if _assumed:
+        return _assumed[-1]
+    if device.type == "cpu":
+        return INTERPRETER
+    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(90 if properties.major in (9, 10) else 80, properties.multi_processor_count)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are made: "half", or for float32 what torch's setting for convolutions says."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def tile(kernel: str, device: Device, dtype: torch.dtype, width: int) -> Tile:
+    """The configuration of ``kernel`` for a result of ``width`` columns, or an operand where the table says so."""
+    key = (device.generation, precision(dtype) if device.generation else "any")
+    return next(found for limit, found in TABLE[kernel][key] if width <= limit)
+
+
+def sums_tile(device: Device, columns: int) -> Tile:
+    """The configuration of a sum over tiles for ``columns`` columns."""
+    return next(found for limit, found in SUMS if columns <= limit) if device.generation else INTERPRETED_SUMS
+
+
+def fit(size: int, limit: int) -> int:
+    """The side of a tile that holds ``size``: a power of two from 16, the least a product takes, to ``limit``."""
+    return min(limit, max(16, 1 << (size - 1).bit_length()))
+
+
+def ranges(device: Device, rows: int, tile_rows: int, programs: int) -> tuple[int, int]:
+    """How ``programs`` programs per range divide ``rows`` rows: (number of ranges, rows of each, a multiple of
+    ``tile_rows``)."""
+    tiles = max(1, -(-rows // tile_rows))
+    wanted = max(1, device.processors * PROGRAMS_PER_PROCESSOR // programs)
+    tiles_each = -(-tiles // max(1, min(wanted, tiles // TILES_PER_RANGE)))
+    return -(-tiles // tiles_each), tiles_each * tile_rows
+
+
+def convolution_by_torch(grid: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether torch's library convolution serves the 3x3 product: in 1 and 3 dimensions, and where there is no matrix
+    unit for it (float32 without TF32), which the library programs best."""
+    return len(grid) != 3 or precision(dtype) == "ieee"
+
+
+def pooling_by_torch(grid: tuple[int, ...]) -> bool:
+    """Whether torch's functions serve the transition: in 1 and 3 dimensions."""
+    return len(grid) != 3

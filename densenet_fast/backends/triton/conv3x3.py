@@ -1,0 +1,214 @@
+"""``aten.bn_relu_conv3x3`` and its backward pass: by Triton or by torch's convolution, as config says.
+
+relu(bn(x)) is materialised once, because the taps read it nine times; the backward pass makes it again on the way to
+the input's gradient.
+"""
+
+from torch import Tensor
+
+from densenet_fast.backends import aten
+from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.triton import config
+from densenet_fast.backends.triton.kernels.bn_relu import bn_relu as bn_relu_kernel
+from densenet_fast.backends.triton.kernels.bn_relu_conv3x3 import bn_relu_conv3x3 as conv3x3_kernel
+from densenet_fast.backends.triton.kernels.bn_relu_conv3x3_backward import (
+    bn_relu_conv3x3_grad_input,
+    bn_relu_conv3x3_grad_weight,
+)
+from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.shared import (
+    Statistics,
+    adjacent,
+    combine_statistics,
+    dot_precision,
+    float32,
+    sum_partials,
+    tiles_of,
+)
+
+
+def bn_relu_conv3x3(
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    out: Tensor,
+    mask: Tensor | None,
+    keep_scale: float,
+    statistics: bool,
+) -> Statistics | None:
+    if config.convolution_by_torch(grid, x.dtype):
+        return aten.bn_relu_conv3x3(x, affine, weight, bias, grid, out, mask, keep_scale, statistics)
+    a, weight = _bn_relu(x, affine), _taps_first(weight)
+    (rows, channels), width = a.shape, weight.shape[0]
+    tile = config.tile("bn_relu_conv3x3", config.device_of(x.device), x.dtype, width)
+    columns = config.fit(width, tile.columns)
+    tiles = tiles_of(rows, tile.rows)
+    partials = float32(x, tiles if statistics else 0, 2, width)
+    (b, b_unit), (ld_out, out_unit) = units(channels), units(out.stride(0))
+    launch(
+        conv3x3_kernel,
+        (tiles * tiles_of(width, columns),),
+        a,
+        weight,
+        weight if bias is None else bias,
+        weight if mask is None else mask,
+        out,
+        partials,
+        rows,
+        b,
+        width,
+        *grid[1:],
+        ld_out,
+        9,
+        *((0, 0, 0, 0) if mask is None else mask.stride()),
+        keep_scale,
+        tile=tile,
+        B_UNIT=b_unit,
+        OUT_UNIT=out_unit,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        INNER=config.fit(channels, tile.inner),
+        BIAS=bias is not None,
+        KEEP=mask is not None,
+        STATISTICS=statistics,
+        PRECISION=dot_precision(x.dtype),
+    )
+    return combine_statistics(partials, rows, tile.rows) if statistics else None
+
+
+def bn_relu_conv3x3_backward(
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    out: Tensor | None,
+    need_weight: bool,
+) -> tuple[Tensor | None, Statistics | None]:
+    if config.convolution_by_torch(grid, x.dtype):
+        return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight)
+    grad = adjacent(grad)
+    a = sums = None
+    if out is not None:
+        a, sums = _conv3x3_grad_input(grad, adjacent(x), affine, _taps_first(weight), grid, out, need_weight)
+    elif need_weight:
+        a = _bn_relu(x, affine)
+    return _conv3x3_grad_weight(grad, a, grid) if need_weight else None, sums
+
+
+def _conv3x3_grad_input(
+    grad: Tensor,
+    z: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    scaled: Tensor,
+    keep_a: bool,
+) -> tuple[Tensor | None, Statistics]:
+    """``scaled`` = scale * D; relu(bn(z)) if asked for, and D's column sums; ``weight`` [k, 3, 3, B]."""
+    (rows, channels), outputs = z.shape, grad.shape[1]
+    tile = config.tile("bn_relu_conv3x3_grad_input", config.device_of(z.device), z.dtype, channels)
+    columns = config.fit(channels, tile.columns)
+    tiles = tiles_of(rows, tile.rows)
+    a = z.new_empty(rows, channels) if keep_a else None
+    partials = float32(z, tiles, 2, channels)
+    (b, b_unit), (ld_scaled, scaled_unit) = units(channels), units(scaled.stride(0))
+    (ld_grad, grad_unit), (ld_z, z_unit) = units(grad.stride(0)), units(z.stride(0))
+    launch(
+        bn_relu_conv3x3_grad_input,
+        (tiles * tiles_of(channels, columns),),
+        grad,
+        z,
+        *affine,
+        weight,
+        scaled,
+        scaled if a is None else a,
+        partials,
+        rows,
+        b,
+        outputs,
+        *grid[1:],
+        ld_grad,
+        ld_z,
+        ld_scaled,
+        9,
+        tile=tile,
+        B_UNIT=b_unit,
+        GRAD_UNIT=grad_unit,
+        Z_UNIT=z_unit,
+        SCALED_UNIT=scaled_unit,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        INNER=config.fit(outputs, tile.inner),
+        KEEP_A=keep_a,
+        PRECISION=dot_precision(z.dtype),
+    )
+    _, sums = sum_partials(partials.flatten(1), z.new_empty(0))
+    return a, sums.view(2, channels).unbind()
+
+
+def _conv3x3_grad_weight(grad: Tensor, a: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """dW2 [k, B, 3, 3] from dY [M, k] and A [M, B]."""
+    (rows, channels), outputs = a.shape, grad.shape[1]
+    device = config.device_of(a.device)
+    tile = config.tile("bn_relu_conv3x3_grad_weight", device, a.dtype, channels)
+    block, width = config.fit(channels, tile.columns), config.fit(outputs, tile.inner)
+    programs = 3 * tiles_of(channels, block) * tiles_of(outputs, width)
+    ranges, range_rows = config.ranges(device, rows, tile.rows, programs)
+    partials = float32(a, ranges, outputs, 9 * channels)
+    (b, b_unit), (ld_grad, grad_unit) = units(channels), units(grad.stride(0))
+    launch(
+        bn_relu_conv3x3_grad_weight,
+        (programs, ranges),
+        grad,
+        a,
+        partials,
+        rows,
+        b,
+        outputs,
+        *grid[1:],
+        ld_grad,
+        range_rows,
+        tile=tile,
+        B_UNIT=b_unit,
+        GRAD_UNIT=grad_unit,
+        ROWS=tile.rows,
+        BLOCK=block,
+        WIDTH=width,
+        PRECISION=dot_precision(a.dtype),
+    )
+    grad_weight, _ = sum_partials(partials.flatten(1), a.new_empty(outputs, 3, 3, channels))
+    return grad_weight.permute(0, 3, 1, 2)
+
+
+def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
+    """relu(bn(x)) [M, C], dense."""
+    x = adjacent(x)
+    rows, channels = x.shape
+    tile = config.BN_RELU
+    out = x.new_empty(rows, channels)
+    (c, c_unit), (ld_x, x_unit) = units(channels), units(x.stride(0))
+    columns = config.fit(channels, tile.columns)
+    launch(
+        bn_relu_kernel,
+        (tiles_of(rows, tile.rows) * tiles_of(channels, columns),),
+        x,
+        *affine,
+        out,
+        rows,
+        c,
+        ld_x,
+        tile=tile,
+        C_UNIT=c_unit,
+        X_UNIT=x_unit,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+    )
+    return out
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """[k, B, 3, 3] as [k, 3, 3, B]; no copy if the memory is channels last."""
+    return weight.permute(0, 2, 3, 1).contiguous()

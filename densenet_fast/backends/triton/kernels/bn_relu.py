@@ -1,0 +1,37 @@
+"""A = relu(bn(X)), materialised: what the 3x3 convolution's taps read nine times.
+
+A[p, b] = relu((X[p, b] - mean_b) * scale_b + shift_b)
+"""
+
+import triton
+import triton.language as tl
+
+from densenet_fast.backends.triton.kernels.pieces import bn_relu as normalise
+from densenet_fast.backends.triton.kernels.pieces import load_affine
+
+
+@triton.jit
+def bn_relu(
+    x,  # [M, C], rows ld_x apart
+    mean,  # [C]
+    scale,  # [C]
+    shift,  # [C]
+    out,  # [M, C]
+    M,
+    C,
+    ld_x,
+    C_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    C, ld_x = C * C_UNIT, ld_x * X_UNIT
+    column_tiles = tl.cdiv(C, COLUMNS)
+    rows = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < C
+    m, s, t = load_affine(mean, scale, shift, columns, inside)
+    wide_rows = rows.to(tl.int64)[:, None]
+    valid = (rows < M)[:, None] & inside[None, :]
+    features = tl.load(x + wide_rows * ld_x + columns[None, :], mask=valid, other=0.0)
+    tl.store(out + wide_rows * C + columns[None, :], normalise(features, m, s, t), mask=valid)

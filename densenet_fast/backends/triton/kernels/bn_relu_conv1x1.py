@@ -1,0 +1,66 @@
+"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored.
+
+    Z[p, b] = sum_c relu((F[p, c] - mean_c) * scale_c + shift_c) * W1[b, c]  (+ bias_b)
+
+One program makes ROWS x COLUMNS of Z, INNER channels at a time: they are normalised in registers on their way to the
+product. The programs of one row tile are neighbours in the grid, so that further ones find F in the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+
+from densenet_fast.backends.triton.kernels.pieces import bn_relu, load_affine, store_statistics
+
+
+@triton.jit
+def bn_relu_conv1x1(
+    x,  # [M, C], rows ld_x apart
+    mean,  # [C]
+    scale,  # [C]
+    shift,  # [C]
+    weight,  # [B, C]
+    bias,  # [B]
+    z,  # [M, B], rows ld_z apart
+    partials,  # [row tiles, 2, B] float32
+    M,
+    C,
+    ld_x,
+    B,
+    ld_z,
+    C_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    B_UNIT: tl.constexpr,
+    Z_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    C, ld_x, B, ld_z = C * C_UNIT, ld_x * X_UNIT, B * B_UNIT, ld_z * Z_UNIT
+    column_tiles = tl.cdiv(B, COLUMNS)
+    tile = tl.program_id(0) // column_tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_rows, inside_columns = rows < M, columns < B
+    wide_rows = rows.to(tl.int64)
+    x_rows = x + wide_rows[:, None] * ld_x
+    weight_columns = weight + columns[None, :] * C
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, C, INNER):
+        channels = start + tl.arange(0, INNER)
+        inside = channels < C
+        m, s, t = load_affine(mean, scale, shift, channels, inside)
+        features = tl.load(x_rows + channels[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
+        w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
+        total = tl.dot(bn_relu(features, m, s, t), w, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+    stored = total.to(z.dtype.element_ty)
+    valid = inside_rows[:, None] & inside_columns[None, :]
+    tl.store(z + wide_rows[:, None] * ld_z + columns[None, :], stored, mask=valid)
+    if STATISTICS:
+        count = tl.minimum(M - tile * ROWS, ROWS)
+        store_statistics(stored, partials, tile, columns, count, B, inside_rows, inside_columns)

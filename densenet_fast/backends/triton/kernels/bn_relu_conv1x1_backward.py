@@ -1,0 +1,116 @@
+"""The gradients of Z = relu(bn(F[:, :C])) @ W1^T from dZ, in one pass over F and G.
+
+    D   = (dZ @ W1) * (bn(F) > 0)
+    G  += scale * D
+    dW1 = dZ^T @ relu(bn(F));   sum D;   sum D * (F - mean)
+
+One program owns CHANNELS columns of F and a range of rows: it keeps its part of W1, of dW1 and of the two column sums,
+walks down its rows, ROWS at a time, and leaves dW1 and the sums as partial results, one per range. The programs of
+one range are neighbours in the grid, so that all but the first find dZ in the L2 cache.
+
+B above WIDTH takes two launches: one (INPUT) that walks over the B columns of dZ in blocks for each row tile, and one
+(WEIGHT) with a program per block.
+"""
+
+import triton
+import triton.language as tl
+
+from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
+
+
+@triton.jit
+def bn_relu_conv1x1_backward(
+    grad,  # [M, B], rows ld_grad apart
+    x,  # [M, C], rows ld_x apart
+    mean,  # [C]
+    scale,  # [C]
+    shift,  # [C]
+    weight,  # [B, C]
+    grad_x,  # [M, C], rows ld_grad_x apart: G
+    partials,  # [ranges, dW1's B rows if asked for, then the sums' two if asked for, C] float32
+    M,
+    C,
+    B,
+    ld_grad,
+    ld_x,
+    ld_grad_x,
+    range_rows,
+    partial_rows,
+    sums_row,
+    C_UNIT: tl.constexpr,
+    B_UNIT: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    GRAD_X_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INPUT: tl.constexpr,
+    UPDATE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    C, B = C * C_UNIT, B * B_UNIT
+    ld_grad, ld_x, ld_grad_x = ld_grad * GRAD_UNIT, ld_x * X_UNIT, ld_grad_x * GRAD_X_UNIT
+    channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channels < C
+    m, s, t = load_affine(mean, scale, shift, channels, inside)
+    block = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    inside_block = block < B
+    if INPUT and not WIDE:
+        w = tl.load(
+            weight + block[:, None] * C + channels[None, :], mask=inside_block[:, None] & inside[None, :], other=0.0
+        )
+    if INPUT:
+        sum_d = tl.zeros((ROWS, CHANNELS), tl.float32)
+        sum_dx = tl.zeros((ROWS, CHANNELS), tl.float32)
+    if WEIGHT:
+        grad_weight = tl.zeros((WIDTH, CHANNELS), tl.float32)
+
+    first = tl.program_id(1) * range_rows
+    for start in range(first, tl.minimum(first + range_rows, M), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside_rows = rows < M
+        wide_rows = rows.to(tl.int64)
+        valid = inside_rows[:, None] & inside[None, :]
+        features = tl.load(x + wide_rows[:, None] * ld_x + channels[None, :], mask=valid, other=0.0)
+        centred = features.to(tl.float32) - m
+        normalised = centred * s + t
+        dz_rows = grad + wide_rows[:, None] * ld_grad
+        if not WIDE:
+            dz = tl.load(dz_rows + block[None, :], mask=inside_rows[:, None] & inside_block[None, :], other=0.0)
+        if INPUT:
+            if WIDE:
+                product = tl.zeros((ROWS, CHANNELS), tl.float32)
+                for b in range(0, B, WIDTH):
+                    part = b + tl.arange(0, WIDTH)
+                    dz = tl.load(dz_rows + part[None, :], mask=inside_rows[:, None] & (part < B)[None, :], other=0.0)
+                    w = tl.load(
+                        weight + part[:, None] * C + channels[None, :],
+                        mask=(part < B)[:, None] & inside[None, :],
+                        other=0.0,
+                    )
+                    product = tl.dot(dz, w, product, input_precision=PRECISION)
+            else:
+                product = tl.dot(dz, w, input_precision=PRECISION)
+            d = tl.where(normalised <= 0, 0.0, product)
+            sum_d += d
+            sum_dx += d * centred
+            if UPDATE:
+                g = grad_x + wide_rows[:, None] * ld_grad_x + channels[None, :]
+                updated = tl.load(g, mask=valid, other=0.0).to(tl.float32) + s * d
+                tl.store(g, updated.to(grad_x.dtype.element_ty), mask=valid)
+        if WEIGHT:
+            a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
+            grad_weight = tl.dot(tl.trans(dz), a, grad_weight, input_precision=PRECISION)
+
+    partial = partials + tl.program_id(1).to(tl.int64) * partial_rows * C
+    if WEIGHT:
+        tl.store(
+            partial + block[:, None] * C + channels[None, :],
+            grad_weight,
+            mask=inside_block[:, None] & inside[None, :],
+        )
+    if INPUT:
+        store_sums(tl.sum(sum_d, 0), tl.sum(sum_dx, 0), partial + sums_row * C, channels, C, inside)

@@ -1,0 +1,141 @@
+"""The gradients of Y = conv3x3(relu(bn(Z)), W2) from dY: Z's with its mask and column sums, and W2's.
+
+    D[p, b] = (bn(Z)[p, b] > 0) * sum_{dy, dx, j} dY[p - dy * W - dx, j] * W2[j, dy, dx, b]
+    scale * D;   sum D;   sum D * (Z - mean);   A = relu(bn(Z)), for the product that follows
+    dW2[j, dy, dx, b] = sum_p dY[p - dy * W - dx, j] * A[p, b]
+
+over the shifted pixels that stay inside the image. In the weight gradient A stays where it is and dY is shifted; a
+program takes the three taps of one dy, BLOCK channels and WIDTH outputs, and a range of rows, whose partial result
+it leaves.
+"""
+
+import triton
+import triton.language as tl
+
+from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
+
+
+@triton.jit
+def bn_relu_conv3x3_grad_input(
+    grad,  # [M, k], rows ld_grad apart
+    z,  # [M, B], rows ld_z apart
+    mean,  # [B]
+    scale,  # [B]
+    shift,  # [B]
+    weight,  # [k, 3, 3, B]
+    scaled,  # [M, B], rows ld_scaled apart
+    a,  # [M, B]
+    partials,  # [row tiles, 2, B] float32
+    M,
+    B,
+    k,
+    H,
+    W,
+    ld_grad,
+    ld_z,
+    ld_scaled,
+    taps,
+    B_UNIT: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    Z_UNIT: tl.constexpr,
+    SCALED_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    KEEP_A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    B, ld_grad = B * B_UNIT, ld_grad * GRAD_UNIT
+    ld_z, ld_scaled = ld_z * Z_UNIT, ld_scaled * SCALED_UNIT
+    column_tiles = tl.cdiv(B, COLUMNS)
+    tile = tl.program_id(0) // column_tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_rows, inside_columns = rows < M, columns < B
+    y, x = (rows // W) % H, rows % W
+    wide_rows = rows.to(tl.int64)
+    blocks = tl.cdiv(k, INNER)
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(0, taps * blocks):
+        tap = step // blocks
+        outputs = (step % blocks) * INNER + tl.arange(0, INNER)
+        dy, dx = tap // 3 - 1, tap % 3 - 1
+        inside = outputs < k
+        on_image = inside_rows & (y - dy >= 0) & (y - dy < H) & (x - dx >= 0) & (x - dx < W)
+        shifted = (wide_rows - (dy * W + dx))[:, None] * ld_grad
+        g = tl.load(grad + shifted + outputs[None, :], mask=on_image[:, None] & inside[None, :], other=0.0)
+        w = tl.load(
+            weight + outputs[:, None] * (taps * B) + (tap * B + columns)[None, :],
+            mask=inside[:, None] & inside_columns[None, :],
+            other=0.0,
+        )
+        total = tl.dot(g, w, total, input_precision=PRECISION)
+
+    valid = inside_rows[:, None] & inside_columns[None, :]
+    m, s, t = load_affine(mean, scale, shift, columns, inside_columns)
+    values = tl.load(z + wide_rows[:, None] * ld_z + columns[None, :], mask=valid, other=0.0)
+    centred = values.to(tl.float32) - m
+    normalised = centred * s + t
+    d = tl.where(valid & ~(normalised <= 0), total, 0.0)
+    store_sums(tl.sum(d, 0), tl.sum(d * centred, 0), partials + tile.to(tl.int64) * 2 * B, columns, B, inside_columns)
+    place = scaled + wide_rows[:, None] * ld_scaled + columns[None, :]
+    tl.store(place, (s * d).to(scaled.dtype.element_ty), mask=valid)
+    if KEEP_A:
+        rectified = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(a + wide_rows[:, None] * B + columns[None, :], rectified.to(a.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def bn_relu_conv3x3_grad_weight(
+    grad,  # [M, k], rows ld_grad apart
+    a,  # [M, B]
+    partials,  # [ranges, k, 3, 3, B] float32
+    M,
+    B,
+    k,
+    H,
+    W,
+    ld_grad,
+    range_rows,
+    B_UNIT: tl.constexpr,
+    GRAD_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    B, ld_grad = B * B_UNIT, ld_grad * GRAD_UNIT
+    dy = tl.program_id(0) % 3 - 1
+    blocks = tl.cdiv(B, BLOCK)
+    channels = (tl.program_id(0) // 3 % blocks) * BLOCK + tl.arange(0, BLOCK)
+    outputs = (tl.program_id(0) // 3 // blocks) * WIDTH + tl.arange(0, WIDTH)
+    inside, inside_outputs = channels < B, outputs < k
+    left = tl.zeros((BLOCK, WIDTH), tl.float32)
+    middle = tl.zeros((BLOCK, WIDTH), tl.float32)
+    right = tl.zeros((BLOCK, WIDTH), tl.float32)
+
+    first = tl.program_id(1) * range_rows
+    for start in range(first, tl.minimum(first + range_rows, M), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        y, x = (rows // W) % H - dy, rows % W
+        wide_rows = rows.to(tl.int64)
+        inside_rows = rows < M
+        values = tl.load(
+            a + wide_rows[:, None] * B + channels[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0
+        )
+        on_image = inside_rows & (y >= 0) & (y < H)
+        shifted = grad + (wide_rows - dy * W)[:, None] * ld_grad + outputs[None, :]
+        before = tl.load(shifted + ld_grad, mask=(on_image & (x + 1 < W))[:, None] & inside_outputs[None, :], other=0.0)
+        here = tl.load(shifted, mask=on_image[:, None] & inside_outputs[None, :], other=0.0)
+        after = tl.load(shifted - ld_grad, mask=(on_image & (x >= 1))[:, None] & inside_outputs[None, :], other=0.0)
+        left = tl.dot(tl.trans(values), before, left, input_precision=PRECISION)
+        middle = tl.dot(tl.trans(values), here, middle, input_precision=PRECISION)
+        right = tl.dot(tl.trans(values), after, right, input_precision=PRECISION)
+
+    taps = outputs[None, :] * 9 + (dy + 1) * 3
+    partial = partials + tl.program_id(1).to(tl.int64) * k * 9 * B + channels[:, None]
+    valid = inside[:, None] & inside_outputs[None, :]
+    tl.store(partial + taps * B, left, mask=valid)
+    tl.store(partial + (taps + 1) * B, middle, mask=valid)
+    tl.store(partial + (taps + 2) * B, right, mask=valid)

@@ -1,0 +1,66 @@
+"""The transition: out = mean2x2(relu(bn(F))) @ W^T in one pass over F.
+
+    P[q, c] = 1/4 sum_{4 pixels p of window q} relu((F[p, c] - mean_c) * scale_c + shift_c)
+    out[q, j] = sum_c P[q, c] * W[j, c]  (+ bias_j)
+
+Pooling and the product are linear and commute, so the pooling comes first: a quarter of the multiplications.
+"""
+
+import triton
+import triton.language as tl
+
+from densenet_fast.backends.triton.kernels.pieces import load_affine, top_left
+
+
+@triton.jit
+def bn_relu_pool_conv1x1(
+    x,  # [M, C], rows ld_x apart
+    mean,  # [C]
+    scale,  # [C]
+    shift,  # [C]
+    weight,  # [K, C]
+    bias,  # [K]
+    out,  # [M', K]
+    M,  # M' = N * (H // 2) * (W // 2)
+    C,
+    ld_x,
+    K,
+    H,
+    W,
+    C_UNIT: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    C, ld_x, K = C * C_UNIT, ld_x * X_UNIT, K * K_UNIT
+    column_tiles = tl.cdiv(K, COLUMNS)
+    windows = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_rows, inside_columns = windows < M, columns < K
+    x_rows = x + top_left(windows, H, W)[:, None] * ld_x
+    weight_columns = weight + columns[None, :] * C
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, C, INNER):
+        channels = start + tl.arange(0, INNER)
+        inside = channels < C
+        m, s, t = load_affine(mean, scale, shift, channels, inside)
+        pooled = tl.zeros((ROWS, INNER), tl.float32)
+        for i in tl.static_range(4):
+            pixels = x_rows + ((i // 2) * W + i % 2) * ld_x + channels[None, :]
+            features = tl.load(pixels, mask=inside_rows[:, None] & inside[None, :], other=0.0)
+            normalised = (features.to(tl.float32) - m) * s + t
+            pooled += tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
+        total = tl.dot((0.25 * pooled).to(w.dtype), w, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + windows.to(tl.int64)[:, None] * K + columns[None, :],
+        total.to(out.dtype.element_ty),
+        mask=inside_rows[:, None] & inside_columns[None, :],
+    )

@@ -1,0 +1,47 @@
+"""Device functions that the kernels share: normalisation, the statistics of a tile, and where windows start."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_affine(mean, scale, shift, columns, inside):
+    """Rows [1, n] of the three vectors; zeros, which normalise to zero, outside."""
+    m = tl.load(mean + columns, mask=inside, other=0.0)
+    s = tl.load(scale + columns, mask=inside, other=0.0)
+    t = tl.load(shift + columns, mask=inside, other=0.0)
+    return m[None, :], s[None, :], t[None, :]
+
+
+@triton.jit
+def bn_relu(x, mean, scale, shift):
+    """relu((x - mean) * scale + shift) in x's dtype; a NaN stays a NaN."""
+    normalised = (x.to(tl.float32) - mean) * scale + shift
+    return tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@triton.jit
+def store_statistics(stored, partials, tile, columns, count, num_columns, inside_rows, inside_columns):
+    """partials [tiles, 2, num_columns]: the mean of the ``count`` rows inside and their squared deviations' sum, of the
+    values as stored."""
+    values = tl.where(inside_rows[:, None], stored.to(tl.float32), 0.0)
+    mean = tl.sum(values, 0) / count
+    deviation = tl.where(inside_rows[:, None], values - mean[None, :], 0.0)
+    row = partials + tile.to(tl.int64) * 2 * num_columns + columns
+    tl.store(row, mean, mask=inside_columns)
+    tl.store(row + num_columns, tl.sum(deviation * deviation, 0), mask=inside_columns)
+
+
+@triton.jit
+def store_sums(sum_d, sum_dx, row, columns, num_columns, inside_columns):
+    """The two column sums of a tile into two adjacent rows of ``num_columns``, from pointer ``row``."""
+    tl.store(row + columns, sum_d, mask=inside_columns)
+    tl.store(row + num_columns + columns, sum_dx, mask=inside_columns)
+
+
+@triton.jit
+def top_left(windows, H, W):
+    """The first pixel of each 2x2 window, as an int64 row of F, with windows numbered over [N, H // 2, W // 2]."""
+    height, width = H // 2, W // 2
+    image, y, x = windows // (height * width), windows // width % height, windows % width
+    return (image.to(tl.int64) * H + 2 * y) * W + 2 * x

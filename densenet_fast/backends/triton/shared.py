@@ -1,0 +1,72 @@
+"""What the functions share: partial results combined, and the sizes of launches."""
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends.triton import config
+from densenet_fast.backends.triton.kernels import partials as kernels
+from densenet_fast.backends.triton.launch import launch
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def combine_statistics(partials: Tensor, rows: int, tile_rows: int) -> Statistics:
+    """Mean and biased variance [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
+    tiles, _, n = partials.shape
+    tile = config.STATISTICS
+    mean, variance = float32(partials, 2, n).unbind()
+    launch(
+        kernels.combine_statistics,
+        (tiles_of(n, tile.columns),),
+        partials,
+        mean,
+        variance,
+        tiles,
+        n,
+        rows,
+        tile=tile,
+        TILE_ROWS=tile_rows,
+        LANES=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return mean, variance
+
+
+def sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over the rows of partials [tiles, n]: of the first columns in ``first``, of the others in float32."""
+    tiles, n = partials.shape
+    tile = config.sums_tile(config.device_of(partials.device), n)
+    rest = float32(partials, n - first.numel())
+    launch(
+        kernels.sum_partials,
+        (tiles_of(n, tile.columns),),
+        partials,
+        first,
+        rest,
+        tiles,
+        n,
+        first.numel(),
+        tile=tile,
+        LANES=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return first, rest
+
+
+def adjacent(matrix: Tensor) -> Tensor:
+    """``matrix`` with adjacent columns."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def tiles_of(size: int, side: int) -> int:
+    return -(-size // side)
+
+
+def float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """The precision of a product as Triton names it; half precision has but one."""
+    found = config.precision(dtype)
+    return "ieee" if found == "half" else found

@@ -1,0 +1,108 @@
+"""``aten.bn_relu_pool_conv1x1``, the transition, and its backward pass: by Triton, or by torch, as config says."""
+
+from torch import Tensor
+
+from densenet_fast.backends import aten
+from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.triton import config
+from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1 import bn_relu_pool_conv1x1 as pool_kernel
+from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1_backward import (
+    bn_relu_pool_conv1x1_backward as pool_backward_kernel,
+)
+from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.shared import Statistics, adjacent, dot_precision, float32, sum_partials, tiles_of
+
+
+def bn_relu_pool_conv1x1(
+    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
+) -> Tensor:
+    if config.pooling_by_torch(grid):
+        return aten.bn_relu_pool_conv1x1(x, affine, weight, bias, grid)
+    x, weight = adjacent(x), weight.contiguous()
+    channels, width, windows = x.shape[1], weight.shape[0], _windows(grid)
+    tile = config.tile("bn_relu_pool_conv1x1", config.device_of(x.device), x.dtype, width)
+    columns = config.fit(width, tile.columns)
+    out = x.new_empty(windows, width)
+    (c, c_unit), (ld_x, x_unit), (k, k_unit) = units(channels), units(x.stride(0)), units(width)
+    launch(
+        pool_kernel,
+        (tiles_of(windows, tile.rows) * tiles_of(width, columns),),
+        x,
+        *affine,
+        weight,
+        weight if bias is None else bias,
+        out,
+        windows,
+        c,
+        ld_x,
+        k,
+        *grid[1:],
+        tile=tile,
+        C_UNIT=c_unit,
+        X_UNIT=x_unit,
+        K_UNIT=k_unit,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        INNER=config.fit(channels, tile.inner),
+        BIAS=bias is not None,
+        PRECISION=dot_precision(x.dtype),
+    )
+    return out
+
+
+def bn_relu_pool_conv1x1_backward(
+    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+    if config.pooling_by_torch(grid):
+        return aten.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, grid, need_input, need_weight)
+    if not need_input and not need_weight:
+        return None, None, None
+    grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()
+    (rows, channels), width, windows = x.shape, weight.shape[0], _windows(grid)
+    tile = config.tile("bn_relu_pool_conv1x1_backward", config.device_of(x.device), x.dtype, channels)
+    columns = config.fit(channels, tile.columns)
+    tiles = tiles_of(windows, tile.rows)
+    allocate = x.new_zeros if grid[1] % 2 or grid[2] % 2 else x.new_empty
+    scaled = allocate(rows if need_input else 0, channels)
+    pooled = x.new_empty(windows if need_weight else 0, channels)
+    partials = float32(x, tiles if need_input else 0, 2, channels)
+    (c, c_unit), (k, k_unit) = units(channels), units(width)
+    (ld_grad, grad_unit), (ld_x, x_unit) = units(grad.stride(0)), units(x.stride(0))
+    launch(
+        pool_backward_kernel,
+        (tiles * tiles_of(channels, columns),),
+        grad,
+        x,
+        *affine,
+        weight,
+        scaled,
+        pooled,
+        partials,
+        windows,
+        c,
+        k,
+        ld_grad,
+        ld_x,
+        *grid[1:],
+        tile=tile,
+        C_UNIT=c_unit,
+        K_UNIT=k_unit,
+        GRAD_UNIT=grad_unit,
+        X_UNIT=x_unit,
+        ROWS=tile.rows,
+        COLUMNS=columns,
+        INNER=config.fit(width, tile.inner),
+        INPUT=need_input,
+        POOLED=need_weight,
+        PRECISION=dot_precision(x.dtype),
+    )
+    grad_weight = grad.t() @ pooled if need_weight else None
+    if not need_input:
+        return None, grad_weight, None
+    _, sums = sum_partials(partials.flatten(1), x.new_empty(0))
+    return scaled, grad_weight, sums.view(2, channels).unbind()
+
+
+def _windows(grid: tuple[int, ...]) -> int:
+    """Rows M' after the 2x2 pooling."""
+    return grid[0] * (grid[1] // 2) * (grid[2] // 2)

@@ -1,0 +1,99 @@
+"""A dense layer's and a transition's tensors, and every kernel run on them."""
+
+import torch
+
+from densenet_fast.backends.affine import Affine
+
+LAYERS = [
+    # grid, C, B, k
+    ((2, 5, 7), 33, 20, 12),
+    ((1, 9, 4), 24, 48, 12),
+    ((3, 2, 1), 5, 1, 3),
+    ((1, 5, 8), 17, 33, 17),
+]
+
+
+class Layer:
+    """A buffer F [M, C + k + 5] whose columns beyond the layer's inputs are NaN, G beside it, and random weights."""
+
+    def __init__(self, grid, channels, width, outputs, dtype, device="cpu", extra=5):
+        def normal(*shape):
+            return torch.randn(*shape, device=device)
+
+        self.grid, self.channels, self.width, self.outputs = grid, channels, width, outputs
+        self.rows = torch.Size(grid).numel()
+        self.buffer = torch.full((self.rows, channels + outputs + extra), torch.nan, dtype=dtype, device=device)
+        self.buffer[:, :channels] = normal(self.rows, channels).to(dtype)
+        self.gradient = torch.full_like(self.buffer, torch.nan)
+        self.gradient[:, : channels + outputs] = normal(self.rows, channels + outputs).to(dtype)
+        self.affine1, self.affine2 = (Affine(*normal(3, n).unbind()) for n in (channels, width))
+        self.w1, self.bias1 = (normal(width, channels) / channels**0.5).to(dtype), normal(width).to(dtype)
+        self.w2, self.bias2 = (normal(outputs, width, 3, 3) / (3 * width**0.5)).to(dtype), normal(outputs).to(dtype)
+        self.mask = normal(grid[0], outputs, *grid[1:]) > 0
+        self.transition = (normal(outputs, channels) / channels**0.5).to(dtype)
+        self.z, self.dz = normal(self.rows, width).to(dtype), normal(self.rows, width).to(dtype)
+        self.dt = normal(grid[0] * (grid[1] // 2) * (grid[2] // 2), outputs).to(dtype)
+
+    def to(self, dtype):
+        """The same values in ``dtype``."""
+        other = object.__new__(type(self))
+        for name, value in vars(self).items():
+            if isinstance(value, Affine):
+                value = Affine(*(t.to(torch.promote_types(dtype, torch.float32)) for t in value))
+            elif isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+                value = value.to(dtype)
+            setattr(other, name, value)
+        return other
+
+    def empty_bottleneck(self):
+        """[M, B + 5] of NaN, of whose columns the first three and the last two are not the bottleneck's."""
+        return self.z.new_full((self.rows, self.width + 5), torch.nan)
+
+    @property
+    def features(self):
+        return self.buffer[:, : self.channels]
+
+    @property
+    def new(self):
+        return slice(self.channels, self.channels + self.outputs)
+
+    def run(self, backend):
+        """Every kernel's results by name, of buffers the whole buffer."""
+        results = {}
+
+        def keep(name, *values):
+            for i, value in enumerate(values):
+                values = value if isinstance(value, tuple) else (value,)
+                results.update({f"{name}.{i}.{j}": v for j, v in enumerate(values) if v is not None})
+
+        buffer, gradient = self.buffer.clone(), self.gradient.clone()
+        f, g = buffer[:, : self.channels], gradient[:, : self.channels]
+        z = self.empty_bottleneck()
+        statistics = backend.bn_relu_conv1x1(f, self.affine1, self.w1, None, z[:, 3:-2], True)
+        keep("1x1", z.clone(), statistics)
+        backend.bn_relu_conv1x1(f, self.affine1, self.w1, self.bias1, z[:, 3:-2], False)
+        keep("1x1 with bias", z)
+        first = (self.dz, f, self.affine1, self.w1)
+        keep("1x1 backward", *backend.bn_relu_conv1x1_backward(*first, g, True, True))
+        keep("1x1 backward, sums", *backend.bn_relu_conv1x1_backward(*first, None, False, True))
+        keep("1x1 backward, weight", *backend.bn_relu_conv1x1_backward(*first, None, True, False))
+        second = (self.z, self.affine2, self.w2)
+        statistics = backend.bn_relu_conv3x3(*second, None, self.grid, buffer[:, self.new], None, 1.0, True)
+        keep("3x3", buffer.clone(), statistics)
+        backend.bn_relu_conv3x3(*second, self.bias2, self.grid, buffer[:, self.new], self.mask, 2.0, False)
+        keep("3x3 with bias and mask", buffer)
+        dy = gradient[:, self.new]
+        scaled = self.empty_bottleneck()
+        gradients = backend.bn_relu_conv3x3_backward(dy, *second, self.grid, scaled[:, 3:-2], True)
+        keep("3x3 backward", scaled, *gradients)
+        keep("3x3 backward, weight", *backend.bn_relu_conv3x3_backward(dy, *second, self.grid, None, True))
+        keep("G", gradient)
+        if min(self.grid[1:]) > 1:
+            third = (f, self.affine1, self.transition)
+            keep("transition", backend.bn_relu_pool_conv1x1(*third, None, self.grid))
+            bias = self.bias2
+            keep("transition with bias", backend.bn_relu_pool_conv1x1(*third, bias, self.grid))
+            keep("transition backward", *backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, True, True))
+            only_weight = backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, False, True)
+            keep("transition backward, weight", *only_weight)
+        return results

@@ -1,0 +1,99 @@
+"""What the kernels read and write, counted access by access in Triton's interpreter against the design's account.
+
+``test_interpreter.py`` runs this file (TRITON_INTERPRET=1). Counted are the bytes that the programs of a GPU's
+configuration request; of what several neighbouring programs request, all but the first find it in the L2 cache.
+"""
+
+import pytest
+import torch
+
+from backends.triton.cases import LAYERS, Layer
+from backends.triton.memory import watching
+from densenet_fast.backends import triton as backend
+from densenet_fast.backends.triton import config
+
+HALF = 2
+SINGLE = 4
+
+
+@pytest.mark.parametrize("sizes", LAYERS[:3], ids=str)
+def test_no_access_outside_the_matrices(sizes, monkeypatch):
+    """Neither of a neighbouring column or row, nor of the space between."""
+    with watching(monkeypatch) as traffic:
+        Layer(*sizes, torch.float16).run(backend)
+    assert len({kernel for kernel, _, _ in traffic}) >= 7
+
+
+@pytest.mark.parametrize("width, outputs", [(128, 32), (192, 48)])
+@pytest.mark.parametrize("generation", [80, 90])
+def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
+    """Forward, each column of F and Z is read once and written once but for the nine taps; backward, F is read once,
+    G read once and written once."""
+    layer = Layer((2, 8, 10), 64, width, outputs, torch.float16)
+    f, z, y = (layer.rows * columns * HALF for columns in (layer.channels, width, outputs))
+    device = config.Device(generation, 2)
+    with config.assume(device), watching(monkeypatch) as traffic:
+        backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, torch.empty_like(layer.z), True)
+        second = (layer.z, layer.affine2, layer.w2)
+        backend.bn_relu_conv3x3(*second, None, layer.grid, layer.buffer[:, layer.new], None, 1.0, True)
+        dy, g = layer.gradient[:, layer.new], layer.gradient[:, : layer.channels]
+        backend.bn_relu_conv3x3_backward(dy, *second, layer.grid, torch.empty_like(layer.z), True)
+        backend.bn_relu_conv1x1_backward(layer.dz, layer.features, layer.affine1, layer.w1, g, True, True)
+
+    def tiles(kernel, columns):
+        return -(-columns // config.tile(kernel, device, torch.float16, columns).columns)
+
+    def requested(kernel):
+        return {key[1:]: count for key, count in traffic.items() if key[0] == kernel and count}
+
+    forward = requested("bn_relu_conv1x1")
+    assert forward["load", "x"] == f and forward["store", "z"] == z
+    assert forward["store", "partials"] <= z / 8
+
+    rectify = requested("bn_relu")
+    assert rectify["load", "x"] == z and rectify["store", "out"] == z
+
+    convolve = requested("bn_relu_conv3x3")
+    assert 6 * z < convolve["load", "a"] <= 9 * z and convolve["store", "out"] == y
+    assert convolve["store", "partials"] <= y / 8
+
+    grad_input = requested("bn_relu_conv3x3_grad_input")
+    column_tiles = tiles("bn_relu_conv3x3_grad_input", width)
+    assert grad_input["load", "z"] == grad_input["store", "scaled"] == grad_input["store", "a"] == z
+    assert 6 * y * column_tiles < grad_input["load", "grad"] <= 9 * y * column_tiles
+
+    grad_weight = requested("bn_relu_conv3x3_grad_weight")
+    column_tiles, output_tiles = tiles("bn_relu_conv3x3_grad_weight", width), -(-outputs // 32)
+    assert grad_weight["load", "a"] == 3 * z * output_tiles
+    assert 6 * y * column_tiles < grad_weight["load", "grad"] <= 9 * y * column_tiles
+
+    backward = requested("bn_relu_conv1x1_backward")
+    assert backward["load", "x"] == backward["load", "grad_x"] == backward["store", "grad_x"] == f
+    owners = -(-layer.channels // config.tile("bn_relu_conv1x1_backward", device, torch.float16, width).columns)
+    assert backward["load", "grad"] == owners * z
+    assert backward["load", "weight"] == width * layer.channels * HALF * ranges(backward, layer)
+
+
+def ranges(requested, layer):
+    """Row ranges of the 1x1 product's backward launch, from the partial results it leaves."""
+    count, rest = divmod(requested["store", "partials"], (layer.width + 2) * layer.channels * SINGLE)
+    assert rest == 0
+    return count
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_traffic_of_a_transition(generation, monkeypatch):
+    """F is read once forward, and once backward, where its gradient is written once."""
+    layer = Layer((1, 10, 16), 64, 16, 32, torch.float16)
+    arguments = (layer.features, layer.affine1, layer.transition)
+    device = config.Device(generation, 2)
+    with config.assume(device), watching(monkeypatch) as traffic:
+        out = backend.bn_relu_pool_conv1x1(*arguments, None, layer.grid)
+        backend.bn_relu_pool_conv1x1_backward(torch.ones_like(out), *arguments, layer.grid, True, True)
+    f = layer.rows * layer.channels * HALF
+    forward, backward = "bn_relu_pool_conv1x1", "bn_relu_pool_conv1x1_backward"
+    assert traffic.of(forward, "load", "x") == traffic.of(backward, "load", "x") == f
+    assert traffic.of(forward, "store", "out") == out.numel() * HALF
+    column_tiles = layer.channels // config.tile(backward, device, torch.float16, layer.channels).columns
+    assert traffic.of(backward, "load", "grad") == column_tiles * out.numel() * HALF
+    assert traffic.of(backward, "store", "scaled") == f and traffic.of(backward, "store", "pooled") == f / 4

@@ -1,0 +1,190 @@
+"""The Triton backend's results: on a GPU if there is one, else in the interpreter (TRITON_INTERPRET=1).
+
+``test_interpreter.py`` runs this file on CPUs, ``make gpu`` on a GPU.
+"""
+
+import pytest
+import torch
+
+import densenet_fast
+from backends.triton.cases import LAYERS, Layer
+from densenet_fast import backends, functional
+from densenet_fast.backends import aten
+from densenet_fast.backends import triton as backend
+from densenet_fast.backends.triton import config, launch
+from densenet_fast.functional import BatchNorm, BNReLUConv
+from helpers import error, randomise, step, twin
+
+DEVICE = "cpu" if backend.interpreted() else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+"""bfloat16 is wrong in Triton's interpreter."""
+
+FORWARD = ["bn_relu_conv1x1", "combine_statistics", "bn_relu", "bn_relu_conv3x3"]
+BACKWARD = [
+    "bn_relu_conv3x3_grad_input",
+    "sum_partials",
+    "bn_relu_conv3x3_grad_weight",
+    "sum_partials",
+    "bn_relu_conv1x1_backward",
+    "sum_partials",
+]
+
+
+@pytest.fixture(params=["tf32", "ieee"] if DEVICE == "cuda" else ["tf32"])
+def precision(request):
+    """torch's setting for convolutions; the interpreter rounds neither way."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = request.param
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def assert_as_aten(layer, dtype, precision):
+    """Against ``aten`` in float64 no worse than ``aten`` in ``dtype``, twice its error and the rounding of one result;
+    what nobody writes is still NaN."""
+    results = [layer.to(torch.float64).run(aten), layer.run(aten), layer.run(backend)]
+    rounding = 2.0**-9 if dtype == torch.float32 and precision == "tf32" and DEVICE == "cuda" else 0
+    for name, truth in results[0].items():
+        theirs, ours = results[1][name], results[2][name]
+        assert ours.isnan().equal(truth.isnan()), name
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
+        truth, theirs, ours = (t.double().nan_to_num(0) for t in (truth, theirs, ours))
+        allowed = 2 * (theirs - truth).norm() + (2 * torch.finfo(dtype).eps + rounding) * truth.norm() + 1e-6
+        assert (ours - truth).norm() <= allowed, (name, error(ours, truth), error(theirs, truth))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_every_kernel_against_aten(sizes, dtype, precision):
+    assert_as_aten(Layer(*sizes, dtype, DEVICE), dtype, precision)
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_every_kernel_in_the_tiles_of_a_gpu(generation, precision):
+    """Tiles much larger than the matrices and, in rows, smaller."""
+    with config.assume(config.Device(generation, 3)):
+        assert_as_aten(Layer((1, 11, 13), 40, 192, 20, torch.float16, DEVICE), torch.float16, precision)
+
+
+def test_statistics_over_many_tiles():
+    """More tiles than are combined at once, and a mean that is large against the deviation."""
+    x = torch.randn(2100, 3, device=DEVICE) * 1e-2 + 30
+    ones, zeros = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    weight = torch.eye(3, device=DEVICE)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    z = torch.empty_like(x)
+    mean, var = backend.bn_relu_conv1x1(x, backends.affine.Affine(zeros, ones, zeros), weight, None, z, True)
+    torch.backends.cudnn.conv.fp32_precision = before
+    true_var, true_mean = torch.var_mean(z.double(), 0, correction=0)
+    assert z.equal(x) and error(mean, true_mean) < 1e-6 and error(var, true_var) < 1e-5
+
+
+def test_a_nan_stays_a_nan():
+    layer = Layer((1, 4, 4), 8, 16, 4, torch.float32, DEVICE)
+    layer.buffer[5, 3] = torch.nan
+    z = torch.empty_like(layer.z)
+    mean, _ = backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, z, True)
+    assert z[5].isnan().all() and z[:5].isfinite().all() and z[6:].isfinite().all() and mean.isnan().all()
+
+
+def test_wide_dropout_mask_of_any_strides(precision):
+    layer = Layer((2, 4, 3), 8, 16, 6, torch.float32, DEVICE)
+    results = []
+    for mask in (layer.mask, layer.mask.to(memory_format=torch.channels_last)):
+        out = layer.buffer[:, layer.new]
+        backend.bn_relu_conv3x3(layer.z, layer.affine2, layer.w2, None, layer.grid, out, mask, 3.0, False)
+        results.append(out.clone())
+    assert results[0].equal(results[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_training_step_of_a_network(dtype, memory_efficient, monkeypatch):
+    """Output, every gradient and running statistics: no further from float64 than on ``aten``."""
+
+    def make():
+        net = densenet_fast.DenseNet(
+            4, (2, 1), 6, 3, memory_efficient=memory_efficient, num_classes=3, small_inputs=True
+        )
+        return net.to(DEVICE, dtype)
+
+    ours = randomise(make())
+    theirs, exact = twin(ours, make()), twin(ours, make()).double()
+    x = torch.randn(2, 3, 7, 6, device=DEVICE).to(dtype)
+    truth = dict(step(exact, x.double()))
+    with launch.recording() as launches:
+        got = dict(step(ours, x))
+    if config.precision(dtype) != "ieee":
+        assert {item.name for item in launches} >= {*FORWARD, *BACKWARD, "bn_relu_pool_conv1x1"}
+    monkeypatch.setattr(backends, "BACKENDS", (aten,))
+    reference = dict(step(theirs, x))
+    for name, expected in truth.items():
+        expected = expected.double()
+        allowed = 2 * (reference[name].double() - expected).norm() + 8 * torch.finfo(dtype).eps * expected.norm()
+        assert (got[name].double() - expected).norm() <= allowed, name
+
+
+def block(depth, device=DEVICE, dtype=torch.float32):
+    def unit(channels, out, kernel):
+        weight = torch.randn(out, channels, kernel, kernel, device=device, dtype=dtype)
+        norm = BatchNorm(torch.rand(channels, device=device), torch.rand(channels, device=device))
+        return BNReLUConv(
+            norm._replace(weight=norm.weight.to(dtype), bias=norm.bias.to(dtype)), weight.requires_grad_()
+        )
+
+    return [(unit(8 + 4 * i, 16, 1), unit(16, 4, 3)) for i in range(depth)]
+
+
+def test_launches_of_a_layer(precision):
+    """Two products, relu(bn(Z)) and two reductions forward, three products and three reductions backward; with
+    recomputation one product more."""
+    if precision == "ieee":
+        pytest.skip("the 3x3 product is the library's")
+    x = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True)
+    for memory_efficient in (False, True):
+        with launch.recording() as launches:
+            output = functional.dense_block(x, block(3), memory_efficient=memory_efficient)
+        forward = [*FORWARD, "combine_statistics"]
+        assert [item.name for item in launches] == [*forward, *forward, *FORWARD]
+        with launch.recording() as launches:
+            output.backward(torch.ones_like(output))
+        names = [item.name for item in launches]
+        assert names == 3 * [*(["bn_relu_conv1x1"] * memory_efficient), *BACKWARD]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: interpreted programs run in one order")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_the_same_over_ten_runs(dtype):
+    layer = Layer((8, 28, 28), 160, 128, 32, dtype, DEVICE)
+    first = layer.run(backend)
+    for _ in range(9):
+        assert all(a.nan_to_num(0).equal(first[name].nan_to_num(0)) for name, a in layer.run(backend).items())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: four gigabytes of features")
+def test_more_than_two_to_the_31_elements():
+    rows, width = (1 << 31) // 1024 + 77, 1024
+    buffer = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
+    layer = Layer((1, 1, 77), 64, 128, 32, torch.bfloat16, DEVICE)
+    buffer[-77:, -64:] = layer.features
+    z = torch.empty(rows, 128, dtype=torch.bfloat16, device=DEVICE)
+    backend.bn_relu_conv1x1(buffer[:, -64:], layer.affine1, layer.w1, None, z, False)
+    backend.bn_relu_conv1x1(layer.features.contiguous(), layer.affine1, layer.w1, None, layer.z, False)
+    assert z[-77:].equal(layer.z)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
+def test_captured_in_a_cuda_graph():
+    layer = Layer((2, 14, 14), 64, 128, 32, torch.bfloat16, DEVICE)
+    expected = layer.run(backend)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer.run(backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.run(backend)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(value.nan_to_num(0).equal(captured[name].nan_to_num(0)) for name, value in expected.items())

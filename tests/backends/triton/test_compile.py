@@ -1,0 +1,81 @@
+"""Every configuration of the table, compiled for the GPU it is for and read back; no device is needed.
+
+No stack, so no spills, and shared memory within bounds; for half precision tensor core instructions and 16-byte
+asynchronous copies, and for bottlenecks of 128 columns no warning that products are serialised. Launches are
+planned on meta tensors of DenseNet-121's, DenseNet-161's and DenseNet-BC's (k = 12) sizes.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from backends.triton.ahead_of_time import SHARED_BYTES, compile_launch
+from backends.triton.cases import Layer
+from densenet_fast.backends import triton as backend
+from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.tune import DTYPES, Shape, training_step
+
+PAIR = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
+PRODUCTS = tuple(config.TABLE)
+NETWORKS = {
+    # the kernels to compile, None for all products; of the first, everything
+    "121": (Shape(32, 28, 256, 128, 32, 128), "bf16", None),
+    "161": (Shape(32, 28, 384, 192, 48, 192), "bf16", None),
+    "BC with k = 12": (Shape(64, 32, 24, 48, 12, 12), "bf16", None),
+    "wide bottleneck": (Shape(32, 28, 128, 320, 80, 320), "bf16", PAIR),
+    "121 in float16": (Shape(32, 28, 256, 128, 32, 128), "fp16", PAIR),
+    "121 in TF32": (Shape(32, 28, 256, 128, 32, 128), "tf32", None),
+    "161 in TF32": (Shape(32, 28, 384, 192, 48, 192), "tf32", PAIR),
+    "121 in float32": (Shape(32, 28, 256, 128, 32, 128), "fp32", None),
+}
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_configurations_compile_well(network, generation):
+    shape, name, kernels = NETWORKS[network]
+    dtype, precision = DTYPES[name]
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        with config.assume(config.Device(generation, 132)):
+            launches = {str(item): item for item in training_step(shape, dtype, torch.device("meta"))}.values()
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    complaints = []
+    for item in launches:
+        if item.name in (kernels or PRODUCTS) or network == "121":
+            got = compile_launch(item, generation, disassemble=dtype != torch.float32)
+            complaints += [f"sm_{generation} {item}: {c}; {got}" for c in faults(item, got, dtype, generation, shape)]
+    assert not complaints, "\n".join(complaints)
+
+
+def faults(item, got, dtype, generation, shape):
+    """What is wrong with what the compiler made of a launch."""
+    if got.spilled or got.stack:
+        yield "registers spill"
+    if got.shared > SHARED_BYTES[generation]:
+        yield "too much shared memory"
+    rectifies = "scale" in item.kernel.arg_names and item.constants.get("WEIGHT", True)
+    if rectifies and not got.keeps_nan:
+        yield "the ReLU hides a NaN"
+    if "PRECISION" not in item.constants or dtype == torch.float32:
+        return
+    if not got.tensor_core:
+        yield "no tensor core instructions"
+    aligned = all(unit >= 8 for name, unit in item.constants.items() if name.endswith("_UNIT"))
+    if aligned and not got.wide_copies:
+        yield "no 16-byte asynchronous copies"
+    if got.warnings and shape.bottleneck == 128:
+        yield "the assembler warns"
+
+
+@pytest.mark.parametrize("sizes", [((2, 5, 7), 33, 20, 12), ((1, 2, 2), 1, 1, 1)], ids=str)
+def test_every_variant_compiles(sizes):
+    """With and without bias, mask, statistics and each gradient; of sizes that nothing divides, and of ones, which
+    Triton compiles in as constants."""
+    with config.assume(config.Device(90, 132)), launch.planning() as launches:
+        Layer(*sizes, torch.bfloat16).run(backend)
+    for item in {str(item): item for item in launches}.values():
+        assert compile_launch(item, 90, disassemble=False).registers, str(item)

@@ -1,0 +1,95 @@
+"""The Triton kernels on CPUs: in Triton's interpreter, which has to be chosen before Triton is imported, so in
+processes of their own; and what the backend says of itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from densenet_fast import backends
+from densenet_fast.backends import aten, triton
+
+ROOT = Path(backends.__file__).parents[2]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "", **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_every_step_of_the_gpu_command_in_the_interpreter():
+    """Every kernel, a network's training step, the ops, traffic, launches, and the tuner's plans."""
+    result = run("tests/gpu.py", "--dry-run")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
+    assert "FAILED" not in result.stdout and result.stdout.count(" passed") >= 8
+
+
+def test_the_gpu_command_wants_a_gpu():
+    result = run("tests/gpu.py", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
+    result = run("-m", "densenet_fast.backends.triton.tune", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
+
+
+def test_triton_is_not_imported_with_the_package():
+    code = "import sys, densenet_fast.backends.triton as b; b.unavailable(); print('triton' in sys.modules)"
+    assert run("-c", code, TRITON_INTERPRET="1").stdout.strip() == "False"
+
+
+def test_info_tells_of_the_interpreter():
+    output = run("-m", "densenet_fast", "info", TRITON_INTERPRET="1").stdout
+    assert "interpreted" in output and "float32, float16 | triton" in output
+
+
+@pytest.fixture
+def asked_anew():
+    """Forgets what was found out about the machine, before and after."""
+    for function in (triton.unavailable, triton._obstacle):
+        function.cache_clear()
+    yield
+    for function in (triton.unavailable, triton._obstacle):
+        function.cache_clear()
+
+
+def gpus(monkeypatch, *capabilities):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+
+
+def test_reasons(monkeypatch, asked_anew):
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    gpus(monkeypatch)
+    assert triton.unavailable() == "no CUDA device"
+    triton.unavailable.cache_clear()
+    gpus(monkeypatch, (7, 5), (7, 0))
+    assert "cuda:0 has compute capability 7.5, below 8.0; cuda:1" in triton.unavailable()
+    triton.unavailable.cache_clear()
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in triton.unavailable()
+
+
+def test_each_device_is_served_by_what_it_can_run(monkeypatch, asked_anew):
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    gpus(monkeypatch, (9, 0), (7, 0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backends.select(torch.device("cuda"), dtype) is triton
+        assert backends.select(torch.device("cuda:1"), dtype) is aten
+    assert backends.select(torch.device("cuda:0"), torch.float64) is aten
+    assert "cuda:1 has compute capability 7.0" in triton.describe()
+
+
+def test_unknown_attributes_raise():
+    with pytest.raises(AttributeError, match="no attribute 'bn_relu'"):
+        triton.bn_relu  # noqa: B018

@@ -1,0 +1,49 @@
+"""The launch layer and the table: no kernel is run."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from densenet_fast.backends.triton import config, launch
+
+
+@pytest.mark.parametrize("stride", [0, 1, 7, 8, 12, 16, 48, 56, 1 << 40])
+def test_units(stride):
+    count, unit = launch.units(stride)
+    assert count * unit == stride and unit == max(u for u in (1, 2, 4, 8, 16) if stride % u == 0)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 6272, 100352])
+@pytest.mark.parametrize("programs", [1, 4, 16, 999])
+def test_ranges_cover_the_rows_and_none_is_empty(rows, programs):
+    count, each = config.ranges(config.Device(90, 132), rows, 64, programs)
+    assert each % 64 == 0 and (count - 1) * each < rows <= count * each
+    assert count * programs <= max(programs, 2 * 132 + programs)
+
+
+@pytest.mark.parametrize("size, side", [(1, 16), (16, 16), (17, 32), (48, 64), (128, 128), (192, 128)])
+def test_fit(size, side):
+    assert config.fit(size, 128) == side
+
+
+def test_precision_follows_torch():
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for setting, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            assert config.precision(torch.float32) == expected
+            assert config.convolution_by_torch((1, 2, 2), torch.float32) == (expected == "ieee")
+        assert config.precision(torch.bfloat16) == config.precision(torch.float16) == "half"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_the_table_serves_every_width_on_every_device():
+    for kernel, rows in config.TABLE.items():
+        assert {generation for generation, _ in rows} == {0, 80, 90}
+        for (generation, precision), classes in rows.items():
+            limits = [limit for limit, _ in classes]
+            assert limits == sorted(limits) and limits[-1] == config.ANY, (kernel, generation, precision)
+            for _, tile in classes:
+                assert all(side & (side - 1) == 0 and side >= 16 for side in tile[:3])
