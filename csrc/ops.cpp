@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "Tensor(a!)? grad_x, bool need_weight, bool need_sums, Tensor? z, Tensor? z_mean, Tensor? p, Tensor? q, "
-      "float count) -> (Tensor, Tensor)");
+      "float count, Tensor? source) -> (Tensor, Tensor)");
   m.def("cpu_mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) out) -> Tensor");
   m.def(
       "cpu_bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "

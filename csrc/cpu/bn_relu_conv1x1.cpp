@@ -27,13 +27,14 @@ std::tuple<Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, 
 }
 
 // With z, grad is first completed by what reaches z through its batch statistics (1).
-// D = (grad @ weight) * (y > 0):  grad_x += scale * D,  dW = grad^T @ relu(y),  sum D,  sum D * (x - mean)
+// D = (grad @ weight) * (y > 0):  grad_x = source + scale * D, by default grad_x's own values,  dW = grad^T @ relu(y),  sum D,  sum D * (x - mean)
 std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift,
                                                     Tensor weight, std::optional<Tensor> grad_x, bool need_weight,
                                                     bool need_sums, std::optional<Tensor> z,
                                                     std::optional<Tensor> z_mean, std::optional<Tensor> p,
-                                                    std::optional<Tensor> q, double count) {
-  // [M, B], [M, C], [C] each, [B, C], [M, C], [M, B], [B] each
+                                                    std::optional<Tensor> q, double count,
+                                                    std::optional<Tensor> source) {
+  // [M, B], [M, C], [C] each, [B, C], [M, C], [M, B], [B] each, [M, C]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x"), w(weight, "weight");
@@ -46,15 +47,20 @@ std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tenso
     STD_TORCH_CHECK(g.rows == m.rows && g.cols == w.rows && w.cols == m.cols, "grad, x, weight: sizes do not match");
     const Affine affine_x = affine(mean, scale, shift, m.cols);
     std::optional<Matrix<T>> total;
+    std::optional<Matrix<const T>> before;
     if (grad_x) {
       total.emplace(*grad_x, "grad_x");
       STD_TORCH_CHECK(total->rows == m.rows && total->cols == m.cols, "grad_x: expected x's shape");
+      if (source) advise_huge_pages(*total);
+      before.emplace(source ? *source : *grad_x, "source");
+      STD_TORCH_CHECK(before->rows == m.rows && before->cols == m.cols, "source: expected x's shape");
     }
     return multiply_backward<T>(
         x, gradient, w, grad_x || need_sums, need_weight,
         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,
             float* sum_d, float* sum_dx) {
           kernels_of<T>().mask_accumulate(grad_a, width, m.row(row) + c, m.ld, rows, cols, affine_x.from(c),
+                                          before ? before->row(row) + c : nullptr, before ? before->ld : 0,
                                           total ? total->row(row) + c : nullptr, total ? total->ld : 0, a, width,
                                           sum_d, sum_dx);
         });

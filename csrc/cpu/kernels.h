@@ -44,11 +44,11 @@ struct Kernels {
   // D = grad * (y > 0): sum_d += sum D, sum_dx += sum D * (x - mean), out = scale * D; out may be grad
   void (*mask)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out,
                int64_t out_ld, float* sum_d, float* sum_dx);
-  // the same, with total [rows, cols] += scale * D unless null and a = relu(y) unless null, as a panel whose steps are rows;
-  // with no grad, a alone
+  // the same, with total [rows, cols] = source + scale * D unless null and a = relu(y) unless null, as a panel whose steps
+  // are rows; with no grad, a alone; source may be total
   void (*mask_accumulate)(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
-                          Affine affine, T* total, int64_t total_ld, uint32_t* a, int64_t a_width, float* sum_d,
-                          float* sum_dx);
+                          Affine affine, const T* source, int64_t source_ld, T* total, int64_t total_ld, uint32_t* a,
+                          int64_t a_width, float* sum_d, float* sum_dx);
   // out = grad + p + q * (x - mean); out may be grad
   void (*finalise)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                    const float* mean, const float* p, const float* q, T* out, int64_t out_ld);

@@ -50,8 +50,8 @@ void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean,
 
 template <typename T>
 void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
-                     Affine affine, T* total, int64_t total_ld, uint32_t* a, int64_t a_width, float* sum_d,
-                     float* sum_dx) {
+                     Affine affine, const T* source, int64_t source_ld, T* total, int64_t total_ld, uint32_t* a,
+                     int64_t a_width, float* sum_d, float* sum_dx) {
   constexpr int64_t per_word = 4 / sizeof(T);
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
@@ -59,14 +59,14 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
     floats<N> sum = {}, sum_x = {};
     const auto row = [&](int64_t r) {
       __builtin_prefetch(x + r * ld + c + 32, 0, 2);  // the next panel's
-      if (total) __builtin_prefetch(total + r * total_ld + c + 32, 1, 2);
+      if (total) __builtin_prefetch(source + r * source_ld + c + 32, 0, 2);
       const floats<N> centred = load<N>(x + r * ld + c) - mean;
       const floats<N> y = centred * scale + shift;
       if (grad) {
         const floats<N> d = y <= 0 ? floats<N>{} : load<N>(grad + r * grad_ld + c);
         sum += d;
         sum_x += d * centred;
-        if (total) store<N>(total + r * total_ld + c, load<N>(total + r * total_ld + c) + scale * d);
+        if (total) store<N>(total + r * total_ld + c, load<N>(source + r * source_ld + c) + scale * d);
       }
       return relu(y);
     };

@@ -71,11 +71,12 @@ def bn_relu_conv1x1_backward(
     need_weight: bool,
     need_sums: bool,
     through: ThroughStatistics | None = None,
+    source: Tensor | None = None,
 ) -> tuple[Tensor | None, Statistics | None]:
     """From grad [M, B], first completed by ``through``, with D = (grad @ weight) * (bn(x) > 0):
 
-    grad_x [M, C] += scale * D in place (unless None), dW = grad^T @ relu(bn(x)), and the column sums
-    (sum D, sum D * (x - mean)), each [C].
+    grad_x [M, C] = source + scale * D (unless None; without a source, += in place), dW = grad^T @ relu(bn(x)), and the
+    column sums (sum D, sum D * (x - mean)), each [C].
     """
     if through is not None:
         grad = finalise_gradient(grad, through, torch.empty_like(grad))
@@ -84,7 +85,7 @@ def bn_relu_conv1x1_backward(
         return weight_gradient, None
     scaled, sums = _masked(grad @ weight, x, affine)
     if grad_x is not None:
-        grad_x.add_(scaled)
+        torch.add(grad_x if source is None else source, scaled, out=grad_x)
     return weight_gradient, sums
 
 

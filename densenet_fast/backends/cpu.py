@@ -62,10 +62,11 @@ def bn_relu_conv1x1_backward(
     need_weight: bool,
     need_sums: bool,
     through: ThroughStatistics | None = None,
+    source: Tensor | None = None,
 ) -> tuple[Tensor | None, Statistics | None]:
     completion = (None, None, None, None, 1.0) if through is None else (*through[:4], float(through.count))
     grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(
-        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums, *completion
+        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums, *completion, source
     )
     have_sums = need_sums or grad_x is not None
     return grad_weight if need_weight else None, (sums[0], sums[1]) if have_sums else None

@@ -199,7 +199,8 @@ class BlockGradients:
         self.grad = self.features.new_empty(self.features.shape)
         self.z = None if bottlenecks else plan.bottleneck_buffer(self.features)
         self.dz = plan.bottleneck_buffer(self.features)
-        self.backend.append_features(grad, self.grad, statistics=False)
+        self.source = to_matrix(grad)
+        """Where the gradient of F stands: the incoming one until the last layer has written G, then G."""
 
         for i in reversed(range(first, len(plan.layers))):
             dy = self.finalise(plan.new(i), plan.normalised_by_batch(i + 1))
@@ -207,6 +208,7 @@ class BlockGradients:
                 dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
             z = bottlenecks[i] if bottlenecks else None
             self.layer(i, dy, z, by_layer[i], need_inputs=need_x or i > first)
+            self.source = self.grad
         tensors = [t for g in gradients for t in g.tensors(self.features)]
         if not need_x:
             return self.features.new_empty(0), tensors
@@ -215,16 +217,16 @@ class BlockGradients:
         return image, tensors
 
     def finalise(self, columns: slice, normalised_by_batch: bool, out: Tensor | None = None) -> Tensor:
-        """(1) on columns of F, in place or into ``out``; nothing to add where no reader normalises by the batch."""
-        grad = self.grad[:, columns]
-        out = grad if out is None else out
+        """(1) on columns of F, in G or into ``out``; nothing to add where no reader normalises by the batch."""
+        grad = self.source[:, columns]
+        target = self.grad[:, columns] if out is None else out
         if normalised_by_batch:
             p, q = global_sum(self.p[columns], self.q[columns], self.group)
             through = ThroughStatistics(self.features[:, columns], self.mean[columns], p, q, self.count)
-            self.backend.finalise_gradient(grad, through, out)
-        elif out is not grad:
-            out.copy_(grad)
-        return out
+            self.backend.finalise_gradient(grad, through, target)
+        elif out is not None or self.source is not self.grad:
+            target.copy_(grad)
+        return target
 
     def layer(self, i: int, dy: Tensor, z: Tensor | None, gradients: list[StageGradients], need_inputs: bool) -> None:
         """One layer's backward: its stages' gradients, and (2) on the columns it read if they need gradients."""
@@ -241,7 +243,7 @@ class BlockGradients:
             )
             gradients[0].convolution(grad_weight, dy)
             if need_inputs:
-                self.grad[:, :start].add_(scaled)
+                torch.add(self.source[:, :start], scaled, out=self.grad[:, :start])
         else:
             need_dz = need_d or gradients[0].needs_any
             dz, through = self.bottleneck(i, dy, z, affine, gradients[1], need_dz)
@@ -250,9 +252,10 @@ class BlockGradients:
             if through is not None and gradients[0].needs_conv_bias:
                 dz, through = self.backend.finalise_gradient(dz, through, dz), None
             grad_inputs = self.grad[:, :start] if need_inputs else None
+            source = self.source[:, :start] if self.source is not self.grad else None
             weight = stages[0].convolution(self.dtype)[0].flatten(1)
             grad_weight, sums = self.backend.bn_relu_conv1x1_backward(
-                dz, inputs, affine, weight, grad_inputs, gradients[0].needs_conv_weight, need_d, through
+                dz, inputs, affine, weight, grad_inputs, gradients[0].needs_conv_weight, need_d, through, source
             )
             gradients[0].convolution(grad_weight, dz)
         if need_d:

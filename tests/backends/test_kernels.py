@@ -139,6 +139,10 @@ def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
     once = grad_x.clone()
     backend.bn_relu_conv1x1_backward(*arguments, grad_x, False, False)
     assert error(grad_x, 2 * once.double()) <= 2 * torch.finfo(dtype).eps
+    source = torch.randn_like(case.buffer)[:, 1 : 1 + case.c]
+    from_source = torch.full_like(once, torch.nan)
+    backend.bn_relu_conv1x1_backward(*arguments, from_source, False, False, source=source)
+    assert error(from_source, source.double() + once.double()) <= 2 * torch.finfo(dtype).eps
     nothing = backend.bn_relu_conv1x1_backward(*arguments, None, False, False)
     assert nothing == (None, None)
     assert backend.bn_relu_conv1x1_backward(*arguments, None, True, False)[0].equal(grad_weight)

@@ -71,10 +71,13 @@ def bn_relu_conv1x1_backward(
     need_weight: bool,
     need_sums: bool,
     through: ThroughStatistics | None = None,
+    source: Tensor | None = None,
 ) -> tuple[Tensor | None, Statistics | None]:
     need_input = need_sums or grad_x is not None
     if not need_input and not need_weight:
         return None, None
+    if source is not None and grad_x is not None:
+        grad_x.copy_(source)
     if through is not None:
         grad = finalise_gradient(grad, through, torch.empty_like(grad))
     grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()
