@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
 
 test: $(INSTALLED) lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

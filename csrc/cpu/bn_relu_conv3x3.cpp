@@ -9,9 +9,12 @@ namespace {
 struct ImageTiles {
   int64_t batch, height, width, down, across;
 
-  ImageTiles(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), height(grid.at(1)), width(grid.at(2)) {
-    STD_TORCH_CHECK(grid.size() == 3 && batch * height * width == rows, "grid: expected two spatial sizes and the product ",
-                    rows);
+  ImageTiles(const std::vector<int64_t>& grid, int64_t rows) {
+    STD_TORCH_CHECK(grid.size() == 3 && grid[0] * grid[1] * grid[2] == rows,
+                    "grid: expected two spatial sizes and the product ", rows);
+    batch = grid[0];
+    height = grid[1];
+    width = grid[2];
     down = (height + 1) / 2;
     across = (width + 1) / 2;
   }

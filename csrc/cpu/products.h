@@ -78,7 +78,9 @@ std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGr
   tiles.run([&](int64_t chunk) {
     constexpr bool paired = kPerWord<T> > 1;
     const int64_t rows = tiles.largest(), row_steps = steps_of<T>(rows), ld = (depth + kSkew) * kPerWord<T>;
-    const bool copied = gradient.finalise || (paired && (grad.cols % 2 != 0 || grad.ld % 2 != 0));
+    const bool words = grad.cols % kPerWord<T> == 0 && grad.ld % kPerWord<T> == 0 &&
+                       reinterpret_cast<uintptr_t>(grad.data) % sizeof(uint32_t) == 0;
+    const bool copied = gradient.finalise || !words;
     const auto grad_a = scratch<float>(rows * 32);
     const auto a = scratch<uint32_t>(row_steps * 32);
     const auto complete = scratch<T>(copied ? rows * ld : 0);

@@ -81,11 +81,10 @@ template <int N>
 inline typename Lanes<N>::words pair(floats<N> low, floats<N> high) {
 #if defined(__AVX512BF16__)
   if constexpr (N == 16) {
-    typedef uint16_t halves32 __attribute__((vector_size(64)));
-    const halves32 both = (halves32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (typename Lanes<N>::words)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
-                                                             7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                                                             30, 15, 31);
+    alignas(64) static constexpr uint16_t interleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (typename Lanes<N>::words)_mm512_permutexvar_epi16(_mm512_load_si512(interleaved), both);
   }
 #endif
   return round_bits<N>(low) | round_bits<N>(high) << 16;
