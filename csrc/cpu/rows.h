@@ -48,11 +48,27 @@ void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean,
   });
 }
 
+// calls row(r) for each row in turn and stores what it returns, unless out is null, as columns of a panel whose steps are rows
+template <int N, typename T, typename F>
+inline void to_panel(int64_t rows, uint32_t* out, int64_t width, F row) {
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const floats<N> v = row(r);
+      if (out) __builtin_memcpy(out + r * width, &v, sizeof(v));
+    }
+  } else {
+    for (int64_t r = 0; r < rows; r += 2) {
+      const floats<N> first = row(r), second = r + 1 < rows ? row(r + 1) : floats<N>{};
+      const auto words = pair<N>(first, second);
+      if (out) __builtin_memcpy(out + r / 2 * width, &words, sizeof(words));
+    }
+  }
+}
+
 template <typename T>
 void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                      Affine affine, const T* source, int64_t source_ld, T* total, int64_t total_ld, uint32_t* a,
                      int64_t a_width, float* sum_d, float* sum_dx) {
-  constexpr int64_t per_word = 4 / sizeof(T);
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
@@ -70,16 +86,7 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
       }
       return relu(y);
     };
-    for (int64_t r = 0; r < rows; r += per_word) {
-      const floats<N> first = row(r);
-      if constexpr (per_word == 1) {
-        if (a) __builtin_memcpy(a + r * a_width + c, &first, sizeof(first));
-      } else {
-        const floats<N> second = r + 1 < rows ? row(r + 1) : floats<N>{};
-        const auto words = pair<N>(first, second);
-        if (a) __builtin_memcpy(a + r / 2 * a_width + c, &words, sizeof(words));
-      }
-    }
+    to_panel<N, T>(rows, a ? a + c : nullptr, a_width, row);
     if (grad) {
       store<N>(sum_d + c, load<N>(sum_d + c) + sum);
       store<N>(sum_dx + c, load<N>(sum_dx + c) + sum_x);
@@ -117,7 +124,6 @@ template <typename T>
 void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t offset, int64_t rows, int64_t window,
                   int64_t cols, Affine affine, T* const* out, uint32_t* a, int64_t a_width, float* sum_d,
                   float* sum_dx) {
-  constexpr int64_t per_word = 4 / sizeof(T);
   const float factor = 1.0f / static_cast<float>(window);
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
@@ -138,16 +144,7 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
       }
       return factor * mean_a;
     };
-    for (int64_t r = 0; r < rows; r += per_word) {
-      const floats<N> first = row(r);
-      if constexpr (per_word == 1) {
-        if (a) __builtin_memcpy(a + r * a_width + c, &first, sizeof(first));
-      } else {
-        const floats<N> second = r + 1 < rows ? row(r + 1) : floats<N>{};
-        const auto words = pair<N>(first, second);
-        if (a) __builtin_memcpy(a + r / 2 * a_width + c, &words, sizeof(words));
-      }
-    }
+    to_panel<N, T>(rows, a ? a + c : nullptr, a_width, row);
     if (grad) {
       store<N>(sum_d + c, load<N>(sum_d + c) + sum);
       store<N>(sum_dx + c, load<N>(sum_dx + c) + sum_x);
