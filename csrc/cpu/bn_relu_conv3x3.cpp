@@ -63,13 +63,12 @@ void prefetch(const std::vector<T*>& pixels, int64_t part, int64_t parts, int64_
 // The 16 values of as many as `tiles` tiles; what no tile is stored to stays zero
 template <typename T>
 struct Transformed {
-  int64_t cols, words, position;  // words in a row; words from position to position
+  int64_t words, position;  // in a row, from position to position
   bool paired;
   std::unique_ptr<T[], decltype(&std::free)> data;
 
   Transformed(int64_t tiles, int64_t cols, bool paired)
-      : cols(cols),
-        words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
+      : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
         position((paired ? steps_of<T>(tiles) : tiles) * words),
         paired(paired),
         data(scratch<T>(16 * position * kPerWord<T>)) {
