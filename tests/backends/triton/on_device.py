@@ -159,6 +159,28 @@ def test_launches_of_a_layer(precision):
         assert names == 3 * [*(["bn_relu_conv1x1"] * memory_efficient), *BACKWARD]
 
 
+VECTOR_WORK = {"_foreach_mul", "_foreach_mul_", "_foreach_add", "_foreach_add_", "_foreach_rsqrt_", "addcmul_", "rsqrt"}
+
+
+def test_vector_work_of_a_layer():
+    """Between the products a layer scales two normalisations forward and adds to P and Q twice backward; all else is
+    done once for the block, however deep."""
+
+    def counted(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = run()
+        names = [(event.key.removeprefix("aten::"), event.count) for event in profile.key_averages()]
+        return result, {name: count for name, count in names if name in VECTOR_WORK}
+
+    def operations(depth):
+        x, layers = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True), block(depth)
+        output, forward = counted(lambda: functional.dense_block(x, layers))
+        return forward, counted(lambda: output.backward(torch.ones_like(output)))[1]
+
+    for shallow, deep, layer in zip(operations(2), operations(5), ({"_foreach_mul": 2}, {"addcmul_": 4})):
+        assert {n: (deep[n] - shallow[n]) / 3 for n in deep if deep[n] != shallow[n]} == layer
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: interpreted programs run in one order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_the_same_over_ten_runs(dtype):
