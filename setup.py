@@ -22,7 +22,7 @@ TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
 
 LIBRARY = "_kernels.so"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
-KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi"
+KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized"
 CPU_SOURCES = (
     "dispatch",
     "elementwise",
