@@ -31,6 +31,7 @@ CPU_SOURCES = (
     "bn_relu_pool_conv1x1",
     "bn_relu_maxpool",
     "bn_relu_global_avgpool",
+    "dense_block",
 )
 CPU_KERNELS = ("kernels", "pool_kernels")
 """Compiled once for each instruction set."""

@@ -80,6 +80,8 @@ struct Kernels {
   // winograd.h
   void (*winograd_weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
                           uint32_t* out, int64_t position);
+  void (*winograd_weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
+                                 bool turned, uint32_t* out, int64_t position);
   void (*winograd_input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
                          TransformedTiles<T> out);
   void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);

@@ -107,7 +107,7 @@ void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, fl
   }
 }
 
-// word(k, j) = values k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
+// word(k, j) = value k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
 template <typename T>
 void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
           uint32_t* out) {

@@ -134,6 +134,49 @@ def minimal_filtering(grid: tuple[int, ...]) -> bool:
     return len(grid) == 3 and min(grid[1:]) >= 2
 
 
+def walks(grid: tuple[int, ...]) -> bool:
+    """Whether :func:`dense_block` and its backward pass take blocks on this grid."""
+    return minimal_filtering(grid)
+
+
+def dense_block(
+    features: Tensor,
+    in_channels: int,
+    tensors: list[Tensor],
+    eps: list[float],
+    grid: tuple[int, ...],
+    bottlenecks: list[Tensor],
+    statistics: Statistics,
+) -> None:
+    """The whole block: fills columns ``in_channels``... of features [M, C_total], whose first ones and their statistics
+    are there, the packed statistics, and each layer's bottleneck [M, B] where there are any to fill.
+
+    Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
+    the convolutions' weights so too or in the features' dtype.
+    """
+    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, statistics.mean, statistics.var)
+
+
+def dense_block_backward(
+    grad: Tensor,
+    features: Tensor,
+    bottlenecks: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    grid: tuple[int, ...],
+    grad_x: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    """The backward pass of that, from grad [M, C_total]: fills grad_x [M, C0] and the gradients of the stages' weights,
+    biases and convolutions, float32, in the places of ``tensors``. Without bottlenecks it recomputes them."""
+    kernels.cpu_dense_block_backward(
+        grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid, grad_x, gradients
+    )
+
+
 def _evenly_spaced(weight: Tensor) -> Tensor:
     """[k, B, 3, 3] with the nine taps at one distance: contiguous or channels last."""
     return weight if weight.stride(2) == 3 * weight.stride(3) else weight.contiguous()

@@ -13,6 +13,7 @@ Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
     G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
+    Stage,
     StageGradients,
     add_reader,
     affines,
@@ -74,6 +76,25 @@ class Plan:
         """The packed range that each stage normalises."""
         self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
         """Of the batch normalisations, whose r is computed with the statistics; a stage of another has its own."""
+
+    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None) -> bool:
+        """Whether the backend walks over the whole block by itself, faster than it is done here."""
+
+        def plain(stage: Stage) -> bool:
+            vectors = [t for t in stage[:4] if t is not None]
+            weight = stage.conv_weight
+            dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+            plain = stage.conv_bias is None and dense and weight.dtype in (dtype, torch.float32)
+            return plain and all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
+
+        return (
+            hasattr(backend, "walks")
+            and backend.walks(self.grid)
+            and self.bottleneck
+            and group is None
+            and not any(self.dropped)
+            and all(map(plain, self.stages))
+        )
 
     def new(self, i: int) -> slice:
         """The columns that layer i writes."""
@@ -128,6 +149,14 @@ def dense_block(
     rows = features.shape[0]
     mean = features.new_zeros(plan.packed, dtype=accumulation_dtype(x.dtype))
     packed = Statistics(mean, torch.zeros_like(mean), torch.empty_like(mean), plan.eps)
+    own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
+    backend.append_features(x, features[:, : plan.starts[0]], own)
+    synchronise(own, rows, group)
+    count = global_count(rows, x, group)
+    if plan.walked_by(backend, x.dtype, group):
+        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if save_bottlenecks]
+        backend.dense_block(features, plan.starts[0], tensors, eps, plan.grid, bottlenecks, packed)
+        return image, bottlenecks, mean, packed.var, count
     weights = convolutions(plan.stages, x.dtype)
     frozen = [j for j, stage in enumerate(plan.stages) if stage.frozen]
     known = dict(zip(frozen, affines([plan.stages[j] for j in frozen], [packed] * len(frozen)))) if frozen else {}
@@ -135,9 +164,6 @@ def dense_block(
     def affine(j: int) -> Affine:
         return (known[j] if j in known else affines([plan.stages[j]], [packed.of(plan.ranges[j])])[0])[0]
 
-    own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
-    backend.append_features(x, features[:, : plan.starts[0]], own)
-    synchronise(own, rows, group)
     bottlenecks = []
     shared = None if save_bottlenecks else plan.bottleneck_buffer(features)
     for i, layer in enumerate(plan.layers):
@@ -160,7 +186,7 @@ def dense_block(
         out = features[:, plan.new(i)]
         backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, mask, plan.keep_scales[i], own)
         synchronise(own, rows, group)
-    return image, bottlenecks, mean, packed.var, global_count(rows, x, group)
+    return image, bottlenecks, mean, packed.var, count
 
 
 @dense_block.register_fake
@@ -334,6 +360,18 @@ def dense_block_backward(
     ``bottlenecks`` is empty if they are to be recomputed; ``in_channels`` is C0, the rest as in ``dense_block``.
     """
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates)
+    backend = select(features.device, features.dtype)
+    trained = [j % STAGE_TENSORS in (0, 1, 4) and t.numel() > 0 for j, t in enumerate(tensors)]
+    if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
+        backend, features.dtype, group
+    ):
+        image = empty_image(features, plan.grid, in_channels)
+        gradients = [
+            torch.empty_like(t, dtype=torch.float32) if own else t.new_empty(0) for t, own in zip(tensors, trained)
+        ]
+        saved = (to_matrix(features), bottlenecks, mean, var, count)
+        backend.dense_block_backward(to_matrix(grad), *saved, tensors, eps, plan.grid, to_matrix(image), gradients)
+        return image, [g.to(t.dtype) for g, t in zip(gradients, tensors)]
     return BlockGradients(plan, features, mean, var, count, group).run(grad, bottlenecks, masks, needs)
 
 

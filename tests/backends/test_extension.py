@@ -86,15 +86,15 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), vector[:2], *nothing[1:])
     with pytest.raises(RuntimeError, match="mean: expected with scale and shift"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), *nothing[:-1], vector[:2])
-    with pytest.raises(RuntimeError, match=r"weight: expected \[k, 3, 3, 3\], contiguous or channels last"):
+    with pytest.raises(RuntimeError, match=r"weight: expected \[k, B, 3, 3\], contiguous or channels last"):
         kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3).mT, None, [1, 2, 2], torch.empty(4, 2))
-    with pytest.raises(RuntimeError, match=r"weight: expected \[k, 3, 3, 3\], contiguous"):
+    with pytest.raises(RuntimeError, match="weight: expected 3 input channels, got 4"):
         kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 4, 3, 3), None, [1, 2, 2], torch.empty(4, 2))
     for grid in ([2, 2, 2], [2, 2]):
         with pytest.raises(RuntimeError, match="grid: expected two spatial sizes and the product 4"):
             kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3), None, grid, torch.empty(4, 2))
     with pytest.raises(RuntimeError, match="dtype unlike"):
-        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), None, torch.empty(4, 2), *nothing)
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.double(), None, torch.empty(4, 2), *nothing)
     grad, argmax = torch.randn(1, 3), torch.zeros(1, 3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="grid: expected the product 4, got 6"):
         kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 3])
