@@ -4,11 +4,10 @@ import threading
 
 import pytest
 import torch
+from integration.support import assert_close, images, ours, pair
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-
-from integration.support import assert_close, images, ours, pair
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -172,7 +171,11 @@ def test_saved_tensors_that_cannot_be_saved_raise():
 
 def test_weights_changed_between_forward_and_backward_are_noticed():
     """As in stock, for every convolution and normalisation."""
-    for name in ("denseblock1.denselayer2.conv2.weight", "denseblock2.denselayer1.norm1.weight", "transition1.conv.weight"):
+    for name in (
+        "denseblock1.denselayer2.conv2.weight",
+        "denseblock2.denselayer1.norm1.weight",
+        "transition1.conv.weight",
+    ):
         for model in pair():
             loss = loss_of(model(images()))
             with torch.no_grad():

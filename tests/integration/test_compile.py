@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from integration.support import assert_close, images, ours, pair
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers import assert_same
-from integration.support import assert_close, images, ours, pair
 
 FUSED = ("bn_relu_maxpool", "dense_block", "bn_relu_conv1x1", "bn_relu_global_avgpool")
 
@@ -30,7 +30,11 @@ def results(model, x, run=None):
     model.zero_grad()
     output = (model if run is None else run)(x)
     output.float().square().sum().backward()
-    return output, {n: p.grad.clone() for n, p in model.named_parameters()}, {n: b.clone() for n, b in model.named_buffers()}
+    return (
+        output,
+        {n: p.grad.clone() for n, p in model.named_parameters()},
+        {n: b.clone() for n, b in model.named_buffers()},
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,9 @@ def test_a_training_loop_compiled_with_its_loss_and_optimizer():
 
 def test_inductor():
     model = ours(block_config=(1,), small_inputs=True)
-    assert_same(torch.compile(model, fullgraph=True), copy.deepcopy(model), images(2, 3, 9, 8, dtype=torch.float32), 1e-4)
+    assert_same(
+        torch.compile(model, fullgraph=True), copy.deepcopy(model), images(2, 3, 9, 8, dtype=torch.float32), 1e-4
+    )
 
 
 def test_modules_compiled_one_by_one():

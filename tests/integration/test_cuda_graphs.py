@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-
 from integration.support import assert_close, images, pair
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs: need a GPU")

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
+from integration.support import assert_close, images, ours, pair
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet_fast
 from densenet_fast import reference
 from helpers import error, twin
-from integration.support import assert_close, images, ours, pair
 
 TOLERANCE = 1e-5
 

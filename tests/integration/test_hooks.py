@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from integration.support import assert_close, images, pair
 from torch import nn
 
 import densenet_fast
-from integration.support import assert_close, images, pair
 
 TINY = dict(block_config=(2, 1), num_classes=3)
 NAMES = [name for name, _ in pair(**TINY)[1].named_modules()]
@@ -63,7 +63,15 @@ def run(model, x):
     return output, x.grad, {name: p.grad for name, p in model.named_parameters()}
 
 
-KINDS = [forward, forward_with_keywords, forward_pre, full_backward, full_backward_pre, tensor_of_the_output, replaced_output]
+KINDS = [
+    forward,
+    forward_with_keywords,
+    forward_pre,
+    full_backward,
+    full_backward_pre,
+    tensor_of_the_output,
+    replaced_output,
+]
 
 
 @pytest.mark.parametrize("register", KINDS, ids=lambda kind: kind.__name__)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from integration.support import assert_close, images, pair
 
 from densenet_fast.nn import DenseBlock
-from integration.support import assert_close, images, pair
 
 CHANGES = {
     "relu_": lambda y: y.relu_(),

@@ -6,17 +6,19 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from integration.support import images, pair
 from torch import nn
 
 import densenet_fast
 from densenet_fast.nn import DenseBlock, Transition
 from helpers import assert_same, error, step
-from integration.support import images, pair
 
 STEPS = 4
 
 
-def train(model: nn.Module, dtype: torch.dtype | None = None, scale: float | None = None) -> tuple[list[float], list[float]]:
+def train(
+    model: nn.Module, dtype: torch.dtype | None = None, scale: float | None = None
+) -> tuple[list[float], list[float]]:
     """Losses and loss scales of a few steps, under autocast to ``dtype`` and with a GradScaler, if they are given."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -144,7 +146,9 @@ def test_half_on_a_gpu():
     x = images(dtype=torch.float16).cuda()
     truth = copy.deepcopy(expected).double()(x.double())
     assert error(got(x), truth) <= 2 * error(expected(x), truth)
-    assert all(row.backend == "triton" for row in densenet_fast.explain(got) if row.kind in ("DenseBlock", "Transition"))
+    assert all(
+        row.backend == "triton" for row in densenet_fast.explain(got) if row.kind in ("DenseBlock", "Transition")
+    )
 
 
 @pytest.mark.parametrize("module", [DenseBlock(2, 6, 4, 4), Transition(6, 4)], ids=["DenseBlock", "Transition"])
