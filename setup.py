@@ -139,6 +139,9 @@ setup(
         "test": [
             *TRAIN,
             "ninja",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pytest>=8",
             "pytest-xdist",
             "ruff==0.17.6",

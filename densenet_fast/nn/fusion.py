@@ -161,9 +161,9 @@ def refuse_scripting(module: nn.Module) -> nn.Module:
     """
     raise NotImplementedError(
         f"torch.jit.script: expected a module of densenet_fast.reference, got {type(module).__module__}."
-        f"{type(module).__name__}, whose fused ops have no TorchScript; load its state_dict() into the reference network "
-        "and script that, or use torch.export.export(model, args), torch.onnx.export(model, args, dynamo=True) or "
-        "torch.jit.trace(model, args)"
+        f"{type(module).__name__}, whose fused ops have no TorchScript; load its state_dict() into the reference "
+        "network and script that, or use torch.export.export(model, args), torch.onnx.export(model, args, dynamo=True) "
+        "or torch.jit.trace(model, args)"
     )
 
 

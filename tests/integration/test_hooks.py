@@ -1,4 +1,4 @@
-"""Hooks on any module, inside or outside the blocks, fire as in torchvision's network: as often, with the same values."""
+"""Hooks on any module, inside or outside the blocks, fire as often as in torchvision's, with the same values."""
 
 import copy
 
@@ -101,8 +101,8 @@ def test_hooks_on_several_modules_at_once_fire_in_stocks_order():
     for model in pair(**TINY):
         seen = []
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda m, i, name=name: seen.append(("before", name)))
-            module.register_forward_hook(lambda m, i, o, name=name: seen.append(("after", name)))
+            module.register_forward_pre_hook(lambda m, i, name=name, seen=seen: seen.append(("before", name)))
+            module.register_forward_hook(lambda m, i, o, name=name, seen=seen: seen.append(("after", name)))
         model(x)
         results.append(seen)
     assert results[0] == results[1] and len(results[0]) == 2 * len(NAMES)
@@ -141,8 +141,8 @@ def test_hooks_for_all_modules_fire_as_often():
     for model in pair(**TINY):
         seen = []
         handles = [
-            nn.modules.module.register_module_forward_pre_hook(lambda m, i: seen.append("pre")),
-            nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(tuple(o.shape))),
+            nn.modules.module.register_module_forward_pre_hook(lambda m, i, seen=seen: seen.append("pre")),
+            nn.modules.module.register_module_forward_hook(lambda m, i, o, seen=seen: seen.append(tuple(o.shape))),
         ]
         try:
             model(x)
