@@ -46,7 +46,7 @@ def test_torch_export_with_dynamic_sizes_saved_and_loaded(model, x):
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    other = images(1, 3, 52, 44, dtype=torch.float32)
+    other = images(1, 3, 48, 44, dtype=torch.float32)  # torch before 2.13 keeps odd sizes odd and even ones even
     assert error(torch.export.load(file).module()(other), model(other)) < TOLERANCE
 
 
