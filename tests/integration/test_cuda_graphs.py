@@ -6,7 +6,7 @@ import pytest
 import torch
 from integration.support import assert_close, images, pair
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs: need a GPU")
+pytestmark = pytest.mark.usefixtures("gpu")
 
 TOLERANCE = 1e-3
 

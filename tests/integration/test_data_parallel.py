@@ -67,7 +67,7 @@ def test_without_a_gpu_it_is_the_model():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nn.DataParallel over two GPUs: needs two")
 @pytest.mark.parametrize("training", [True, False])
-def test_on_two_gpus(training):
+def test_on_two_gpus(training, gpu):
     results, x = [], images(6, 3, 40, 36, dtype=torch.float32).cuda()
     for model in pair(torch.float32, training):
         parallel = nn.DataParallel(model.cuda(), [0, 1])

@@ -144,8 +144,7 @@ def test_kernels_write_beyond_element_2_31(dtype, memory):
     assert all(a.equal(b) for a, b in zip(*results))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="allocates 2^31 elements on a GPU: needs one")
-def test_on_a_gpu():
+def test_on_a_gpu(gpu):
     """A head behind 2^31 elements and more: each image's result as if it were alone, under running statistics."""
     model = densenet_fast.DenseNet(16, (1,), 64, small_inputs=True).cuda().bfloat16().eval()
     x = torch.randn(8, 3, 2048, 2048, dtype=torch.bfloat16, device="cuda")

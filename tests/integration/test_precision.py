@@ -140,8 +140,7 @@ def test_deterministic_algorithms_run_without_a_warning_and_repeat_bit_for_bit(d
     assert all(value.equal(runs[1][name]) for name, value in runs[0].items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="model.half() trains on a GPU: needs one")
-def test_half_on_a_gpu():
+def test_half_on_a_gpu(gpu):
     got, expected = (model.cuda().half().eval() for model in pair(torch.float32))
     x = images(dtype=torch.float16).cuda()
     truth = copy.deepcopy(expected).double()(x.double())
