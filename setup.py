@@ -140,6 +140,9 @@ setup(
         "test": [
             *TRAIN,
             "ninja",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pytest>=8",
             "pytest-xdist",
             "ruff==0.17.6",
