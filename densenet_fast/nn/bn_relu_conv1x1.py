@@ -60,8 +60,10 @@ class Transition(reference.Transition):
         """Why its children cannot run as one op, or None."""
         if list(self._modules) != ["norm", "relu", "conv", "pool"]:
             return f"its children are {', '.join(self._modules)}"
-        return fusion.average_pool_obstacle(self, "pool", self.spatial_dims) or fusion.structural_obstacle(
-            self, "norm", "relu", "conv", 1
+        return (
+            fusion.hook_obstacle(self, "pool")
+            or fusion.average_pool_obstacle(self, "pool", self.spatial_dims)
+            or fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:

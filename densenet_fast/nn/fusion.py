@@ -140,7 +140,7 @@ def max_pool_obstacle(module: nn.Module, pool: str) -> str | None:
 def average_pool_obstacle(module: nn.Module, pool: str, dims: int) -> str | None:
     """Why the child ``pool`` of ``module`` is not a mean over windows of 2 that drops an odd last row, or None."""
     part = child(module, pool)
-    if type(part) is reference.AVERAGE_POOLS[dims] and not has_hooks(part):
+    if type(part) is reference.AVERAGE_POOLS[dims]:
         sizes = [[size] * dims if isinstance(size, int) else list(size) for size in (part.kernel_size, part.stride)]
         padding = {part.padding} if isinstance(part.padding, int) else set(part.padding)
         divisor = getattr(part, "divisor_override", None)
