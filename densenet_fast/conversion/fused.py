@@ -90,9 +90,16 @@ def _runs_fused(module: nn.Module | None, x: Any) -> bool:
 def run(module: nn.Module, x: Tensor, *, contiguous: bool) -> Tensor:
     """``module`` as one op on ``x``; the result contiguous or else channels last in memory."""
     if _overrides_functions(x):
-        return handle_torch_function(run, (x,), module, x, contiguous=contiguous)
-    layout: Layout = module.__dict__[STATE]
-    out = apply(module, layout, x)
+        return handle_torch_function(_run_plain, (x,), module, x, contiguous)
+    return _run(module, x, contiguous)
+
+
+def _run_plain(module: nn.Module, x: Tensor, contiguous: bool) -> Tensor:
+    return _run(module, Tensor.as_subclass(x, Tensor), contiguous)
+
+
+def _run(module: nn.Module, x: Tensor, contiguous: bool) -> Tensor:
+    out = apply(module, module.__dict__[STATE], x)
     return out.contiguous() if contiguous else out
 
 
