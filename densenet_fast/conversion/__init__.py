@@ -164,13 +164,13 @@ def _examine(module: nn.Module, name: str) -> Part | None:
 
 def _recognise(module: nn.Module, layouts: Callable[[nn.Module], Iterator[Layout]]) -> tuple[Layout | None, str]:
     """The first of ``layouts(module)`` that says what the module computes; or None and why there is none."""
-    if type(module).forward is nn.Module.forward:
-        return None, f"a {type(module).__name__} has no forward"
     if "forward" in vars(module):
         return None, "it has a forward of its own"
     reason = ""
     try:
         for candidate in layouts(module):
+            if type(module).forward is nn.Module.forward:
+                return None, f"a {type(module).__name__} has no forward"
             reason = differs(module, candidate)
             if reason is None:
                 return candidate, ""

@@ -242,8 +242,8 @@ _STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS
 
 
 def _read_layer(block: nn.Module, path: str, layer: nn.Module) -> Layer:
-    _refuse_tensors(layer, path)
     leaves = _leaves(layer, f"{path}.")
+    _refuse_tensors(layer, path)
     if leaves.others:
         other = fusion.child(block, leaves.others[0])
         raise Unlike(f"{leaves.others[0]} is a {type(other).__name__}, not a part of BN-ReLU-convolutions")
