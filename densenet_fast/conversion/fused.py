@@ -4,7 +4,6 @@ A converted module's class is a subclass of its own, made here, that differs in 
 again from the original class.
 """
 
-import copy
 import copyreg
 import functools
 from typing import Any
@@ -42,10 +41,15 @@ class Converted(nn.Module):
         return _new, (own_class(self), mixin(self)), *reduced[2:]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For ``torch.jit.script``: itself as it was."""
-        stock = copy.copy(self)
-        revert(stock)
-        return stock
+        """What ``torch.jit.script`` calls first.
+
+        Raises:
+            NotImplementedError: always, and says what to use instead.
+        """
+        raise NotImplementedError(
+            "torch.jit.script: expected stock modules, got a converted model: densenet_fast.restore(model) makes it one, "
+            "as does scripting densenet_fast.reference's network; torch.export.export and torch.jit.trace take it as it is"
+        )
 
 
 class Fused(Converted):

@@ -18,9 +18,12 @@ FOREIGN = {
     "two inputs": (lambda: twins.TwoInputBlock(2, 12, 8, 0.0), "its forward failed on one tensor: TypeError"),
     "gate": (lambda: twins.GatedBlock(2, 12, 8), "0 has tensors of its own: gate"),
     "InPlaceABN": (lambda: twins.activated_block(2, 12, 8), "0.norm1 is a InPlaceABN, not a part of BN-ReLU"),
-    "HoVer-Net": (lambda: twins.CroppingBlock(2, 12, 8), "units was left alone: 0.conv2 is not a plain convolution of kernel size 3"),
+    "HoVer-Net": (
+        lambda: twins.CroppingBlock(2, 12, 8),
+        "units was left alone: 0.conv2 is not a plain convolution of kernel size 3",
+    ),
     "HoVer-Net, not grouped": (lambda: twins.CroppingBlock(2, 12, 8, 1), "0.conv2 is not a plain convolution"),
-    "layers without a block": (lambda: twins.OwnBlock(2, 12, 8).units, "a ModuleList has no forward"),
+    "layers without a block": (lambda: nn.ModuleDict(dict(units=twins.OwnBlock(2, 12, 8).units)), "has no forward"),
     "CondenseNet": (lambda: twins.condensed_block(2, 12, 8), "0.conv_1 is a LearnedGroupConv, not a part of BN-ReLU"),
     "RRDB": (lambda: twins.ResidualInResidual(), "conv1 is a Conv2d, not BN-ReLU-convolutions"),
     "RDN": (lambda: twins.ResidualDense(), "as many batch normalisations as convolutions, got none and 0.conv.0"),
@@ -64,11 +67,15 @@ CHANGES = {
 def test_another_network(make, reason):
     model = nn.Sequential(make())
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=r"model: expected dense blocks .*found none in a Sequential; .*left alone") as e:
+    with pytest.raises(
+        ValueError, match=r"model: expected dense blocks .*found none in a Sequential; .*left alone"
+    ) as e:
         densenet_fast.convert(model)
     assert reason in str(e.value), e.value
     (row,) = densenet_fast.explain(model)
-    assert not row.fused and reason.removeprefix("units was left alone: ") in row.reason and row.backend == "stock torch"
+    assert (
+        not row.fused and reason.removeprefix("units was left alone: ") in row.reason and row.backend == "stock torch"
+    )
     assert [type(m) for m in model.modules()] == classes
 
 
@@ -90,7 +97,9 @@ def test_the_rest_of_a_model_is_converted():
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())])
 def test_nothing_to_convert(model):
-    with pytest.raises(ValueError, match="model: expected dense blocks .*and transitions .*, found none in a (Linear|Seq)"):
+    with pytest.raises(
+        ValueError, match="model: expected dense blocks .*and transitions .*, found none in a (Linear|Seq)"
+    ):
         densenet_fast.convert(model)
     assert not densenet_fast.explain(model) and densenet_fast.restore(model) is model
 
