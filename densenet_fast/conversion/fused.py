@@ -47,8 +47,9 @@ class Converted(nn.Module):
             NotImplementedError: always, and says what to use instead.
         """
         raise NotImplementedError(
-            "torch.jit.script: expected stock modules, got a converted model: densenet_fast.restore(model) makes it one, "
-            "as does scripting densenet_fast.reference's network; torch.export.export and torch.jit.trace take it as it is"
+            "torch.jit.script: expected stock modules, got a converted model, whose fused ops have no TorchScript; script "
+            "densenet_fast.restore(model) or densenet_fast.reference's network, or use torch.export.export(model, args), "
+            "torch.onnx.export(model, args, dynamo=True) or torch.jit.trace(model, args)"
         )
 
 

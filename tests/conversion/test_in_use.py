@@ -234,7 +234,7 @@ def test_results_have_the_memory_format_of_the_input(memory_format):
     for path in ("features.norm5", "features.denseblock1", "features.transition1", "features.denseblock3"):
         outputs = []
         for net in (model, stock):
-            handle = net.get_submodule(path).register_forward_hook(lambda m, i, o: outputs.append(o))
+            handle = net.get_submodule(path).register_forward_hook(lambda m, i, o, s=outputs: s.append(o))
             outputs.append(net.features(x))
             handle.remove()
         assert [o.stride() for o in outputs[:2]] == [o.stride() for o in outputs[2:]], path
