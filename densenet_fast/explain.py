@@ -67,19 +67,22 @@ def explain(model: nn.Module) -> Report:
 
 
 def _other(name: str, part: conversion.Part) -> ModuleReport:
+    """A part of another library's model."""
     if part.layout is None:
-        reason = f"left alone: {part.reason}"
-    elif not part.converted:
-        reason = "not converted; densenet_fast.convert(model) converts it"
-    else:
-        reason = fused.obstacle(part.module, part.layout)
-    return _part(name, part.kind, part.module, 2 if part.layout is None else part.layout.dims, reason)
+        return _row(name, part.kind, part.module, f"left alone: {part.reason}")
+    if not part.converted:
+        return _row(name, part.kind, part.module, "not converted; densenet_fast.convert(model) converts it")
+    return _part(name, part.kind, part.module, part.layout.dims, fused.obstacle(part.module, part.layout))
 
 
 def _part(name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None) -> ModuleReport:
+    dtype = next(module.parameters(), torch.empty(0)).dtype
+    example = torch.empty([1] * (dims + 2), dtype=dtype, device="meta")
+    return _row(name, kind, module, fusion.call_obstacle(example, dims) or obstacle or "")
+
+
+def _row(name: str, kind: str, module: nn.Module, reason: str) -> ModuleReport:
     parameter = next(module.parameters(), torch.empty(0))
-    example = torch.empty([1] * (dims + 2), dtype=parameter.dtype, device="meta")
-    reason = obstacle or fusion.call_obstacle(example, dims) or ""
     backend = "stock torch" if reason else select(parameter.device, parameter.dtype).name
     return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device))
 

@@ -47,9 +47,9 @@ class Converted(nn.Module):
             NotImplementedError: always, and says what to use instead.
         """
         raise NotImplementedError(
-            "torch.jit.script: expected stock modules, got a converted model, whose fused ops have no TorchScript; script "
-            "densenet_fast.restore(model) or densenet_fast.reference's network, or use torch.export.export(model, args), "
-            "torch.onnx.export(model, args, dynamo=True) or torch.jit.trace(model, args)"
+            "torch.jit.script: expected stock modules, got a converted model, whose fused ops have no TorchScript; "
+            "script densenet_fast.restore(model) or densenet_fast.reference's network, or use torch.jit.trace(model, args), "
+            "torch.export.export(model, args) or torch.onnx.export(model, args, dynamo=True)"
         )
 
 
