@@ -49,7 +49,8 @@ class Converted(nn.Module):
         raise NotImplementedError(
             "torch.jit.script: expected stock modules, got a converted model, whose fused ops have no TorchScript; "
             "script densenet_fast.restore(model) or densenet_fast.reference's network, or use "
-            "torch.jit.trace(model, args), torch.export.export(model, args) or torch.onnx.export(model, args, dynamo=True)"
+            "torch.jit.trace(model, args), torch.export.export(model, args) or "
+            "torch.onnx.export(model, args, dynamo=True)"
         )
 
 
