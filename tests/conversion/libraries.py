@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+import pytest
+
 from densenet_fast.thirdparty import import_torchvision
 
 torchvision = import_torchvision()
@@ -20,6 +22,14 @@ def optional(name: str) -> Any:
 
 timm = optional("timm.models.densenet")
 monai = optional("monai.networks.nets.densenet")
+
+
+def skip_unless_installed(name: str) -> None:
+    """Skips a test of the library with whose name ``name`` begins, where it is not installed."""
+    library = name.split()[0]
+    if {"timm": timm, "monai": monai}.get(library, torchvision) is None:
+        pytest.skip(f"{library} is not installed (the Makefile installs it)")
+
 
 DENSENET121 = {"torchvision": lambda: torchvision.models.densenet121(num_classes=10)}
 SHAPES = {"torchvision": (4, 3, 128, 128), "timm": (4, 3, 128, 128)}

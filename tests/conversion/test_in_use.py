@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet_fast
 from conversion import twins
-from conversion.libraries import monai, timm
+from conversion.libraries import monai, skip_unless_installed, timm
 from densenet_fast import ops
 from densenet_fast.conversion import fused
 from helpers import assert_same, error, randomise, step
@@ -47,15 +47,14 @@ LAYERS = {
     "torchxrayvision": (lambda: twins.XrayNet(), "features.denseblock2.denselayer2", 1, 32),
     "gpleiss": (lambda: twins.EfficientNet(efficient=False), "features.denseblock2.denselayer2", 3, 8),
 }
-if timm is not None:
-    LAYERS["timm"] = lambda: timm.DenseNet(8, (2, 3, 2)), "features.denseblock2.denselayer2", 3, 8
-if monai is not None:
-    LAYERS["monai"] = lambda: monai.DenseNet(2, 1, 5, 16, 8, (2, 3, 2)), "features.denseblock2.denselayer2", 1, 32
+LAYERS["timm"] = lambda: timm.DenseNet(8, (2, 3, 2)), "features.denseblock2.denselayer2", 3, 8
+LAYERS["monai"] = lambda: monai.DenseNet(2, 1, 5, 16, 8, (2, 3, 2)), "features.denseblock2.denselayer2", 1, 32
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_hooks_see_what_they_saw(name):
     """On a layer and inside one, registered before the conversion and after it, forward and backward."""
+    skip_unless_installed(name)
     make, path, channels, seen_channels = LAYERS[name]
     stock = randomise(make().double())
     x = torch.randn(2, channels, 64, 64, dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import nn
 
 import densenet_fast
 from conversion import twins
-from conversion.libraries import DENSENET121, monai, timm, torchvision
+from conversion.libraries import DENSENET121, monai, skip_unless_installed, timm, torchvision
 from helpers import assert_same, error, randomise, step
 
 SMALL = dict(growth_rate=8, block_config=(2, 3, 2))
@@ -43,18 +43,17 @@ LIBRARIES = {
     "own copy": (lambda: twins.OwnNet(), (2, 3, 13, 16), 3),
     "reference": (lambda: densenet_fast.reference.DenseNet(**SMALL), (2, 3, 70, 64), 5),
 }
-if timm is not None:
-    LIBRARIES["timm"] = lambda: timm.DenseNet(**SMALL), (2, 3, 70, 64), 5
-    LIBRARIES["timm drop"] = lambda: timm.DenseNet(**SMALL, proj_drop_rate=0.3), (2, 3, 70, 64), 5
-    LIBRARIES["timm deep stem"] = lambda: timm.DenseNet(**SMALL, stem_type="deep"), (2, 3, 70, 64), 5
-if monai is not None:
-    for dims, shape in {1: (3, 1, 90), 2: (2, 1, 70, 64), 3: (2, 1, 32, 40, 34)}.items():
-        LIBRARIES[f"monai {dims}-D"] = (lambda dims=dims: monai_net(dims)), shape, 5
-        LIBRARIES[f"monai {dims}-D drop"] = (lambda dims=dims: monai_net(dims, dropout_prob=0.3)), shape, 5
+LIBRARIES["timm"] = lambda: timm.DenseNet(**SMALL), (2, 3, 70, 64), 5
+LIBRARIES["timm drop"] = lambda: timm.DenseNet(**SMALL, proj_drop_rate=0.3), (2, 3, 70, 64), 5
+LIBRARIES["timm deep stem"] = lambda: timm.DenseNet(**SMALL, stem_type="deep"), (2, 3, 70, 64), 5
+for dims, shape in {1: (3, 1, 90), 2: (2, 1, 70, 64), 3: (2, 1, 32, 40, 34)}.items():
+    LIBRARIES[f"monai {dims}-D"] = (lambda dims=dims: monai_net(dims)), shape, 5
+    LIBRARIES[f"monai {dims}-D drop"] = (lambda dims=dims: monai_net(dims, dropout_prob=0.3)), shape, 5
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_equals_the_unconverted_model(name):
+    skip_unless_installed(name)
     make, shape, parts = LIBRARIES[name]
     stock = randomise(make().double())
     model = copy.deepcopy(stock)
@@ -68,6 +67,7 @@ def test_equals_the_unconverted_model(name):
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_nothing_but_classes_changes_and_restore_changes_them_back(name):
+    skip_unless_installed(name)
     model = LIBRARIES[name][0]()
     model.eval()
     first = next(iter(model.parameters())).requires_grad_(False)
@@ -94,8 +94,7 @@ def test_nothing_but_classes_changes_and_restore_changes_them_back(name):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_densenet121_equals_the_unconverted_model_in_float64(name):
-    if name not in DENSENET121:
-        pytest.skip(f"{name.split()[0]} is not installed (the Makefile installs it)")
+    skip_unless_installed(name)
     shape = {"monai 2-D": (2, 1, 45, 67), "monai 3-D": (3, 1, 32, 32, 32)}.get(name, (2, 3, 45, 67))
     stock = randomise(DENSENET121[name]().double())
     model = densenet_fast.convert(stock, inplace=False)
