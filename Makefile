@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1; sys_platform == 'linux'
+# What convert() is tested with; without their dependencies, which their DenseNets do without.
+LIBRARIES ?= timm==1.0.31 monai==1.6.1
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -48,7 +50,7 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile $(wildcard csrc/*.cpp csrc/
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet $(TORCH) "$(TRITON)" setuptools ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
-	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION)
+	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION) $(LIBRARIES)
 	touch $@
 
 installed-in-active-environment:
