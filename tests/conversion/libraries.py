@@ -32,10 +32,10 @@ def skip_unless_installed(name: str) -> None:
 
 
 DENSENET121 = {"torchvision": lambda: torchvision.models.densenet121(num_classes=10)}
-SHAPES = {"torchvision": (4, 3, 128, 128), "timm": (4, 3, 128, 128)}
+SHAPES = {"torchvision": (6, 3, 128, 128), "timm": (6, 3, 128, 128)}
 if timm is not None:
     DENSENET121["timm"] = lambda: timm.densenet121(num_classes=10)
 if monai is not None:
     DENSENET121["monai 2-D"] = lambda: monai.DenseNet121(2, 1, 10)
     DENSENET121["monai 3-D"] = lambda: monai.DenseNet121(3, 1, 10)
-SHAPES["monai 2-D"], SHAPES["monai 3-D"] = (4, 1, 128, 128), (2, 1, 48, 48, 48)
+SHAPES["monai 2-D"], SHAPES["monai 3-D"] = (6, 1, 128, 128), (2, 1, 64, 64, 64)
