@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from densenet_fast.benchmarking.competitors import COMPETITORS
 from densenet_fast.benchmarking.results import Row
 
-__all__ = ["Line", "bench_bars", "curves", "floor_bars", "style"]
+__all__ = ["Line", "bench_bars", "curves", "floor_bars", "grouped_bars", "ratio_bars", "style"]
 
 INK = {"ours": "#0072b2", "ours-me": "#111111", "ours-compile": "#56b4e9"}
 """Okabe and Ito's blues and black; everyone else is grey."""
 GREY = "#a8a8a8"
+SHADES = ("#cccccc", "#b0b0b0", "#e69f00", "#8c8c8c")
 STYLES = {
     "ours": {"color": "#0072b2", "marker": "o", "linestyle": "-"},
     "ours-me": {"color": "#111111", "marker": "^", "linestyle": "-"},
@@ -141,3 +142,52 @@ def floor_bars(path: Path, title: str, lines: Sequence[Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
     draw(path, (8, 1.3 + 0.32 * len(shown)), paint)
+
+
+def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, Sequence[float]]) -> None:
+    """One panel a ratio, one bar a name; those of ours in ink."""
+
+    def colour(name: str) -> str:
+        return GREY if not name.startswith("densenet_fast") else INK["ours-me" if "memory" in name else "ours"]
+
+    def paint(figure: Any) -> None:
+        figure.suptitle(title, fontsize=11)
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (label, values) in zip(all_axes, panels.items()):
+            drawn = axes.barh(range(len(names)), values, 0.72, color=[colour(name) for name in names])
+            axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
+            axes.axvline(1, color="#444444", linewidth=0.8, linestyle=":")
+            axes.set_xlabel(label)
+            axes.set_xlim(0, 1.2 * max(values))
+            axes.spines[["top", "right"]].set_visible(False)
+        all_axes[0].set_yticks(range(len(names)), names)
+        all_axes[0].invert_yaxis()
+
+    draw(path, (8, 1.2 + 0.46 * len(names)), paint)
+
+
+def grouped_bars(
+    path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float]]
+) -> None:
+    """One group of bars a network, one bar a competitor, each with its value; the first group names them."""
+    width = 0.86 / len(values)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.set_title(title, fontsize=11)
+        highest = max(max(series) for series in values.values())
+        for i, (name, series) in enumerate(values.items()):
+            places = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
+            ink = INK.get(name, SHADES[i % len(SHADES)])
+            drawn = axes.bar(places, series, 0.92 * width, color=ink)
+            axes.bar_label(drawn, [f"{value:.0f}" for value in series], padding=2, fontsize=8)
+            label = COMPETITORS[name].label
+            axes.text(
+                0.99, 0.97 - 0.075 * i, f"\N{BLACK SQUARE} {label}", transform=axes.transAxes, color=ink, ha="right"
+            )
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel(y_label)
+        axes.set_ylim(0, 1.1 * highest)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    draw(path, (8, 4), paint)
