@@ -4,25 +4,32 @@
 namespace densenet_fast {
 namespace {
 
-// out = relu((x - mean) * scale + shift) @ weight^T + bias, with its statistics
-std::tuple<Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
-                                           std::optional<Tensor> bias, Tensor out, bool want_statistics) {
-  // [M, C], [C] each, [B, C], [B], [M, B]
-  return by_dtype(x, [&](auto zero) {
+// out = relu(y) @ weight^T + bias, with its statistics if they are given places; normalised by `then` and rectified if that
+// is given
+void bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias,
+                     Tensor out, std::optional<Tensor> out_mean, std::optional<Tensor> out_var,
+                     std::optional<Tensor> out_rstd, double eps, std::optional<Tensor> then_mean,
+                     std::optional<Tensor> then_scale, std::optional<Tensor> then_shift) {
+  // [M, C], [C] each, [B, C], [B], [M, B], [B] each
+  by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x"), w(weight, "weight");
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     const Affine a = affine(mean, scale, shift, m.cols);
     const Matrix<T> z(out, "out");
     STD_TORCH_CHECK(z.rows == m.rows && z.cols == w.rows, "out: expected [M, B]");
+    STD_TORCH_CHECK(out_mean.has_value() == out_var.has_value() && out_mean.has_value() == out_rstd.has_value(),
+                    "out_mean: expected with out_var and out_rstd");
+    const std::optional<Affine> then = optional_affine(then_mean, then_scale, then_shift, w.rows);
     advise_huge_pages(z);
     const Tiles tiles = product_tiles(m.rows);
-    TileStatistics statistics(tiles, want_statistics ? w.rows : 0);
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, z, tiles, want_statistics ? &statistics : nullptr,
+    TileStatistics statistics(tiles, out_mean ? w.rows : 0);
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, then ? &*then : nullptr, z, tiles,
+                out_mean ? &statistics : nullptr,
                 [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
                   kernels_of<T>().bn_relu(m.row(row) + c, m.ld, rows, cols, a.from(c), values, ld);
                 });
-    return want_statistics ? statistics.combined(tiles, x) : std::tuple(nothing(x), nothing(x));
+    if (out_mean) statistics.combine(tiles, {*out_mean, *out_var, *out_rstd, eps, w.rows});
   });
 }
 

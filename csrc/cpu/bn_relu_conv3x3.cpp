@@ -83,36 +83,41 @@ struct Transformed {
 constexpr int64_t kForwardTiles = 28, kBackwardTiles = 84;
 constexpr int64_t kDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
+// [k, B, 3, 3], its taps evenly spaced: contiguous or channels last
+template <typename T>
 struct Filters {
   int64_t out_channels, in_channels;
+  FilterStrides strides;
+  T* data;
 
-  Filters(const Tensor& weight, int64_t cols)
-      : out_channels(weight.size(0)), in_channels(weight.size(1)) {
-    STD_TORCH_CHECK(weight.dim() == 4 && in_channels == cols && weight.size(2) == 3 && weight.size(3) == 3 &&
-                        weight.is_contiguous(),
-                    "weight: expected [k, ", cols, ", 3, 3], contiguous");
+  Filters(const Tensor& weight, int64_t cols, const char* name)
+      : out_channels(weight.size(0)), in_channels(cols), strides{weight.stride(1), weight.stride(0), weight.stride(3)} {
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == cols && weight.size(2) == 3 && weight.size(3) == 3 &&
+                        weight.stride(2) == 3 * weight.stride(3),
+                    name, ": expected [k, ", cols, ", 3, 3], contiguous or channels last");
+    STD_TORCH_CHECK(weight.scalar_type() == kDtype<std::remove_const_t<T>>, name, ": dtype unlike the others'");
+    data = static_cast<T*>(weight.data_ptr());
   }
 };
 
-// out = conv3x3(relu(y), weight) + bias
-void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias,
-                     std::vector<int64_t> grid, Tensor out) {  // [M, B], [B] each, [k, B, 3, 3], [k], [M, k]
+// out = conv3x3(relu(y), weight) + bias; y is x where there is nothing to normalise by, which has been rectified then
+void bn_relu_conv3x3(Tensor x, std::optional<Tensor> mean, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                     Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> grid, Tensor out) {  // [M, B], [B] each, [k, B, 3, 3], [k], [M, k]
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels_of<T>();
     const Matrix<const T> m(x, "x");
     const Matrix<T> result(out, "out");
-    const Filters filters(weight, m.cols);
-    STD_TORCH_CHECK(weight.scalar_type() == kDtype<T>, "weight: dtype unlike the others'");
+    const Filters<const T> filters(weight, m.cols, "weight");
     STD_TORCH_CHECK(result.rows == m.rows && result.cols == filters.out_channels, "out: expected [M, k]");
-    const Affine a = affine(mean, scale, shift, m.cols);
+    const std::optional<Affine> a = optional_affine(mean, scale, shift, m.cols);
     const float* b = bias ? vector(*bias, filters.out_channels, "bias") : nullptr;
     const ImageTiles image(grid, m.rows);
     const Panels weights(filters.out_channels, steps_of<T>(m.cols), 16);
-    const T* w = static_cast<const T*>(weight.data_ptr());
+    const FilterStrides by = filters.strides;
     weights.each([&](int64_t p) {
-      kernel.winograd_weight(w + 32 * p * m.cols * 9, 9, m.cols * 9, m.cols, weights.valid(p), weights.width(p), false,
-                             weights.panel(p), weights.size());
+      kernel.winograd_weight(filters.data + 32 * p * by.out, {by.in, by.out, by.tap}, m.cols, weights.valid(p),
+                             weights.width(p), false, weights.panel(p), weights.size());
     });
     const Tiles tiles(image.count(), kForwardTiles, 8);
     tiles.run([&](int64_t chunk) {
@@ -124,7 +129,7 @@ void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
       for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
         const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
         if (n == 0) continue;
-        kernel.winograd_input(around.of(image, m, first, n), 0, n, m.cols, &a, v.tiles());
+        kernel.winograd_input(around.of(image, m, first, n), 0, n, m.cols, a ? &*a : nullptr, v.tiles());
         next.of(image, m, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
         for (int64_t i = 0; i < 16; ++i) {
           prefetch(next.pointers, i, 16, 0, m.cols);
@@ -144,18 +149,23 @@ void bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
   });
 }
 
-// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = scale * D,  dW,  sum D,  sum D * (x - mean)
-std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift,
-                                                    Tensor weight, std::vector<int64_t> grid,
-                                                    std::optional<Tensor> out, bool need_weight) {
-  // [M, k], [M, B], [B] each, [k, B, 3, 3], [M, B]
+// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = scale * D,  grad_weight,  sum D,  sum D * (x - mean)
+Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
+                                std::vector<int64_t> grid, std::optional<Tensor> out,
+                                std::optional<Tensor> grad_weight) {
+  // [M, k], [M, B], [B] each, [k, B, 3, 3], [M, B], [k, B, 3, 3] float32
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T>& kernel = kernels_of<T>();
     const Matrix<const T> g(grad, "grad"), m(x, "x");
-    const Filters filters(weight, m.cols);
-    STD_TORCH_CHECK(weight.scalar_type() == kDtype<T>, "weight: dtype unlike the others'");
+    const Filters<const T> filters(weight, m.cols, "weight");
     STD_TORCH_CHECK(g.rows == m.rows && g.cols == filters.out_channels, "grad: expected [M, k]");
+    const bool need_weight = grad_weight.has_value();
+    std::optional<Filters<float>> dw;
+    if (need_weight) {
+      dw.emplace(*grad_weight, m.cols, "grad_weight");
+      STD_TORCH_CHECK(dw->out_channels == filters.out_channels, "grad_weight: expected the weight's shape");
+    }
     const Affine a = affine(mean, scale, shift, m.cols);
     const ImageTiles image(grid, m.rows);
     std::optional<Matrix<T>> result;
@@ -165,11 +175,11 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
       advise_huge_pages(*result);
     }
     const Panels weights(m.cols, steps_of<T>(g.cols), 16);
-    const T* w = static_cast<const T*>(weight.data_ptr());
+    const FilterStrides by = filters.strides;
     weights.each([&](int64_t p) {
       if (!out) return;
-      kernel.winograd_weight(w + 32 * p * 9, m.cols * 9, 9, g.cols, weights.valid(p), weights.width(p), true,
-                             weights.panel(p), weights.size());
+      kernel.winograd_weight(filters.data + 32 * p * by.in, {by.out, by.in, by.tap}, g.cols, weights.valid(p),
+                             weights.width(p), true, weights.panel(p), weights.size());
     });
     const Tiles tiles(image.count(), kBackwardTiles, 8);
     std::vector<std::vector<float>> du(tiles.chunks);
@@ -228,24 +238,21 @@ std::tuple<Tensor, Tensor> bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tenso
         });
       }
     });
-    Tensor dw = nothing(x);
-    if (need_weight) {
-      dw = torch::stable::new_empty(x, {g.cols, m.cols, 3, 3}, ScalarType::Float);
-      float* data = static_cast<float*>(dw.data_ptr());
-      weights.each([&](int64_t p) {
-        const int64_t width = weights.width(p), position = g.cols * weights.padded();
-        for (int64_t r = 0; r < g.cols; ++r) {
-          float u[16 * 32];
-          for (int64_t i = 0; i < 16; ++i) {
-            const int64_t from = i * position + 32 * p * g.cols + r * width;
-            std::copy_n(du[0].data() + from, width, u + i * width);
-            for (size_t part = 1; part < du.size(); ++part) kernels().f32.add(du[part].data() + from, width, u + i * width);
-          }
-          kernel.winograd_weight_gradient(u, width, weights.valid(p), data + (r * m.cols + 32 * p) * 9);
+    weights.each([&](int64_t p) {
+      if (!need_weight) return;
+      const int64_t width = weights.width(p), position = g.cols * weights.padded();
+      const FilterStrides to = dw->strides;
+      for (int64_t r = 0; r < g.cols; ++r) {
+        float u[16 * 32];
+        for (int64_t i = 0; i < 16; ++i) {
+          const int64_t from = i * position + 32 * p * g.cols + r * width;
+          std::copy_n(du[0].data() + from, width, u + i * width);
+          for (size_t part = 1; part < du.size(); ++part) kernels().f32.add(du[part].data() + from, width, u + i * width);
         }
-      });
-    }
-    return std::tuple<Tensor, Tensor>(dw, out ? total(sums, x) : nothing(x));
+        kernel.winograd_weight_gradient(u, width, weights.valid(p), dw->data + r * to.out + 32 * p * to.in, to.in, to.tap);
+      }
+    });
+    return out ? total(sums, x) : nothing(x);
   });
 }
 

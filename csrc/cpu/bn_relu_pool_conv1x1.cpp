@@ -61,7 +61,7 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, Matrix<T>(out, "out"),
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"),
                 product_tiles(pooling.outputs), nullptr,
                 [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
                   const auto sources = pooling.sources(m, row, rows);

@@ -17,11 +17,11 @@ Tiles backward_tiles(int64_t rows) {
   return Tiles(rows, kTileRows * kPerWord<T>, 16);
 }
 
-// out = a @ weight^T + bias for weight [B, C], with the statistics of out unless null; normalise(row, rows, column, columns,
-// values, ld) writes that part of a
+// out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out unless
+// null; normalise(row, rows, column, columns, values, ld) writes that part of a
 template <typename T, typename Normalise>
-void multiply(const Matrix<const T>& weight, const float* bias, const Matrix<T>& out, const Tiles& tiles,
-              TileStatistics* statistics, Normalise normalise) {
+void multiply(const Matrix<const T>& weight, const float* bias, const Affine* then, const Matrix<T>& out,
+              const Tiles& tiles, TileStatistics* statistics, Normalise normalise) {
   const Kernels<T>& kernel = kernels_of<T>();
   const Panels weights(weight.rows, steps_of<T>(weight.cols));
   weights.each([&](int64_t p) {
@@ -46,7 +46,7 @@ void multiply(const Matrix<const T>& weight, const float* bias, const Matrix<T>&
                          product_ld, step > 0);
         }
       }
-      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, out.row(first), out.ld);
+      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, then, out.row(first), out.ld);
       if (statistics) statistics->add(tile, out.row(first), out.ld, n);
     }
   });

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -76,6 +77,13 @@ inline const float* vector(const Tensor& t, int64_t size, const char* name) {
 
 inline Affine affine(const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t cols) {
   return {vector(mean, cols, "mean"), vector(scale, cols, "scale"), vector(shift, cols, "shift")};
+}
+
+inline std::optional<Affine> optional_affine(const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& shift, int64_t cols) {
+  STD_TORCH_CHECK(mean.has_value() == scale.has_value() && mean.has_value() == shift.has_value(),
+                  "mean: expected with scale and shift");
+  return mean ? std::optional(affine(*mean, *scale, *shift, cols)) : std::nullopt;
 }
 
 template <typename T>
@@ -157,6 +165,18 @@ struct ColumnSums {
   }
 };
 
+// Where statistics go: mean, biased variance and rstd = 1 / sqrt(var + eps), [cols] each
+struct StatisticsOutput {
+  float *mean, *var, *rstd, eps;
+
+  StatisticsOutput(const Tensor& mean, const Tensor& var, const Tensor& rstd, double eps, int64_t cols)
+      : mean(output(mean, cols, "mean")), var(output(var, cols, "var")), rstd(output(rstd, cols, "rstd")), eps(eps) {}
+
+  static float* output(const Tensor& t, int64_t cols, const char* name) {
+    return const_cast<float*>(vector(t, cols, name));
+  }
+};
+
 // Column statistics per tile, combined pairwise in the order of the tiles (Chan, Golub and LeVeque 1983)
 struct TileStatistics {
   int64_t cols;
@@ -170,25 +190,26 @@ struct TileStatistics {
     kernels_of<T>().statistics(x, ld, rows, cols, &means[tile * cols], &m2s[tile * cols]);
   }
 
-  std::tuple<Tensor, Tensor> combined(const Tiles& tiles, const Tensor& like) const {
-    Tensor mean = torch::stable::new_empty(like, {cols}, ScalarType::Float);
-    Tensor var = torch::stable::new_empty(like, {cols}, ScalarType::Float);
-    float* mean_data = static_cast<float*>(mean.data_ptr());
-    float* var_data = static_cast<float*>(var.data_ptr());
-    for (int64_t c = 0; c < cols; ++c) {
-      double count = 0, centre = 0, m2 = 0;
-      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-        const double n = tiles.begin(tile + 1) - tiles.begin(tile);
-        if (n == 0) continue;
-        const double delta = means[tile * cols + c] - centre, total = count + n;
-        m2 += m2s[tile * cols + c] + delta * delta * count * n / total;
-        centre += delta * n / total;
-        count = total;
+  void combine(const Tiles& tiles, const StatisticsOutput& out) const {
+    std::vector<double> centre(cols), m2(cols);
+    double count = 0;
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      const double n = tiles.begin(tile + 1) - tiles.begin(tile);
+      if (n == 0) continue;
+      const double share = n / (count + n), weight = count * share;
+      const float *tile_means = &means[tile * cols], *tile_m2s = &m2s[tile * cols];
+      for (int64_t c = 0; c < cols; ++c) {
+        const double delta = tile_means[c] - centre[c];
+        m2[c] += tile_m2s[c] + delta * delta * weight;
+        centre[c] += delta * share;
       }
-      mean_data[c] = centre;
-      var_data[c] = m2 / count;
+      count += n;
     }
-    return {mean, var};
+    for (int64_t c = 0; c < cols; ++c) {
+      out.mean[c] = centre[c];
+      out.var[c] = m2[c] / count;
+      out.rstd[c] = 1.0f / std::sqrt(out.var[c] + out.eps);
+    }
   }
 };
 

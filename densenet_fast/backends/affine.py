@@ -1,4 +1,4 @@
-"""The vectors with which a kernel normalises its input, and those that lead the gradient back through them."""
+"""The vectors between kernels: statistics, what normalises by them, what leads the gradient back through them."""
 
 from typing import NamedTuple
 
@@ -18,6 +18,20 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class Statistics(NamedTuple):
+    """Where a kernel writes the statistics of what it stored, [columns] each, adjacent, in the accumulation dtype:
+    mean, biased variance and rstd = rsqrt(var + eps)."""
+
+    mean: Tensor
+    var: Tensor
+    rstd: Tensor
+    eps: float
+
+    def of(self, columns: slice) -> "Statistics":
+        """The part for a range of columns."""
+        return Statistics(self.mean[columns], self.var[columns], self.rstd[columns], self.eps)
+
+
 class ThroughStatistics(NamedTuple):
     """What completes the gradient of a matrix x [M, n] that was normalised by its batch: the gradients ``p`` and ``q``
     with respect to its ``mean`` and variance, [n] each, over ``count`` rows."""
@@ -27,6 +41,12 @@ class ThroughStatistics(NamedTuple):
     p: Tensor
     q: Tensor
     count: Tensor | int
+
+
+def empty_statistics(like: Tensor, columns: int, eps: float) -> Statistics:
+    """Uninitialised ones, for values of the dtype and on the device of ``like``."""
+    dtype = accumulation_dtype(like.dtype)
+    return Statistics(*(like.new_empty(columns, dtype=dtype) for _ in range(3)), eps)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
