@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image
 from densenet_fast.benchmarking.traffic import Call
 
@@ -50,6 +50,9 @@ class Kernels:
     def _through(self, x: Tensor) -> ThroughStatistics:
         return ThroughStatistics(x, *self._vectors(3, x.shape[1]), x.shape[0])
 
+    def _statistics(self, columns: int) -> Statistics:
+        return empty_statistics(self._weight(0), columns, 1e-5)
+
     @staticmethod
     def _rows(call: Call) -> int:
         return call.grid[0] * call.grid[1] * call.grid[2]
@@ -60,17 +63,17 @@ class Kernels:
 
     def _append_features(self, call: Call) -> Callable[[], object]:
         new = to_image(self._matrix("x", self._rows(call), call.inputs), call.grid)
-        out = self._features(call)
-        return lambda: self.backend.append_features(new, out, True)
+        out, statistics = self._features(call), self._statistics(call.inputs)
+        return lambda: self.backend.append_features(new, out, statistics)
 
     def _channel_statistics(self, call: Call) -> Callable[[], object]:
-        x = self._features(call)
-        return lambda: self.backend.channel_statistics(x)
+        x, out = self._features(call), self._statistics(call.inputs)
+        return lambda: self.backend.channel_statistics(x, out)
 
     def _bn_relu_conv1x1(self, call: Call) -> Callable[[], object]:
         x, affine, weight = self._features(call), self._affine(call.inputs), self._weight(call.outputs, call.inputs)
-        z = self._matrix("Z", self._rows(call), call.outputs)
-        return lambda: self.backend.bn_relu_conv1x1(x, affine, weight, None, z, True)
+        z, statistics = self._matrix("Z", self._rows(call), call.outputs), self._statistics(call.outputs)
+        return lambda: self.backend.bn_relu_conv1x1(x, affine, weight, None, z, statistics)
 
     def _bn_relu_conv1x1_backward(self, call: Call) -> Callable[[], object]:
         x, affine, weight = self._features(call), self._affine(call.inputs), self._weight(call.outputs, call.inputs)
@@ -83,7 +86,8 @@ class Kernels:
     def _bn_relu_conv3x3(self, call: Call) -> Callable[[], object]:
         z, affine = self._matrix("Z", self._rows(call), call.inputs), self._affine(call.inputs)
         weight, out = self._weight(call.outputs, call.inputs, 3, 3), self._new_columns(call, "F")
-        return lambda: self.backend.bn_relu_conv3x3(z, affine, weight, None, call.grid, out, None, 1.0, True)
+        own = self._statistics(call.outputs)
+        return lambda: self.backend.bn_relu_conv3x3(z, affine, weight, None, call.grid, out, None, 1.0, own)
 
     def _bn_relu_conv3x3_backward(self, call: Call) -> Callable[[], object]:
         z, affine = self._matrix("Z", self._rows(call), call.inputs), self._affine(call.inputs)

@@ -131,14 +131,14 @@ def floor_bars(path: Path, title: str, lines: Sequence[Any]) -> None:
         measured = axes.barh(places, [1e3 * line.measured for line in shown], 0.72, color=GREY)
         axes.barh(places, [1e3 * line.floor for line in shown], 0.36, color=INK["ours"])
         labels = [
-            f"{1e3 * line.measured:.3g}" + (f" = {line.measured / line.floor:.2f} x floor" if line.floor else "")
+            f"{1e3 * line.measured:.1f}" + (f" = {line.measured / line.floor:.2f} x floor" if line.floor else "")
             for line in shown
         ]
         axes.bar_label(measured, labels, padding=3, fontsize=9)
         axes.set_yticks(places, [line.kernel for line in shown])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.35 * max(1e3 * max(line.measured, line.floor) for line in shown))
-        axes.set_xlabel("milliseconds of a training step: measured (grey, wide) and at least (blue, narrow)")
+        axes.set_xlabel("milliseconds of a step (in blue: the floor)")
         axes.spines[["top", "right"]].set_visible(False)
 
     draw(path, (8, 1.3 + 0.32 * len(shown)), paint)

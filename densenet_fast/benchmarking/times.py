@@ -85,7 +85,7 @@ def measure_times(
     share = seconds / max(1, len(contestants))
     for i in progress(range(repeats), "rounds"):
         for contestant in contestants:
-            due = max(LEAST_REPEATS, min(repeats, int(share / contestant.estimate)))
+            due = max(LEAST_REPEATS, int(min(repeats, share / contestant.estimate)))
             if i < due and not contestant.timing.failure:
                 with _failures_noted(contestant.timing):
                     contestant.timing.seconds.append(contestant.turn())
