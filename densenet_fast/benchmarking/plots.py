@@ -13,13 +13,15 @@ __all__ = ["Line", "bench_bars", "curves", "floor_bars", "grouped_bars", "ratio_
 INK = {"ours": "#0072b2", "ours-me": "#111111", "ours-compile": "#56b4e9"}
 """Okabe and Ito's blues and black; everyone else is grey."""
 GREY = "#a8a8a8"
-SHADES = ("#cccccc", "#b0b0b0", "#e69f00", "#8c8c8c")
+SHADES = {"reference": "#d8d8d8", "torchvision": "#b8b8b8", "torchvision-me": "#e69f00", "timm": "#7a7a7a"}
 STYLES = {
     "ours": {"color": "#0072b2", "marker": "o", "linestyle": "-"},
     "ours-me": {"color": "#111111", "marker": "^", "linestyle": "-"},
     "torchvision-me": {"color": "#e69f00", "marker": "s", "linestyle": "--"},
 }
 OTHER = {"color": "#888888", "marker": "D", "linestyle": ":"}
+LINE_HEIGHT = 0.057
+"""Of a label's line, as a fraction of the axes' height."""
 DPI = 200
 """At 8 inches, twice the width at which a README shows a picture."""
 
@@ -77,19 +79,23 @@ def _label_ends(axes: Any, lines: Sequence[Line]) -> None:
     axes.set_xlim(right=1.42 * right)
     axes.autoscale_view()
     place = axes.transData + axes.transAxes.inverted()
-    lowest = -1.0
-    for line in sorted(lines, key=lambda line: line.ys[-1] / line.xs[-1]):
-        x, y = place.transform((line.xs[-1], line.ys[-1]))
-        lowest = max(y, lowest + 0.065)
+    places = {id(line): place.transform((line.xs[-1], line.ys[-1])) for line in lines}
+    column, free = max(x for x, _ in places.values()) + 0.04, 0.0
+    for line in sorted(lines, key=lambda line: places[id(line)][1]):
+        _, y = places[id(line)]
+        half = LINE_HEIGHT * (line.label.count("\n") + 1) / 2
+        middle = max(y, free + half)
+        free = middle + half
         axes.annotate(
             line.label,
             (line.xs[-1], line.ys[-1]),
-            (x + 0.04, lowest),
+            (column, middle),
             textcoords="axes fraction",
             va="center",
-            fontsize=9,
+            fontsize=8.5,
             color=line.style["color"],
             weight="bold",
+            arrowprops={"arrowstyle": "-", "color": line.style["color"], "linewidth": 0.8},
         )
 
 
@@ -169,7 +175,7 @@ def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, S
 def grouped_bars(
     path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float]]
 ) -> None:
-    """One group of bars a network, one bar a competitor, each with its value; the first group names them."""
+    """One group of bars a network, one bar a competitor, each with its value."""
     width = 0.86 / len(values)
 
     def paint(figure: Any) -> None:
@@ -178,16 +184,14 @@ def grouped_bars(
         highest = max(max(series) for series in values.values())
         for i, (name, series) in enumerate(values.items()):
             places = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
-            ink = INK.get(name, SHADES[i % len(SHADES)])
-            drawn = axes.bar(places, series, 0.92 * width, color=ink)
+            look = {"color": INK.get(name, SHADES.get(name, GREY)), "edgecolor": "white"}
+            hatch = "///" if name.endswith("-me") and name not in INK else ""
+            drawn = axes.bar(places, series, 0.95 * width, label=COMPETITORS[name].label, hatch=hatch, **look)
             axes.bar_label(drawn, [f"{value:.0f}" for value in series], padding=2, fontsize=8)
-            label = COMPETITORS[name].label
-            axes.text(
-                0.99, 0.97 - 0.075 * i, f"\N{BLACK SQUARE} {label}", transform=axes.transAxes, color=ink, ha="right"
-            )
+        axes.legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(y_label)
-        axes.set_ylim(0, 1.1 * highest)
+        axes.set_ylim(0, 1.45 * highest)
         axes.spines[["top", "right"]].set_visible(False)
 
     draw(path, (8, 4), paint)
