@@ -95,7 +95,7 @@ def _label_ends(axes: Any, lines: Sequence[Line]) -> None:
             fontsize=8.5,
             color=line.style["color"],
             weight="bold",
-            arrowprops={"arrowstyle": "-", "color": line.style["color"], "linewidth": 0.8},
+            arrowprops={"arrowstyle": "-", "color": line.style["color"], "linewidth": 0.8, "relpos": (0, 0.5)},
         )
 
 
