@@ -170,6 +170,8 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     names, left_out = available(list(dict.fromkeys([*against, *ours])), options.model)
     for name, why in left_out.items():
         print(f"{name} is left out: {why}", file=sys.stderr)
+    if not names:
+        return 1
     layouts = ["channels_last"] if options.batch == "max" else list(LAYOUTS)
     entries = [Entry(name, layout, options.model) for name in names for layout in layouts]
     train = not options.infer

@@ -111,8 +111,7 @@ def available(names: Sequence[str], network: str) -> tuple[list[str], dict[str, 
     usable, left_out = [], {}
     for name in names:
         try:
-            with torch.device("meta"):
-                COMPETITORS[name].build(architecture(network))
+            COMPETITORS[name].build(architecture(network))
             usable.append(name)
         except (ImportError, AttributeError, ValueError, TypeError, RuntimeError) as error:
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]

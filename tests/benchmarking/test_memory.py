@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+import densenet_fast
 from densenet_fast.benchmarking.largest import largest_batch
 from densenet_fast.benchmarking.memory import Job, Memory, measure
+from densenet_fast.benchmarking.networks import architecture
 
 MIB = 1 << 20
 JOB = Job("ours", "channels_last", "densenet_bc10", 64, 32, "fp32", True, "cpu", 1)
@@ -35,8 +38,13 @@ def test_a_step_needs_what_it_keeps_and_little_more():
     rows = 64 * 32 * 32 * 4
     kept = rows * sum((36 + 48, (36 // 2 + 12) / 4 + 12, (30 // 2 + 12) / 16 + 3))  # F and the bottleneck of each block
     assert kept < memory.added < 4 * kept
-    efficient = measure(Job("ours-me", *list(vars(JOB).values())[1:]))
-    assert efficient.added < memory.added
+    parameters = sum(p.numel() for p in densenet_fast.DenseNet(**architecture("densenet_bc10")).parameters())
+    assert 8 * parameters < memory.model < 9 * parameters  # with their gradients, and the buffers
+
+
+def test_the_plain_network_needs_more():
+    ours, plain = (measure(replace(JOB, competitor=name, network="densenet_bc40")) for name in ("ours", "reference"))
+    assert 0 < ours.added < 0.6 * plain.added
 
 
 def test_a_process_that_fails_says_why():
