@@ -11,9 +11,11 @@ LIBRARIES ?= timm==1.0.31 monai==1.6.1
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
+  CLANG_FORMAT := clang-format
   INSTALLED := installed-in-active-environment
 else
   RUN := $(VENV)/bin/python
+  CLANG_FORMAT := $(VENV)/bin/clang-format
   INSTALLED := $(VENV)/.installed
 endif
 
@@ -28,6 +30,7 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
 # The Triton backend on a GPU: its results, then its times. make gpu FLAGS=--dry-run walks the steps without one.
 gpu: $(INSTALLED)
