@@ -81,7 +81,7 @@ struct Transformed {
   const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
 };
 
-constexpr int64_t kForwardTiles = 28, kBackwardTiles = 84;
+constexpr int64_t kForwardTiles = 28, kBackwardTiles = 112;
 constexpr int64_t kSumDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
 // [k, B, 3, 3], its taps evenly spaced (contiguous or channels last), of the matrices' dtype or float32, which is
