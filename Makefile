@@ -44,7 +44,7 @@ sanitize: $(INSTALLED)
 	DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 		$(RUN) -m pytest tests/backends/test_kernels.py tests/backends/test_pool_kernels.py \
-		tests/backends/test_extension.py -k "cpu- or threads or arguments"
+		tests/backends/test_extension.py tests/ops/test_walk.py -k "cpu- or threads or arguments or walks"
 
 clean:
 	rm -rf $(or $(VENV),build) build runs *.egg-info
