@@ -350,8 +350,8 @@ def _check_unit(unit: BNReLUConv, x: Tensor, name: str, channels: int, kernel: i
     if unit.bias is not None:
         _check(tuple(unit.bias.shape) == expected[:1], RuntimeError, name, f"a bias {expected[:1]}", unit.bias.shape)
     for tensor in (weight, unit.bias):
-        if tensor is not None:
-            _check(tensor.device == x.device, RuntimeError, name, f"all tensors on {x.device}", tensor.device)
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name}: expected all tensors on {x.device}, got {tensor.device}")
     _check_norm(norm, x, name, channels)
 
 
@@ -359,8 +359,9 @@ def _check_norm(norm: BatchNorm, x: Tensor, name: str, channels: int) -> None:
     dtypes = (x.dtype, accumulation_dtype(x.dtype))
     for field in ("weight", "bias", "running_mean", "running_var"):
         vector = getattr(norm, field)
-        if vector is not None:
-            got = tuple(vector.shape)
-            _check(got == (channels,), RuntimeError, name, f"a normalisation {field} of {channels} channels", got)
-            _check(vector.dtype in dtypes, RuntimeError, name, f"a normalisation {field} of {dtypes[0]}", vector.dtype)
-            _check(vector.device == x.device, RuntimeError, name, f"all tensors on {x.device}", vector.device)
+        if vector is None or (vector.shape == (channels,) and vector.dtype in dtypes and vector.device == x.device):
+            continue  # what follows takes longer, and a block has hundreds
+        got = tuple(vector.shape)
+        _check(got == (channels,), RuntimeError, name, f"a normalisation {field} of {channels} channels", got)
+        _check(vector.dtype in dtypes, RuntimeError, name, f"a normalisation {field} of {dtypes[0]}", vector.dtype)
+        _check(False, RuntimeError, name, f"all tensors on {x.device}", vector.device)
