@@ -18,6 +18,17 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class Norm(NamedTuple):
+    """A normalisation: bn(x) = (x - mean) * s + bias with s = weight * r and r = rsqrt(var + eps), a value per column.
+    ``mean`` and ``var`` are of the accumulation dtype; no weight is one, no bias zero."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
 class ThroughStatistics(NamedTuple):
     """What completes the gradient of a matrix x [M, n] that was normalised by its batch: the gradients ``p`` and ``q``
     with respect to its ``mean`` and variance, [n] each, over ``count`` rows."""
