@@ -1,8 +1,8 @@
 """Metadata of densenet_fast, and the build of its extension.
 
 One shared library serves every Python and every torch from 2.11 on. Ninja builds it; without a compiler, ninja or torch
-the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds CUDA kernels too, for
-the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES; DENSENET_FAST_CUDA=0 leaves
+the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds CUDA kernels too,
+for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES; DENSENET_FAST_CUDA=0 leaves
 them out. Their runtime is linked in, so the library loads where there is no CUDA.
 """
 

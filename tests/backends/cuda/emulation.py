@@ -58,4 +58,6 @@ def environment(library: Path, order: str = "forward") -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    if find_nvcc() is None:
+        raise SystemExit("no emulated kernels: nvcc was not found")
     print(build(sanitize=bool(os.environ.get("SANITIZE"))))

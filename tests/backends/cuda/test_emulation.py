@@ -1,5 +1,6 @@
-"""Every kernel in CUDA C++, run on the CPU thread by thread: results, accesses, barriers, and independence of the threads'
-order. No GPU is needed; the headers of nvcc are."""
+"""Every kernel in CUDA C++, run on the CPU thread by thread: results, barriers, and independence of the threads' order.
+
+No GPU is needed; the headers of nvcc are."""
 
 import os
 import subprocess
@@ -60,7 +61,7 @@ int main() {
 
 
 def test_the_emulation_finds_what_it_is_for(tmp_path):
-    """Memory that nobody wrote is NaN, a barrier that some threads miss is an error, a missing barrier depends on order."""
+    """Memory nobody wrote is NaN, a barrier that some threads miss an error, and without one the order shows."""
     (tmp_path / "broken.cpp").write_text(BROKEN)
     program = tmp_path / "broken"
     include = ["-I", os.path.dirname(emulation.__file__)]

@@ -1,4 +1,4 @@
-"""The compiled library, as far as it can be judged without a GPU: every architecture, no spill, no stack, loads anywhere."""
+"""The compiled library, as far as it shows without a GPU: every architecture, no spill, no stack, loads anywhere."""
 
 import re
 import shutil
