@@ -1,7 +1,7 @@
 """``make gpu``: the backends for GPUs on one, results and then times, step by step, and one table at the end.
 
 python tests/gpu.py             every step on the GPU
-python tests/gpu.py --dry-run   the same steps without one: Triton's kernels interpreted, those in CUDA C++ emulated, times
+python tests/gpu.py --dry-run   the same without one: Triton's kernels interpreted, those in CUDA C++ emulated, times
                                 left out
 """
 
