@@ -24,7 +24,7 @@ TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
 
 LIBRARY = "_kernels.so"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
-KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi"
+KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized"
 CPU_SOURCES = (
     "dispatch",
     "elementwise",
@@ -33,6 +33,7 @@ CPU_SOURCES = (
     "bn_relu_pool_conv1x1",
     "bn_relu_maxpool",
     "bn_relu_global_avgpool",
+    "dense_block",
 )
 CPU_KERNELS = ("kernels", "pool_kernels")
 """Compiled once for each instruction set."""
@@ -199,6 +200,9 @@ setup(
         "test": [
             *TRAIN,
             "ninja",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "pytest>=8",
             "pytest-xdist",
             "ruff==0.17.6",

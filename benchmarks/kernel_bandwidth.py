@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import cuda_kernels as kernels
-from densenet_fast.backends.affine import Norm, ThroughStatistics
+from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
 from densenet_fast.table import table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,9 +44,8 @@ def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def normalisation(cols: int) -> Norm:
-    mean, weight, bias = torch.randn(3, cols)
-    return Norm(mean, torch.rand(cols) + 0.5, weight, bias, 1e-5)
+def affine_of(cols: int) -> Affine:
+    return Affine(*torch.randn(3, cols))
 
 
 def work(dtype: torch.dtype, dry: bool) -> Iterator[Work]:
@@ -55,9 +54,9 @@ def work(dtype: torch.dtype, dry: bool) -> Iterator[Work]:
         images, side = (1, 5) if dry else (images, side)
         buffer = torch.randn(images * side * side, width, dtype=dtype)
         yield Work("copy", name, partial(torch.empty_like(buffer).copy_, buffer), 2 * size(buffer))
-        own = torch.empty(width), torch.empty(width)
+        own = empty_statistics(buffer, width, 1e-5)
         yield Work("channel_statistics", name, partial(kernels.channel_statistics, buffer, own), size(buffer))
-        target, part = buffer[:, -new:], (own[0][:new], own[1][:new])
+        target, part = buffer[:, -new:], own.of(slice(new))
         rows = torch.randn(images, side, side, new, dtype=dtype).movedim(-1, 1)
         mask = torch.rand(images, new, side, side) > 0.2
         moved = 2 * size(rows)
@@ -73,17 +72,17 @@ def work(dtype: torch.dtype, dry: bool) -> Iterator[Work]:
             run = partial(kernels.finalise_gradient, grad, through, grad)
             yield Work("finalise_gradient", columns, run, 3 * size(x))
     images, side, cols = (1, 5, 64) if dry else STEM
-    x, norm, grid = torch.randn(images * side * side, cols, dtype=dtype), normalisation(cols), (images, side, side)
-    out, argmax = kernels.bn_relu_maxpool(x, norm, grid)
-    yield Work("bn_relu_maxpool", "stem", partial(kernels.bn_relu_maxpool, x, norm, grid), size(x, out, argmax))
-    run = partial(kernels.bn_relu_maxpool_backward, out, argmax, x, norm, grid)
+    x, affine, grid = torch.randn(images * side * side, cols, dtype=dtype), affine_of(cols), (images, side, side)
+    out, argmax = kernels.bn_relu_maxpool(x, affine, grid)
+    yield Work("bn_relu_maxpool", "stem", partial(kernels.bn_relu_maxpool, x, affine, grid), size(x, out, argmax))
+    run = partial(kernels.bn_relu_maxpool_backward, out, argmax, x, affine, grid)
     yield Work("bn_relu_maxpool_backward", "stem", run, size(out, argmax, x, x))
     images, side, cols = (1, 5, 64) if dry else HEAD
-    x, norm, grid = torch.randn(images * side * side, cols, dtype=dtype), normalisation(cols), (images, side, side)
-    mean = kernels.bn_relu_global_avgpool(x, norm, grid)
-    run = partial(kernels.bn_relu_global_avgpool, x, norm, grid)
+    x, affine, grid = torch.randn(images * side * side, cols, dtype=dtype), affine_of(cols), (images, side, side)
+    mean = kernels.bn_relu_global_avgpool(x, affine, grid)
+    run = partial(kernels.bn_relu_global_avgpool, x, affine, grid)
     yield Work("bn_relu_global_avgpool", "head", run, size(x, mean))
-    run = partial(kernels.bn_relu_global_avgpool_backward, mean, x, norm, grid)
+    run = partial(kernels.bn_relu_global_avgpool_backward, mean, x, affine, grid)
     yield Work("bn_relu_global_avgpool_backward", "head", run, size(mean, x, x))
 
 

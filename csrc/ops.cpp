@@ -4,11 +4,12 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_capability() -> str");
   m.def("cpu_huge_pages(Tensor x) -> ()");
-  m.def("cpu_statistics(Tensor x) -> (Tensor, Tensor)");
+  m.def("cpu_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var, Tensor(c!) rstd, float eps) -> ()");
   m.def("cpu_bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");
   m.def(
       "cpu_bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
-      "Tensor(a!) out, bool statistics) -> (Tensor, Tensor)");
+      "Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var, Tensor(d!)? out_rstd, float eps, "
+      "Tensor? then_mean, Tensor? then_scale, Tensor? then_shift) -> ()");
   m.def(
       "cpu_bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "Tensor(a!)? grad_x, bool need_weight, bool need_sums, Tensor? z, Tensor? z_mean, Tensor? p, Tensor? q, "
@@ -21,11 +22,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "int[] grid, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_bn_relu_conv3x3(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, int[] grid, "
+      "cpu_bn_relu_conv3x3(Tensor x, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, int[] grid, "
       "Tensor(a!) out) -> ()");
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
-      "int[] grid, Tensor(a!)? out, bool need_weight) -> (Tensor, Tensor)");
+      "int[] grid, Tensor(a!)? out, Tensor(b!)? grad_weight) -> Tensor");
   m.def(
       "cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> (Tensor, Tensor)");
   m.def(
@@ -36,4 +37,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) "
       "-> (Tensor, Tensor)");
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
+  m.def(
+      "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
+      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var) -> ()");
+  m.def(
+      "cpu_dense_block_backward(Tensor grad, Tensor features, Tensor[] bottlenecks, Tensor mean, Tensor var, float count, "
+      "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients) -> ()");
 }

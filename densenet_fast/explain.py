@@ -10,6 +10,8 @@ from densenet_fast.models import DenseNet, Features
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, fusion
 from densenet_fast.table import table
 
+PARTS = (DenseBlock, Transition, BNReLUConv1x1)
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -49,8 +51,9 @@ def explain(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report, heads = Report(), Report()
     for name, module in model.named_modules():
-        if isinstance(module, (DenseBlock, Transition, BNReLUConv1x1)):
-            report.append(_part(name, type(module).__name__, module, module.spatial_dims, module.obstacle()))
+        kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
+        if kind is not None:
+            report.append(_part(name, kind.__name__, module, module.spatial_dims, module.obstacle()))
         elif isinstance(module, Features) and "norm0" in module._modules:
             report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle()))
         elif isinstance(module, DenseNet):

@@ -20,6 +20,8 @@ class Features(nn.Sequential):
     """The convolutional part. Inside, feature maps are channels last; the result is so for a channels-last input alone,
     and contiguous for every other. ``norm0``, ``relu0`` and ``pool0``, the stem, run as one op."""
 
+    __prepare_scriptable__ = fusion.refuse_scripting
+
     def stem_obstacle(self) -> str | None:
         """Why ``norm0``, ``relu0`` and ``pool0`` cannot run as one op, or None."""
         names = list(self._modules)
@@ -80,6 +82,7 @@ class DenseNet(reference.DenseNet):
     block_type = DenseBlock
     transition_type = Transition
     features_type = Features
+    __prepare_scriptable__ = fusion.refuse_scripting
 
     def __init__(
         self,

@@ -97,11 +97,11 @@ class DenseLayer(nn.Module):
     def bottleneck(self) -> bool:
         return hasattr(self, "conv2")
 
-    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
-        """From [N, C, *spatial], whole or as a sequence to be concatenated, to [N, k, *spatial]."""
+    def forward(self, features: Tensor | list[Tensor]) -> Tensor:
+        """From [N, C, *spatial], whole or as a list to be concatenated, to [N, k, *spatial]."""
         x = features if isinstance(features, Tensor) else torch.cat(list(features), 1)
         x = self.conv1(self.relu1(self.norm1(x)))
-        if self.bottleneck:
+        if hasattr(self, "conv2"):  # torch.jit.script decides it from this alone
             x = self.conv2(self.relu2(self.norm2(x)))
         return dropout(x, self.drop_rate) if self.training else x
 

@@ -1,33 +1,36 @@
-// BN-ReLU-Conv1x1, forward and backward.
-#include "products.h"
+// The ops of BN-ReLU-Conv1x1.
+#include "bn_relu_conv1x1.h"
 
 namespace densenet_fast {
 namespace {
 
-// out = relu((x - mean) * scale + shift) @ weight^T + bias, with its statistics
-std::tuple<Tensor, Tensor> bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
-                                           std::optional<Tensor> bias, Tensor out, bool want_statistics) {
-  // [M, C], [C] each, [B, C], [B], [M, B]
-  return by_dtype(x, [&](auto zero) {
+// out = relu(y) @ weight^T + bias, with its statistics if they are given places; normalised by `then` and rectified if that
+// is given
+void bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias,
+                     Tensor out, std::optional<Tensor> out_mean, std::optional<Tensor> out_var,
+                     std::optional<Tensor> out_rstd, double eps, std::optional<Tensor> then_mean,
+                     std::optional<Tensor> then_scale, std::optional<Tensor> then_shift) {
+  // [M, C], [C] each, [B, C], [B], [M, B], [B] each
+  by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<const T> m(x, "x"), w(weight, "weight");
+    const Matrix<const T> m(x, "x");
+    const Weight<T> w(weight);
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
-    const Affine a = affine(mean, scale, shift, m.cols);
     const Matrix<T> z(out, "out");
     STD_TORCH_CHECK(z.rows == m.rows && z.cols == w.rows, "out: expected [M, B]");
-    advise_huge_pages(z);
-    const Tiles tiles = product_tiles(m.rows);
-    TileStatistics statistics(tiles, want_statistics ? w.rows : 0);
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, z, tiles, want_statistics ? &statistics : nullptr,
-                [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
-                  kernels_of<T>().bn_relu(m.row(row) + c, m.ld, rows, cols, a.from(c), values, ld);
-                });
-    return want_statistics ? statistics.combined(tiles, x) : std::tuple(nothing(x), nothing(x));
+    STD_TORCH_CHECK(out_mean.has_value() == out_var.has_value() && out_mean.has_value() == out_rstd.has_value(),
+                    "out_mean: expected with out_var and out_rstd");
+    std::optional<StatisticsOutput> statistics;
+    if (out_mean) statistics.emplace(*out_mean, *out_var, *out_rstd, eps, w.rows);
+    const std::optional<Affine> then = optional_affine(then_mean, then_scale, then_shift, w.rows);
+    conv1x1<T>(m, affine(mean, scale, shift, m.cols), w, bias ? vector(*bias, w.rows, "bias") : nullptr,
+               then ? &*then : nullptr, z, statistics ? &*statistics : nullptr);
   });
 }
 
 // With z, grad is first completed by what reaches z through its batch statistics (1).
-// D = (grad @ weight) * (y > 0):  grad_x = source + scale * D, by default grad_x's own values,  dW = grad^T @ relu(y),  sum D,  sum D * (x - mean)
+// D = (grad @ weight) * (y > 0):  grad_x = source + scale * D, by default grad_x's own values,  dW = grad^T @ relu(y),  sum D,
+// sum D * (x - mean)
 std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift,
                                                     Tensor weight, std::optional<Tensor> grad_x, bool need_weight,
                                                     bool need_sums, std::optional<Tensor> z,
@@ -37,7 +40,8 @@ std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tenso
   // [M, B], [M, C], [C] each, [B, C], [M, C], [M, B], [B] each, [M, C]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<const T> g(grad, "grad"), m(x, "x"), w(weight, "weight");
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Weight<T> w(weight);
     ProductGradient<T> gradient = {g, {}};
     if (z) {
       STD_TORCH_CHECK(z_mean && p && q, "z: expected with z_mean, p and q");
@@ -45,25 +49,20 @@ std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tenso
       gradient.finalise->check(g);
     }
     STD_TORCH_CHECK(g.rows == m.rows && g.cols == w.rows && w.cols == m.cols, "grad, x, weight: sizes do not match");
-    const Affine affine_x = affine(mean, scale, shift, m.cols);
     std::optional<Matrix<T>> total;
     std::optional<Matrix<const T>> before;
     if (grad_x) {
       total.emplace(*grad_x, "grad_x");
       STD_TORCH_CHECK(total->rows == m.rows && total->cols == m.cols, "grad_x: expected x's shape");
-      if (source) advise_huge_pages(*total);
       before.emplace(source ? *source : *grad_x, "source");
       STD_TORCH_CHECK(before->rows == m.rows && before->cols == m.cols, "source: expected x's shape");
     }
-    return multiply_backward<T>(
-        x, gradient, w, grad_x || need_sums, need_weight,
-        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,
-            float* sum_d, float* sum_dx) {
-          kernels_of<T>().mask_accumulate(grad_a, width, m.row(row) + c, m.ld, rows, cols, affine_x.from(c),
-                                          before ? before->row(row) + c : nullptr, before ? before->ld : 0,
-                                          total ? total->row(row) + c : nullptr, total ? total->ld : 0, a, width,
-                                          sum_d, sum_dx);
-        });
+    Tensor grad_weight = need_weight ? new_floats(x, {w.rows, w.cols}) : nothing(x);
+    Tensor sums = grad_x || need_sums ? new_floats(x, {2, w.cols}) : nothing(x);
+    conv1x1_backward<T>(gradient, m, affine(mean, scale, shift, m.cols), w, before ? &*before : nullptr,
+                        total ? &*total : nullptr, need_weight ? floats_of(grad_weight) : nullptr,
+                        grad_x || need_sums ? floats_of(sums) : nullptr);
+    return std::tuple(grad_weight, sums);
   });
 }
 

@@ -56,12 +56,13 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
   // [M, C], [C] each, [C', C], [C']
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<const T> m(x, "x"), w(weight, "weight");
+    const Matrix<const T> m(x, "x");
+    const Weight<T> w(weight);
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, Matrix<T>(out, "out"),
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"),
                 product_tiles(pooling.outputs), nullptr,
                 [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
                   const auto sources = pooling.sources(m, row, rows);
@@ -78,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
   // [M', C'], [M, C], [C] each, [C', C]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<const T> g(grad, "grad"), m(x, "x"), w(weight, "weight");
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Weight<T> w(weight);
     const Affine affine_x = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     STD_TORCH_CHECK(g.rows == pooling.outputs && g.cols == w.rows && w.cols == m.cols,
@@ -87,8 +89,10 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     const Matrix<T> result(scaled, "scaled");
     advise_huge_pages(result);
     if (pooling.drops_rows()) torch::stable::zero_(scaled);
-    auto [grad_weight, sums] = multiply_backward<T>(
-        x, {g, {}}, w, need_input, need_weight,
+    Tensor grad_weight = need_weight ? new_floats(x, {w.rows, w.cols}) : nothing(x);
+    Tensor sums = need_input ? new_floats(x, {2, w.cols}) : nothing(x);
+    multiply_backward<T>(
+        {g, {}}, w, need_weight ? floats_of(grad_weight) : nullptr, need_input ? floats_of(sums) : nullptr,
         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,
             float* sum_d, float* sum_dx) {
           const auto sources = pooling.sources(m, row, rows);

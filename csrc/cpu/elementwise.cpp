@@ -10,14 +10,10 @@ void huge_pages(Tensor x) {
 
 std::string capability() { return kernels().name; }
 
-std::tuple<Tensor, Tensor> statistics(Tensor x) {  // [M, C]
-  return by_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    const Matrix<const T> m(x, "x");
-    const Tiles tiles(m.rows, m.cols * sizeof(T));
-    TileStatistics result(tiles, m.cols);
-    tiles.each([&](int64_t tile, int64_t first, int64_t n) { result.add(tile, m.row(first), m.ld, n); });
-    return result.combined(tiles, x);
+void statistics(Tensor x, Tensor mean, Tensor var, Tensor rstd, double eps) {  // [M, C], [C] each
+  by_dtype(x, [&](auto zero) {
+    const Matrix<const decltype(zero)> m(x, "x");
+    column_statistics(m, {mean, var, rstd, eps, m.cols});
   });
 }
 

@@ -26,6 +26,12 @@ struct Operand {
   int64_t row, step;  // distance from row to row (unused for a panel, whose columns are adjacent) and from step to step
 };
 
+// Distances in elements between filters of neighbouring input channels (which a product sums over), of neighbouring output
+// channels, and between a filter's taps
+struct FilterStrides {
+  int64_t in, out, tap;
+};
+
 // The 16 values of each tile, [16, tiles, columns] from `position` to position and `row` to row in elements; if paired, bf16
 // of two tiles share a word
 template <typename T>
@@ -62,9 +68,9 @@ struct Kernels {
                        float* sum_d, float* sum_dx);
   // total += values, [count]
   void (*add)(const T* values, int64_t count, float* total);
-  // out = values + bias (unless null), [rows, cols]
-  void (*store_rows)(const float* values, int64_t values_ld, int64_t rows, int64_t cols, const float* bias, T* out,
-                     int64_t out_ld);
+  // out = values + bias (unless null), [rows, cols], then normalised and rectified (unless null)
+  void (*store_rows)(const float* values, int64_t values_ld, int64_t rows, int64_t cols, const float* bias,
+                     const Affine* then, T* out, int64_t out_ld);
   // the words of a panel [steps, width], or of rows whose steps are adjacent in memory, from values anywhere
   void (*pack)(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
                uint32_t* out);
@@ -72,15 +78,18 @@ struct Kernels {
   void (*product)(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld,
                   bool accumulate);
   // winograd.h
-  void (*winograd_weight)(const T* filters, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols,
-                          int64_t width, bool turned, uint32_t* out, int64_t position);
+  void (*winograd_weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
+                          uint32_t* out, int64_t position);
+  void (*winograd_weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
+                                 bool turned, uint32_t* out, int64_t position);
   void (*winograd_input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
                          TransformedTiles<T> out);
   void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);
   void (*winograd_output)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels);
   void (*winograd_input_gradient)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x,
                                   int64_t offset, Affine affine, T* const* out, float* sum_d, float* sum_dx);
-  void (*winograd_weight_gradient)(const float* u, int64_t position, int64_t cols, float* out);
+  void (*winograd_weight_gradient)(const float* u, int64_t position, int64_t cols, float* out, int64_t col_stride,
+                                   int64_t tap_stride);
 };
 
 struct KernelTable {

@@ -50,12 +50,19 @@ inline Floats add_product<bf16>(Floats sum, uint32_t a, WordLanes b) {
 #endif
 }
 
-// What is accumulated on is added last, so that rounding grows with the number of calls and not with all steps
-template <typename T, int ROWS, int VECTORS>
-void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool accumulate) {
-  Floats sum[ROWS][VECTORS] = {};
+// Every loop over the sums is unrolled, or they would live in memory. What is accumulated on is added last, so that rounding
+// grows with the number of calls and not with all steps.
+template <typename T, int ROWS, int VECTORS, bool ACCUMULATE>
+void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld) {
+  Floats sum[ROWS][VECTORS];
+#pragma GCC unroll 14
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = Floats{};
+  }
   for (int64_t k = 0; k < steps; ++k) {
     WordLanes columns[VECTORS];
+#pragma GCC unroll 2
     for (int j = 0; j < VECTORS; ++j) columns[j] = load_words(b.words + k * b.step + j * kLanes);
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; ++i) {
@@ -64,17 +71,22 @@ void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool acc
       for (int j = 0; j < VECTORS; ++j) sum[i][j] = add_product<T>(sum[i][j], row, columns[j]);
     }
   }
+#pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
     for (int j = 0; j < VECTORS; ++j) {
       float* to = out + i * ld + j * kLanes;
-      store<kLanes>(to, accumulate ? load<kLanes>(to) + sum[i][j] : sum[i][j]);
+      store<kLanes>(to, ACCUMULATE ? load<kLanes>(to) + sum[i][j] : sum[i][j]);
     }
   }
 }
 
 template <typename T, int ROWS, int VECTORS>
 inline void block_of(int64_t rows, Operand a, Operand b, int64_t steps, float* out, int64_t ld, bool accumulate) {
-  if (rows == ROWS) return block<T, ROWS, VECTORS>(a, b, steps, out, ld, accumulate);
+  if (rows == ROWS) {
+    return accumulate ? block<T, ROWS, VECTORS, true>(a, b, steps, out, ld)
+                      : block<T, ROWS, VECTORS, false>(a, b, steps, out, ld);
+  }
   if constexpr (ROWS > 1) block_of<T, ROWS - 1, VECTORS>(rows, a, b, steps, out, ld, accumulate);
 }
 
@@ -95,7 +107,7 @@ void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, fl
   }
 }
 
-// word(k, j) = values k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
+// word(k, j) = value k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
 template <typename T>
 void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
           uint32_t* out) {

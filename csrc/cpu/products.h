@@ -17,16 +17,51 @@ Tiles backward_tiles(int64_t rows) {
   return Tiles(rows, kTileRows * kPerWord<T>, 16);
 }
 
-// out = a @ weight^T + bias for weight [B, C], with the statistics of out unless null; normalise(row, rows, column, columns,
-// values, ld) writes that part of a
+// A weight [B, C] or [B, C, 1, ...] with adjacent columns, of the matrices' dtype or float32, which is rounded as it is packed
+template <typename T>
+struct Weight {
+  int64_t rows, cols, ld;
+  const T* own = nullptr;
+  const float* wide = nullptr;
+
+  explicit Weight(const Tensor& t) : rows(t.size(0)), cols(t.size(1)), ld(t.stride(0)) {
+    STD_TORCH_CHECK(t.numel() == rows * cols && (t.stride(1) == 1 || cols <= 1),
+                    "weight: expected [B, C] or [B, C, 1, ...] with adjacent columns");
+    if (t.scalar_type() == kDtype<T>) {
+      own = static_cast<const T*>(t.data_ptr());
+    } else {
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "weight: dtype unlike the others', and not float32");
+      wide = static_cast<const float*>(t.data_ptr());
+    }
+  }
+
+  // The panels whose columns are this one's rows, and the depth its columns; or, transposed, the other way round
+  void pack(const Panels& panels, bool transposed) const {
+    panels.each([&](int64_t p) {
+      const int64_t valid = panels.valid(p), first = 32 * p * (transposed ? 1 : ld);
+      const int64_t part_rows = transposed ? rows : valid, part_cols = transposed ? valid : cols;
+      const T* part = own ? own + first : nullptr;
+      int64_t part_ld = ld;
+      const auto rounded = scratch<T>(own ? 0 : part_rows * part_cols);
+      if (!own) {
+        kernels_of<T>().store_rows(wide + first, ld, part_rows, part_cols, nullptr, nullptr, rounded.get(), part_cols);
+        part = rounded.get();
+        part_ld = part_cols;
+      }
+      kernels_of<T>().pack(part, transposed ? part_ld : 1, transposed ? 1 : part_ld, transposed ? rows : cols, valid,
+                           panels.width(p), panels.panel(p));
+    });
+  }
+};
+
+// out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out unless
+// null; normalise(row, rows, column, columns, values, ld) writes that part of a
 template <typename T, typename Normalise>
-void multiply(const Matrix<const T>& weight, const float* bias, const Matrix<T>& out, const Tiles& tiles,
-              TileStatistics* statistics, Normalise normalise) {
+void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out,
+              const Tiles& tiles, TileStatistics* statistics, Normalise normalise) {
   const Kernels<T>& kernel = kernels_of<T>();
   const Panels weights(weight.rows, steps_of<T>(weight.cols));
-  weights.each([&](int64_t p) {
-    kernel.pack(weight.row(32 * p), 1, weight.ld, weight.cols, weights.valid(p), weights.width(p), weights.panel(p));
-  });
+  weight.pack(weights, false);
   tiles.run([&](int64_t chunk) {
     const int64_t a_words = std::min(weights.steps, kDepthSteps) + kSkew, a_ld = a_words * kPerWord<T>;
     const int64_t product_ld = weights.padded();
@@ -46,7 +81,7 @@ void multiply(const Matrix<const T>& weight, const float* bias, const Matrix<T>&
                          product_ld, step > 0);
         }
       }
-      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, out.row(first), out.ld);
+      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, then, out.row(first), out.ld);
       if (statistics) statistics->add(tile, out.row(first), out.ld, n);
     }
   });
@@ -59,22 +94,20 @@ struct ProductGradient {
   std::optional<Finalise<T>> finalise;
 };
 
-// The gradients of a and weight from that of the product, and the sums over the rows of what mask makes of the first:
-// mask(row, rows, column, columns, grad of a or null, a as a panel or null, width of both, sum_d, sum_dx)
+// The gradient of weight, float32 [B, C], from that of the product, and the sums over the rows [2, C] of what mask makes of
+// the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or null, a as a panel or null, width of both, sum_d, sum_dx)
 template <typename T, typename Mask>
-std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGradient<T>& gradient,
-                                             const Matrix<const T>& weight, bool need_a, bool need_weight, Mask mask) {
+void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weight, float* grad_weight, float* sums,
+                       Mask mask) {
   const Matrix<const T>& grad = gradient.stored;
   const Kernels<T>& kernel = kernels_of<T>();
   const int64_t depth = steps_of<T>(grad.cols);
   const Panels weights(weight.cols, depth);
-  weights.each([&](int64_t p) {
-    if (!need_a) return;
-    kernel.pack(weight.data + 32 * p, weight.ld, 1, weight.rows, weights.valid(p), weights.width(p), weights.panel(p));
-  });
+  const bool need_a = sums != nullptr, need_weight = grad_weight != nullptr;
+  if (need_a) weight.pack(weights, true);
   const Tiles tiles = backward_tiles<T>(grad.rows);
-  std::vector<std::vector<float>> grad_weight(tiles.chunks);
-  std::vector<ColumnSums> sums(tiles.chunks);
+  std::vector<Accumulator> weight_parts(tiles.chunks);
+  std::vector<ColumnSums> sums_parts(tiles.chunks);
   tiles.run([&](int64_t chunk) {
     constexpr bool paired = kPerWord<T> > 1;
     const int64_t rows = tiles.largest(), row_steps = steps_of<T>(rows), ld = (depth + kSkew) * kPerWord<T>;
@@ -85,8 +118,9 @@ std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGr
     const auto a = scratch<uint32_t>(row_steps * 32);
     const auto complete = scratch<T>(copied ? rows * ld : 0);
     const auto by_column = scratch<uint32_t>(paired ? row_steps * grad.cols : 0);  // grad as pairs along its rows
-    if (need_weight) grad_weight[chunk] = zeros(grad.cols * weights.padded());
-    sums[chunk].reset(weight.cols);
+    Accumulator& weight_part = weight_parts[chunk];
+    if (need_weight) weight_part.reset(grad.cols * weights.padded());
+    sums_parts[chunk].reset(weight.cols);
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
       const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
       if (n == 0) continue;
@@ -108,7 +142,7 @@ std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGr
         kernel.pack(tile_grad, tile_ld, 1, n, grad.cols, grad.cols, by_column.get());
         transposed = {by_column.get(), 1, grad.cols};
       }
-      sums[chunk].add([&](float* sum_d, float* sum_dx) {
+      sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
         for (int64_t p = 0; p < weights.count; ++p) {
           const int64_t c = 32 * p, width = weights.width(p);
           if (need_a) kernel.product(left, weights.operand(p), n, width, depth, grad_a.get(), width, false);
@@ -116,14 +150,16 @@ std::tuple<Tensor, Tensor> multiply_backward(const Tensor& like, const ProductGr
                sum_d + c, sum_dx + c);
           if (need_weight) {
             kernel.product(transposed, {a.get(), 0, width}, grad.cols, width, steps_of<T>(n),
-                           grad_weight[chunk].data() + c * grad.cols, width, true);
+                           weight_part.values.get() + c * grad.cols, width, weight_part.started);
           }
         }
       });
+      weight_part.started = true;
     }
+    if (need_weight) weight_part.finish();
   });
-  return {need_weight ? from_panels(grad_weight, weights, grad.cols, like) : nothing(like),
-          need_a ? total(sums, like) : nothing(like)};
+  if (need_weight) from_panels(weight_parts, weights, grad.cols, grad_weight);
+  if (need_a) total(sums_parts, sums);
 }
 
 }  // namespace densenet_fast

@@ -174,12 +174,14 @@ void add(const T* values, int64_t count, float* total) {
 
 // out = values + bias (unless null), [rows, cols]
 template <typename T>
-void store_rows(const float* values, int64_t values_ld, int64_t rows, int64_t cols, const float* bias, T* out,
-                int64_t out_ld) {
+void store_rows(const float* values, int64_t values_ld, int64_t rows, int64_t cols, const float* bias,
+                const Affine* then, T* out, int64_t out_ld) {
   for (int64_t r = 0; r < rows; ++r, values += values_ld, out += out_ld) {
     columns(cols, [&]<int N>(int64_t c) {
-      const floats<N> v = load<N>(values + c);
-      store<N>(out + c, bias ? v + load<N>(bias + c) : v);
+      floats<N> v = load<N>(values + c);
+      if (bias) v += load<N>(bias + c);
+      if (then) v = relu((v - load<N>(then->mean + c)) * load<N>(then->scale + c) + load<N>(then->shift + c));
+      store<N>(out + c, v);
     });
   }
 }

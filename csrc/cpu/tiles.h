@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -65,7 +66,12 @@ struct Matrix {
     data = static_cast<T*>(t.data_ptr());
   }
 
+  Matrix(T* data, int64_t rows, int64_t cols, int64_t ld) : data(data), rows(rows), cols(cols), ld(ld) {}
+
   T* row(int64_t r) const { return data + r * ld; }
+
+  Matrix columns(int64_t first, int64_t count) const { return {data + first, rows, count, ld}; }
+  Matrix<const T> readonly() const { return {data, rows, cols, ld}; }
 };
 
 inline const float* vector(const Tensor& t, int64_t size, const char* name) {
@@ -76,6 +82,13 @@ inline const float* vector(const Tensor& t, int64_t size, const char* name) {
 
 inline Affine affine(const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t cols) {
   return {vector(mean, cols, "mean"), vector(scale, cols, "scale"), vector(shift, cols, "shift")};
+}
+
+inline std::optional<Affine> optional_affine(const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& shift, int64_t cols) {
+  STD_TORCH_CHECK(mean.has_value() == scale.has_value() && mean.has_value() == shift.has_value(),
+                  "mean: expected with scale and shift");
+  return mean ? std::optional(affine(*mean, *scale, *shift, cols)) : std::nullopt;
 }
 
 template <typename T>
@@ -96,6 +109,14 @@ void advise_huge_pages(const Matrix<T>& m) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
+
+inline Tensor new_floats(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
+  return torch::stable::new_empty(like, size, ScalarType::Float);
+}
+
+inline Tensor nothing(const Tensor& like) { return new_floats(like, {0}); }
+
+inline float* floats_of(Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 inline std::vector<float> zeros(int64_t count) { return std::vector<float>(count, 0.0f); }
 
@@ -157,6 +178,36 @@ struct ColumnSums {
   }
 };
 
+// Where statistics go: mean, biased variance and rstd = 1 / sqrt(var + eps), [cols] each
+struct StatisticsOutput {
+  float *mean, *var, *rstd, eps;
+
+  StatisticsOutput(float* mean, float* var, float* rstd, float eps) : mean(mean), var(var), rstd(rstd), eps(eps) {}
+
+  StatisticsOutput(const Tensor& mean, const Tensor& var, const Tensor& rstd, double eps, int64_t cols)
+      : mean(output(mean, cols, "mean")), var(output(var, cols, "var")), rstd(output(rstd, cols, "rstd")), eps(eps) {}
+
+  static float* output(const Tensor& t, int64_t cols, const char* name) {
+    return const_cast<float*>(vector(t, cols, name));
+  }
+};
+
+// What one chunk sums over its tiles: the first one's values are stored, later ones' added
+struct Accumulator {
+  std::unique_ptr<float[], decltype(&std::free)> values = {nullptr, &std::free};
+  int64_t count = 0;
+  bool started = false;
+
+  void reset(int64_t size) {
+    count = size;
+    values = scratch<float>(size);
+  }
+
+  void finish() {
+    if (!started) std::fill_n(values.get(), count, 0.0f);
+  }
+};
+
 // Column statistics per tile, combined pairwise in the order of the tiles (Chan, Golub and LeVeque 1983)
 struct TileStatistics {
   int64_t cols;
@@ -170,27 +221,36 @@ struct TileStatistics {
     kernels_of<T>().statistics(x, ld, rows, cols, &means[tile * cols], &m2s[tile * cols]);
   }
 
-  std::tuple<Tensor, Tensor> combined(const Tiles& tiles, const Tensor& like) const {
-    Tensor mean = torch::stable::new_empty(like, {cols}, ScalarType::Float);
-    Tensor var = torch::stable::new_empty(like, {cols}, ScalarType::Float);
-    float* mean_data = static_cast<float*>(mean.data_ptr());
-    float* var_data = static_cast<float*>(var.data_ptr());
-    for (int64_t c = 0; c < cols; ++c) {
-      double count = 0, centre = 0, m2 = 0;
-      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-        const double n = tiles.begin(tile + 1) - tiles.begin(tile);
-        if (n == 0) continue;
-        const double delta = means[tile * cols + c] - centre, total = count + n;
-        m2 += m2s[tile * cols + c] + delta * delta * count * n / total;
-        centre += delta * n / total;
-        count = total;
+  void combine(const Tiles& tiles, const StatisticsOutput& out) const {
+    std::vector<double> centre(cols), m2(cols);
+    double count = 0;
+    for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+      const double n = tiles.begin(tile + 1) - tiles.begin(tile);
+      if (n == 0) continue;
+      const double share = n / (count + n), weight = count * share;
+      const float *tile_means = &means[tile * cols], *tile_m2s = &m2s[tile * cols];
+      for (int64_t c = 0; c < cols; ++c) {
+        const double delta = tile_means[c] - centre[c];
+        m2[c] += tile_m2s[c] + delta * delta * weight;
+        centre[c] += delta * share;
       }
-      mean_data[c] = centre;
-      var_data[c] = m2 / count;
+      count += n;
     }
-    return {mean, var};
+    for (int64_t c = 0; c < cols; ++c) {
+      out.mean[c] = centre[c];
+      out.var[c] = m2[c] / count;
+      out.rstd[c] = 1.0f / std::sqrt(out.var[c] + out.eps);
+    }
   }
 };
+
+template <typename T>
+void column_statistics(const Matrix<const T>& m, const StatisticsOutput& out) {
+  const Tiles tiles(m.rows, m.cols * sizeof(T));
+  TileStatistics result(tiles, m.cols);
+  tiles.each([&](int64_t tile, int64_t first, int64_t n) { result.add(tile, m.row(first), m.ld, n); });
+  result.combine(tiles, out);
+}
 
 constexpr int64_t kSkew = 16;  // words between rows of scratch, lest they fall into the same sets of the caches
 
@@ -244,14 +304,17 @@ struct Finalise {
   const float* mean;
   std::vector<float> constant, slope;
 
-  Finalise(const Tensor& x, const Tensor& mean, const Tensor& p, const Tensor& q, double count)
-      : x(x, "x"), mean(vector(mean, this->x.cols, "mean")), constant(this->x.cols), slope(this->x.cols) {
-    const float *by_mean = vector(p, this->x.cols, "p"), *by_variance = vector(q, this->x.cols, "q");
-    for (int64_t c = 0; c < this->x.cols; ++c) {
-      constant[c] = by_mean[c] / count;
-      slope[c] = 2 * by_variance[c] / count;
+  Finalise(const Matrix<const T>& x, const float* mean, const float* p, const float* q, double count)
+      : x(x), mean(mean), constant(x.cols), slope(x.cols) {
+    for (int64_t c = 0; c < x.cols; ++c) {
+      constant[c] = p[c] / count;
+      slope[c] = 2 * q[c] / count;
     }
   }
+
+  Finalise(const Tensor& x, const Tensor& mean, const Tensor& p, const Tensor& q, double count)
+      : Finalise(Matrix<const T>(x, "x"), vector(mean, x.size(1), "mean"), vector(p, x.size(1), "p"),
+                 vector(q, x.size(1), "q"), count) {}
 
   void check(const Matrix<const T>& grad) const {
     STD_TORCH_CHECK(grad.rows == x.rows && grad.cols == x.cols, "grad: expected x's shape");
@@ -263,40 +326,30 @@ struct Finalise {
   }
 };
 
-// Sums the chunks' accumulators in their order
-inline Tensor total(const std::vector<std::vector<float>>& parts, torch::headeronly::IntHeaderOnlyArrayRef size,
-             const Tensor& like) {
-  Tensor sum = torch::stable::new_empty(like, size, ScalarType::Float);
-  float* data = static_cast<float*>(sum.data_ptr());
-  std::copy(parts[0].begin(), parts[0].end(), data);
-  for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].data(), parts[i].size(), data);
-  return sum;
+// Sums the chunks' accumulators in their order: [2, cols]
+inline void total(const std::vector<ColumnSums>& parts, float* sums) {
+  std::copy(parts[0].sums.begin(), parts[0].sums.end(), sums);
+  for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].sums.data(), 2 * parts[i].cols, sums);
 }
 
-inline Tensor total(const std::vector<ColumnSums>& parts, const Tensor& like) {  // [2, cols]
-  std::vector<std::vector<float>> sums;
-  for (const ColumnSums& part : parts) sums.push_back(part.sums);
-  return total(sums, {2, parts[0].cols}, like);
+inline Tensor total(const std::vector<ColumnSums>& parts, const Tensor& like) {
+  Tensor sums = new_floats(like, {2, parts[0].cols});
+  total(parts, floats_of(sums));
+  return sums;
 }
 
 // Sums the chunks' products [panels, rows, width] in their order: [rows, cols]
-inline Tensor from_panels(const std::vector<std::vector<float>>& parts, const Panels& panels, int64_t rows,
-                          const Tensor& like) {
-  Tensor sum = torch::stable::new_empty(like, {rows, panels.cols}, ScalarType::Float);
-  float* data = static_cast<float*>(sum.data_ptr());
+inline void from_panels(const std::vector<Accumulator>& parts, const Panels& panels, int64_t rows, float* sums) {
   panels.each([&](int64_t p) {
     const int64_t width = panels.width(p), valid = panels.valid(p);
     for (int64_t r = 0; r < rows; ++r) {
-      float* out = data + r * panels.cols + 32 * p;
+      float* out = sums + r * panels.cols + 32 * p;
       const int64_t from = 32 * p * rows + r * width;
-      std::copy_n(parts[0].data() + from, valid, out);
-      for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].data() + from, valid, out);
+      std::copy_n(parts[0].values.get() + from, valid, out);
+      for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].values.get() + from, valid, out);
     }
   });
-  return sum;
 }
-
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
 
 template <typename F>
 auto by_dtype(const Tensor& x, F f) {

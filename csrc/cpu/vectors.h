@@ -3,7 +3,7 @@
 // set and might run on a processor without it.
 #pragma once
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -38,8 +38,15 @@ inline floats<N> load(const float* p) {
   return v;
 }
 
+// In intrinsics where GCC makes several instructions of the portable form
 template <int N>
 inline floats<N> load(const bf16* p) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (floats<N>)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(-1, bits), 16);
+  }
+#endif
   typename Lanes<N>::halves bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   const typename Lanes<N>::words wide = __builtin_convertvector(bits, typename Lanes<N>::words) << 16;
@@ -105,8 +112,15 @@ inline void store(uint8_t* p, ints<N> v) {
   __builtin_memcpy(p, &narrow, sizeof(narrow));
 }
 
+// NaN stays NaN: the maximum instruction returns its second operand there
 template <typename V>
 inline V relu(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_max_ps(_mm256_setzero_ps(), (__m256)v);
+#endif
   return v < 0 ? V{} : v;
 }
 

@@ -196,11 +196,11 @@ inline void filter_line(V g0, V g1, V g2, V* out, int stride) {
   out[3 * stride] = g2;
 }
 
-// word(position, k, j) of G g G^T for filters g, nine values each, `depth_stride` apart in depth and `col_stride` from column
-// to column; turned by 180 degrees if `turned`. Zero past the last filter and up to `width`, a multiple of 16.
-template <typename T>
-void winograd_weight(const T* filters, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols,
-                     int64_t width, bool turned, uint32_t* out, int64_t position) {
+// word(position, k, j) of G g G^T for filters g, turned by 180 degrees if `turned`. Zero past the last filter and up to
+// `width`, a multiple of 16.
+template <typename T, typename S>
+void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
+                     uint32_t* out, int64_t position) {
   constexpr int64_t per_word = 4 / sizeof(T);
   const int64_t steps = (depth + per_word - 1) / per_word;
   using V = floats<16>;
@@ -209,14 +209,18 @@ void winograd_weight(const T* filters, int64_t depth_stride, int64_t col_stride,
       V u[2][16];
       for (int64_t half = 0; half < per_word; ++half) {
         float taps[9][16] = {};
-        const T* first = filters + (k * per_word + half) * depth_stride + c * col_stride;
-        if (k * per_word + half < depth) {
+        const S* first = filters + (k * per_word + half) * strides.in + c * strides.out;
+        const bool inside = k * per_word + half < depth;
+        const bool adjacent = strides.out == 1 && c + 16 <= cols;
+        if (inside && !adjacent) {
           for (int64_t j = 0; j < 16 && c + j < cols; ++j) {
-            for (int i = 0; i < 9; ++i) taps[turned ? 8 - i : i][j] = load<1>(first + j * col_stride + i)[0];
+            for (int i = 0; i < 9; ++i) taps[turned ? 8 - i : i][j] = load<1>(first + j * strides.out + i * strides.tap)[0];
           }
         }
         V g[9], rows[12];
-        for (int i = 0; i < 9; ++i) g[i] = load<16>(taps[i]);
+        for (int i = 0; i < 9; ++i) {
+          g[i] = inside && adjacent ? load<16>(first + (turned ? 8 - i : i) * strides.tap) : load<16>(taps[i]);
+        }
         for (int j = 0; j < 3; ++j) filter_line(g[j], g[3 + j], g[6 + j], rows + j, 3);
         for (int i = 0; i < 4; ++i) filter_line(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], u[half] + 4 * i, 1);
       }
@@ -242,8 +246,9 @@ inline void filter_gradient_line(V u0, V u1, V u2, V u3, V* out, int stride) {
   out[2 * stride] = u3 + sum;
 }
 
-// dg = G^T u G for `cols` filters, nine adjacent values each, from u [16, cols] with rows `position` apart
-inline void winograd_weight_gradient(const float* u, int64_t position, int64_t cols, float* out) {
+// dg = G^T u G for `cols` filters from u [16, cols] with rows `position` apart
+inline void winograd_weight_gradient(const float* u, int64_t position, int64_t cols, float* out, int64_t col_stride,
+                                     int64_t tap_stride) {
   columns(cols, [&]<int N>(int64_t c) {
     floats<N> v[16], rows[12], g[9];
     for (int i = 0; i < 16; ++i) v[i] = load<N>(u + i * position + c);
@@ -251,8 +256,12 @@ inline void winograd_weight_gradient(const float* u, int64_t position, int64_t c
     for (int i = 0; i < 3; ++i) {
       filter_gradient_line(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3], g + 3 * i, 1);
     }
-    for (int j = 0; j < N; ++j) {
-      for (int i = 0; i < 9; ++i) out[9 * (c + j) + i] = g[i][j];
+    if (col_stride == 1) {
+      for (int i = 0; i < 9; ++i) store<N>(out + c + i * tap_stride, g[i]);
+    } else {
+      for (int j = 0; j < N; ++j) {
+        for (int i = 0; i < 9; ++i) out[(c + j) * col_stride + i * tap_stride] = g[i][j];
+      }
     }
   });
 }

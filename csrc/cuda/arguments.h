@@ -23,8 +23,8 @@ inline std::string shape(const Tensor& t) {
   return text + "]";
 }
 
-// What a launch has in common: the device and stream, the dtype of matrices and of vectors, and the widest access that every
-// address so far allows
+// What a launch has in common: the device and stream, the dtype of matrices and of vectors, and the widest access that
+// every address so far allows
 class Arguments {
  public:
   Arguments(const char* kernel, const Tensor& x, int64_t stream)
@@ -90,8 +90,8 @@ class Arguments {
   // [size] in accumulation dtype
   void* vector(const Tensor& t, const char* name, int64_t size) const {
     check_device(t, name);
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.is_contiguous() && t.scalar_type() == vector_dtype(), kernel_,
-                    ": ", name, ": expected ", size, " contiguous ",
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.is_contiguous() && t.scalar_type() == vector_dtype(),
+                    kernel_, ": ", name, ": expected ", size, " contiguous ",
                     type_ == Type::f64 ? "float64" : "float32", " values, got ", shape(t));
     return t.data_ptr();
   }
@@ -99,19 +99,8 @@ class Arguments {
     return t ? vector(*t, name, size) : nullptr;
   }
 
-  Norm norm(const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
-            const std::optional<Tensor>& bias, double eps, int64_t cols) const {
-    Norm norm{vector(mean, "mean", cols), vector(var, "var", cols), nullptr, nullptr, Type::f32, Type::f32, eps};
-    const auto parameter = [&](const Tensor& t, const char* name, Type& type) {
-      check_device(t, name);
-      STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == cols && t.is_contiguous(), kernel_, ": ", name, ": expected ", cols,
-                      " contiguous values, got ", shape(t));
-      type = type_of(t, name);
-      return t.data_ptr();
-    };
-    if (weight) norm.weight = parameter(*weight, "weight", norm.weight_type);
-    if (bias) norm.bias = parameter(*bias, "bias", norm.bias_type);
-    return norm;
+  Affine affine(const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t cols) const {
+    return {vector(mean, "mean", cols), vector(scale, "scale", cols), vector(shift, "shift", cols)};
   }
 
   Tensor new_matrix(int64_t rows, int64_t cols) const { return torch::stable::new_empty(like_, {rows, cols}); }

@@ -1,7 +1,8 @@
-// What the kernels share: a lane's adjacent columns, the normalisation folded, sums and moments of a block's lanes.
+// What the kernels share: a lane's adjacent columns, the affine of columns, sums and moments of a block's lanes.
 //
-// Lane (x, y) of a block owns `width` adjacent columns and reads rows y, y + Y, ... of the block's tile. Partial results are
-// combined in a fixed order: a lane's rows, the lanes of a block, the tiles. Same inputs, bitwise same results.
+// Lane (x, y) of a block owns `width` adjacent columns and reads rows y, y + Y, ... of the block's tile. Partial
+// results are combined in a fixed order: a lane's rows, the lanes of a block, the tiles. Same inputs, bitwise same
+// results.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -153,40 +154,24 @@ struct Place {
   __device__ int64_t stride() const { return static_cast<int64_t>(kUnroll) * lanes; }
 };
 
+// One column's affine: y = (x - mean) * scale + shift
 template <typename A>
-__device__ inline A parameter(const void* data, Type type, int64_t i) {
-  switch (type) {
-    case Type::f64:
-      return static_cast<A>(static_cast<const double*>(data)[i]);
-    case Type::f16:
-      return static_cast<A>(widen(static_cast<const f16*>(data)[i]));
-    case Type::bf16:
-      return static_cast<A>(widen(static_cast<const bf16*>(data)[i]));
-    default:
-      return static_cast<A>(static_cast<const float*>(data)[i]);
-  }
-}
+struct AffineColumn {
+  A mean, scale, shift;
 
-// One column's normalisation: y = (x - mean) * scale + shift
-template <typename A>
-struct Folded {
-  A mean, r, scale, shift;
-
-  __device__ Folded() {}
-  __device__ Folded(const Norm& norm, int64_t col) {
-    mean = static_cast<const A*>(norm.mean)[col];
-    r = rsqrt(static_cast<const A*>(norm.var)[col] + static_cast<A>(norm.eps));
-    scale = norm.weight == nullptr ? r : parameter<A>(norm.weight, norm.weight_type, col) * r;
-    shift = norm.bias == nullptr ? A(0) : parameter<A>(norm.bias, norm.bias_type, col);
-  }
+  __device__ A operator()(A x) const { return (x - mean) * scale + shift; }
 };
 
 // A lane's columns
 template <typename A, int V>
-__device__ inline void fold_columns(Folded<A> (&columns)[V], const Norm& norm, const Place& at) {
+__device__ inline void load_affine(AffineColumn<A> (&columns)[V], const Affine& affine, const Place& at) {
 #pragma unroll
   for (int i = 0; i < V; ++i)
-    if (i < at.valid) columns[i] = Folded<A>(norm, at.col + i);
+    if (i < at.valid) {
+      const int64_t col = at.col + i;
+      columns[i] = {static_cast<const A*>(affine.mean)[col], static_cast<const A*>(affine.scale)[col],
+                    static_cast<const A*>(affine.shift)[col]};
+    }
 }
 
 // relu as stock's: a NaN stays one
@@ -232,8 +217,8 @@ struct Pair {
   }
 };
 
-// Combines what the lanes of a block hold for their columns into those of lane y = 0, halving the lanes step by step; S is
-// Moments or Pair. `memory` has room for every thread's.
+// Combines what the lanes of a block hold for their columns into those of lane y = 0, halving the lanes step by step; S
+// is Moments or Pair. `memory` has room for every thread's.
 template <typename S, int V>
 __device__ inline void combine_lanes(S (&sums)[V], S* memory, int x, int y, int x_lanes, int y_lanes) {
   for (int n = y_lanes; n > 1;) {
@@ -252,8 +237,8 @@ __device__ inline void combine_lanes(S (&sums)[V], S* memory, int x, int y, int 
   }
 }
 
-// f(first, second) by the first lane of a block that combines, in order, what `tiles` tiles left for 8 columns; 32 lanes of
-// 8 columns, read(tile) returns S
+// f(first, second) by the first lane of a block that combines, in order, what `tiles` tiles left for 8 columns; 32
+// lanes of 8 columns, read(tile) returns S
 constexpr int kCombineColumns = 8, kCombineLanes = 32;
 
 template <typename S, typename Read>

@@ -1,8 +1,6 @@
-// The gradient of columns completed, and the vectors of a normalisation: folded, and led back through.
+// The gradient of columns completed, and the sums that tiles left, combined.
 //
 //   dF = G + (P + 2 * Q * (F - mu)) / M                                                                    (1)
-//   r = rsqrt(v + eps);   s = weight * r
-//   grad_bias = sum D;   grad_weight = r * sum D * (x - mu);   P -= s * sum D;   Q -= s * r^2 * sum D * (x - mu) / 2   (2)
 #include "columns.h"
 
 namespace densenet_fast::cuda {
@@ -46,30 +44,16 @@ __global__ __launch_bounds__(kThreads, 2) void finalise_kernel(const Finalise p)
 }
 
 template <typename A>
-__global__ __launch_bounds__(kThreads, 2) void fold_kernel(const Fold p) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (col >= p.cols) return;
-  const Folded<A> folded(p.norm, col);
-  static_cast<A*>(p.scale)[col] = folded.scale;
-  static_cast<A*>(p.shift)[col] = folded.shift;
-}
-
-template <typename A>
-__global__ __launch_bounds__(kThreads, 2) void collect_kernel(const Collect p) {
+__global__ __launch_bounds__(kThreads, 2) void combine_sums_kernel(const CombineSums p) {
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kCombineColumns + threadIdx.x;
+  const A* partials = static_cast<const A*>(p.partials) + col;
   const Pair<A> sums = combine_tiles<Pair<A>>(p.tiles, [&](int64_t t) {
     if (col >= p.cols) return Pair<A>();
-    const int64_t i = t * p.tile_stride + col;
-    return Pair<A>{static_cast<const A*>(p.sum_d)[i], static_cast<const A*>(p.sum_dx)[i]};
+    return Pair<A>{partials[2 * t * p.cols], partials[(2 * t + 1) * p.cols]};
   });
   if (threadIdx.y > 0 || col >= p.cols) return;
-  const Folded<A> folded(p.norm, col);
-  static_cast<A*>(p.grad_bias)[col] = sums.first;
-  static_cast<A*>(p.grad_weight)[col] = folded.r * sums.second;
-  if (p.p != nullptr) {
-    static_cast<A*>(p.p)[col] -= folded.scale * sums.first;
-    static_cast<A*>(p.q)[col] -= folded.scale * folded.r * folded.r * sums.second / 2;
-  }
+  static_cast<A*>(p.sum_d)[col] = sums.first;
+  static_cast<A*>(p.sum_dx)[col] = sums.second;
 }
 
 }  // namespace
@@ -80,16 +64,9 @@ const char* finalise(const Finalise& p, Type type, void* stream) {
   });
 }
 
-const char* fold(const Fold& p, Type type, void* stream) {
+const char* combine_sums(const CombineSums& p, Type type, void* stream) {
   return by_accumulation(type, [&]<typename A>(A) {
-    return launch(fold_kernel<A>, dim3(static_cast<unsigned>((p.cols + kThreads - 1) / kThreads)), dim3(kThreads), 0,
-                  stream, p);
-  });
-}
-
-const char* collect(const Collect& p, Type type, void* stream) {
-  return by_accumulation(type, [&]<typename A>(A) {
-    return launch(collect_kernel<A>, combining_blocks(p.cols), dim3(kCombineColumns, kCombineLanes),
+    return launch(combine_sums_kernel<A>, combining_blocks(p.cols), dim3(kCombineColumns, kCombineLanes),
                   kThreads * sizeof(Pair<A>), stream, p);
   });
 }

@@ -1,8 +1,9 @@
-// The kernels of the CUDA backend as plain functions on pointers: what is bound by bandwidth, not by a product. Each launches
-// on `stream`, a cudaStream_t of the current device, and returns what went wrong, or null. No torch and no CUDA in this file.
+// The kernels of the CUDA backend as plain functions on pointers: what is bound by bandwidth, not by a product. Each
+// launches on `stream`, a cudaStream_t of the current device, and returns what went wrong, or null. No torch and no
+// CUDA in this file.
 //
-// A matrix has one row per pixel and adjacent columns, `ld` elements from row to row. Statistics, sums and the vectors of a
-// normalisation are of the accumulation type: double for double, float for the rest.
+// A matrix has one row per pixel and adjacent columns, `ld` elements from row to row. Statistics, sums and an affine's
+// vectors are of the accumulation type: double for double, float for the rest.
 #pragma once
 
 #include <cstdint>
@@ -23,22 +24,20 @@ struct Strided {
   int64_t sizes[4], strides[4], column;
 };
 
-// y = (x - mean) * s + bias;   r = rsqrt(var + eps);   s = weight * r
-struct Norm {
-  const void *mean, *var;      // [cols]
-  const void *weight, *bias;   // [cols], or null
-  Type weight_type, bias_type;
-  double eps;
+// y = (x - mean) * scale + shift, [cols] each
+struct Affine {
+  const void *mean, *scale, *shift;
 };
 
-// Pixels of a batch of images, and the maxima over windows of 3 at distance 2, padded by 1. A missing dimension has size 1,
-// and positions in a window count from 0 along the given ones: `centre` is the place of its middle along the missing ones.
+// Pixels of a batch of images, and the maxima over windows of 3 at distance 2, padded by 1. A missing dimension has
+// size 1, and positions in a window count from 0 along the given ones: `centre` is the place of its middle along the
+// missing ones.
 struct Pooling {
   int sizes[3], pooled[3], centre;
 };
 
-// Rows divided into `tiles` of `tile_rows`, whose partial results are combined in the order of the tiles, and columns into
-// blocks of x lanes; y rows at a time. Depends on nothing but the shape.
+// Rows divided into `tiles` of `tile_rows`, whose partial results are combined in the order of the tiles, and columns
+// into blocks of x lanes; y rows at a time. Depends on nothing but the shape.
 struct Tiling {
   int64_t tiles, tile_rows;
   int x, y, column_blocks;
@@ -52,8 +51,8 @@ constexpr int kElementwiseBlocks = 4096;
 // For `width` adjacent columns a lane, in at most about `blocks` blocks
 Tiling tiling(int64_t rows, int64_t cols, int width, int64_t blocks);
 
-// out = source * (mask ? keep_scale : 0), and partials [tiles, 2, cols] = mean and centred second moment of each tile of what
-// was stored; without an out, of the source
+// out = source * (mask ? keep_scale : 0), and partials [tiles, 2, cols] = mean and centred second moment of each tile
+// of what was stored; without an out, of the source
 struct Append {
   Strided source;
   Strided mask;     // of bytes; without data, nothing is dropped
@@ -66,10 +65,11 @@ struct Append {
 };
 const char* append(const Append& p, Type type, void* stream);
 
-// mean and biased variance [cols] of all tiles
+// mean, biased variance and rstd = 1 / sqrt(var + eps) [cols] of all tiles
 struct CombineStatistics {
   const void* partials;
-  void *mean, *var;
+  void *mean, *var, *rstd;
+  double eps;
   int64_t rows, cols;
   Tiling tiling;
 };
@@ -86,31 +86,19 @@ struct Finalise {
 };
 const char* finalise(const Finalise& p, Type type, void* stream);
 
-// scale = s, shift = bias
-struct Fold {
-  Norm norm;
-  int64_t cols;
-  void *scale, *shift;  // [cols]
+// sum_d, sum_dx [cols] = the sums of all tiles
+struct CombineSums {
+  const void* partials;  // [tiles, 2, cols]
+  void *sum_d, *sum_dx;
+  int64_t tiles, cols;
 };
-const char* fold(const Fold& p, Type type, void* stream);
-
-// From (sum D, sum D * (x - mean)) of each tile: grad_bias = sum D; grad_weight = r * sum D * (x - mean);
-// p -= s * sum D; q -= s * r^2 * sum D * (x - mean) / 2
-struct Collect {
-  const void *sum_d, *sum_dx;     // [tiles, cols]
-  int64_t tiles, tile_stride;     // elements from tile to tile
-  int64_t cols;
-  Norm norm;
-  void *p, *q;                    // [cols], or null
-  void *grad_weight, *grad_bias;  // [cols]
-};
-const char* collect(const Collect& p, Type type, void* stream);
+const char* combine_sums(const CombineSums& p, Type type, void* stream);
 
 // out = maxima of relu(y), argmax = their positions in their windows, both contiguous
 struct MaxPool {
   Matrix x, out;
   uint8_t* argmax;
-  Norm norm;
+  Affine affine;
   Pooling pooling;
   Tiling tiling;
   int width;
@@ -118,11 +106,11 @@ struct MaxPool {
 const char* bn_relu_maxpool(const MaxPool& p, Type type, void* stream);
 
 // D = (sum of the gradients of the outputs that a pixel is the maximum of, or its image's gradient / pixels) * (y > 0):
-// out = s * D, partials [tiles, 2, cols] = sum D, sum D * (x - mean)
+// out = scale * D, partials [tiles, 2, cols] = sum D, sum D * (x - mean)
 struct PoolBackward {
   Matrix grad, x, out;
   const uint8_t* argmax;  // or null, for the mean over an image
-  Norm norm;
+  Affine affine;
   Pooling pooling;
   int64_t pixels;
   void* partials;
@@ -134,7 +122,7 @@ const char* bn_relu_pool_backward(const PoolBackward& p, Type type, void* stream
 // out = means of relu(y) over the pixels of each image
 struct AveragePool {
   Matrix x, out;
-  Norm norm;
+  Affine affine;
   int64_t pixels;
   Tiling tiling;
   int width;

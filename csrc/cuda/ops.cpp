@@ -1,5 +1,5 @@
-// The ops of the CUDA backend: schemas, and from tensors to launches. `stream` is the address of a cudaStream_t of x's device,
-// passed in because a CPU-only torch has no function to ask for the current one.
+// The ops of the CUDA backend: schemas, and from tensors to launches. `stream` is the address of a cudaStream_t of x's
+// device, passed in because a CPU-only torch has no function to ask for the current one.
 #include <algorithm>
 #include <tuple>
 
@@ -14,13 +14,14 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// out [M, k] = source [N, k, *spatial] * (mask ? keep_scale : 0), and mean and var [k] of what was stored; without an out,
-// of the source
+// out [M, k] = source [N, k, *spatial] * (mask ? keep_scale : 0), and mean, var and rstd [k] of what was stored;
+// without an out, of the source
 void append_features(Tensor source, Optional mask, double keep_scale, Optional out, Optional mean, Optional var,
-                     int64_t stream) {
+                     Optional rstd, double eps, int64_t stream) {
   Arguments arguments("append_features", source, stream);
   const int64_t cols = source.size(1), rows = source.numel() / cols;
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "append_features: mean and var: expected both or neither");
+  STD_TORCH_CHECK(mean.has_value() == var.has_value() && mean.has_value() == rstd.has_value(),
+                  "append_features: mean, var and rstd: expected all or none");
   Append p{};
   p.source = arguments.strided(source, "source", source.scalar_type(), source.size(1) == 1 || source.stride(1) == 1);
   p.transposed = p.source.column != 1;
@@ -32,7 +33,8 @@ void append_features(Tensor source, Optional mask, double keep_scale, Optional o
   }
   p.keep_scale = keep_scale;
   p.out = out ? arguments.matrix(*out, "out", rows, cols) : Matrix{nullptr, rows, cols, 0};
-  CombineStatistics combine{nullptr, arguments.vector(mean, "mean", cols), arguments.vector(var, "var", cols), rows, cols};
+  CombineStatistics combine{nullptr, arguments.vector(mean, "mean", cols), arguments.vector(var, "var", cols),
+                            arguments.vector(rstd, "rstd", cols), eps, rows, cols};
   p.width = arguments.width();
   combine.tiling = p.tiling = tiling(rows, cols, p.width, mean ? kReductionBlocks : kElementwiseBlocks);
   if (!mean) return arguments.launched(append(p, arguments.type(), arguments.stream()));
@@ -54,7 +56,8 @@ void finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p_, Tensor q, 
   p.p = arguments.vector(p_, "p", p.x.cols);
   p.q = arguments.vector(q, "q", p.x.cols);
   if (count) {
-    STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Double && count->is_cuda() == x.is_cuda(),
+    STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Double &&
+                        count->is_cuda() == x.is_cuda(),
                     "finalise_gradient: count: expected one float64 value on x's device, got ", shape(*count));
     p.count_tensor = static_cast<const double*>(count->data_ptr());
   }
@@ -62,40 +65,6 @@ void finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p_, Tensor q, 
   p.width = arguments.width();
   p.tiling = tiling(p.x.rows, p.x.cols, p.width, kElementwiseBlocks);
   arguments.launched(finalise(p, arguments.type(), arguments.stream()));
-}
-
-// scale = weight * rsqrt(var + eps), shift = bias, [C] each
-std::tuple<Tensor, Tensor> fold_norm(Tensor mean, Tensor var, Optional weight, Optional bias, double eps,
-                                     int64_t stream) {
-  Arguments arguments("fold", mean, stream);
-  const int64_t cols = mean.numel();
-  Tensor scale = arguments.new_vector(cols), shift = arguments.new_vector(cols);
-  const Fold p{arguments.norm(mean, var, weight, bias, eps, cols), cols, scale.data_ptr(), shift.data_ptr()};
-  arguments.launched(fold(p, arguments.type(), arguments.stream()));
-  return {scale, shift};
-}
-
-// (grad_weight, grad_bias), [cols] each, from what tiles left in `sums`; adds to p and q
-std::tuple<Tensor, Tensor> collect_tiles(const Arguments& arguments, Collect sums, const Norm& norm, const Optional& p,
-                                         const Optional& q) {
-  STD_TORCH_CHECK(p.has_value() == q.has_value(), "p and q: expected both or neither");
-  Tensor grad_weight = arguments.new_vector(sums.cols), grad_bias = arguments.new_vector(sums.cols);
-  sums.norm = norm;
-  sums.p = arguments.vector(p, "p", sums.cols);
-  sums.q = arguments.vector(q, "q", sums.cols);
-  sums.grad_weight = grad_weight.data_ptr();
-  sums.grad_bias = grad_bias.data_ptr();
-  arguments.launched(collect(sums, arguments.type(), arguments.stream()));
-  return {grad_weight, grad_bias};
-}
-
-// From (sum D, sum D * (x - mean)), [C] each, to (grad_weight, grad_bias); adds to p and q [C]
-std::tuple<Tensor, Tensor> collect_sums(Tensor sum_d, Tensor sum_dx, Tensor mean, Tensor var, Optional weight,
-                                        Optional bias, double eps, Optional p, Optional q, int64_t stream) {
-  const Arguments arguments("collect", mean, stream);
-  const int64_t cols = mean.numel();
-  const Collect sums{arguments.vector(sum_d, "sum_d", cols), arguments.vector(sum_dx, "sum_dx", cols), 1, 0, cols};
-  return collect_tiles(arguments, sums, arguments.norm(mean, var, weight, bias, eps, cols), p, q);
 }
 
 Pooling pooling(const std::vector<int64_t>& grid, int64_t rows) {
@@ -121,12 +90,12 @@ int64_t pooled_rows(const Pooling& p, int64_t images) {
 }
 
 // Maxima of relu(y) and their positions in their windows, [M', C] each, of x [M, C]
-std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor var, Optional weight, Optional bias,
-                                            double eps, std::vector<int64_t> grid, int64_t stream) {
+std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift,
+                                            std::vector<int64_t> grid, int64_t stream) {
   Arguments arguments("bn_relu_maxpool", x, stream);
   MaxPool p{};
   p.x = arguments.matrix(x, "x");
-  p.norm = arguments.norm(mean, var, weight, bias, eps, p.x.cols);
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
   p.pooling = pooling(grid, p.x.rows);
   const int64_t rows = pooled_rows(p.pooling, grid[0]);
   Tensor out = arguments.new_matrix(rows, p.x.cols);
@@ -139,36 +108,34 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor var, O
   return {out, argmax};
 }
 
-// (s * D [M, C], grad_weight [C], grad_bias [C]); adds to p and q
-std::tuple<Tensor, Tensor, Tensor> pool_backward(Arguments& arguments, PoolBackward p, const Optional& by_mean,
-                                                 const Optional& by_variance) {
+// scale * D [M, C], sum D and sum D * (x - mean), [C] each
+std::tuple<Tensor, Tensor, Tensor> pool_backward(Arguments& arguments, PoolBackward p) {
   Tensor out = arguments.new_matrix(p.x.rows, p.x.cols);
+  Tensor sum_d = arguments.new_vector(p.x.cols), sum_dx = arguments.new_vector(p.x.cols);
   p.out = arguments.matrix(out, "out");
   p.width = arguments.width();
   p.tiling = tiling(p.x.rows, p.x.cols, p.width, kReductionBlocks);
   const Tensor partials = arguments.partials(p.tiling, p.x.cols);
   p.partials = partials.data_ptr();
   arguments.launched(bn_relu_pool_backward(p, arguments.type(), arguments.stream()));
-  const int64_t vector_bytes = p.x.cols * (arguments.type() == Type::f64 ? 8 : 4);
-  const Collect sums{p.partials, static_cast<char*>(p.partials) + vector_bytes, p.tiling.tiles, 2 * p.x.cols, p.x.cols};
-  auto [grad_weight, grad_bias] = collect_tiles(arguments, sums, p.norm, by_mean, by_variance);
-  return {out, grad_weight, grad_bias};
+  const CombineSums combine{p.partials, sum_d.data_ptr(), sum_dx.data_ptr(), p.tiling.tiles, p.x.cols};
+  arguments.launched(combine_sums(combine, arguments.type(), arguments.stream()));
+  return {out, sum_d, sum_dx};
 }
 
 // From grad and argmax [M', C]
 std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean,
-                                                            Tensor var, Optional weight, Optional bias, double eps,
-                                                            std::vector<int64_t> grid, Optional p_, Optional q,
+                                                            Tensor scale, Tensor shift, std::vector<int64_t> grid,
                                                             int64_t stream) {
   Arguments arguments("bn_relu_maxpool_backward", x, stream);
   PoolBackward p{};
   p.x = arguments.matrix(x, "x");
-  p.norm = arguments.norm(mean, var, weight, bias, eps, p.x.cols);
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
   p.pooling = pooling(grid, p.x.rows);
   const int64_t rows = pooled_rows(p.pooling, grid[0]);
   p.grad = arguments.matrix(grad, "grad", rows, p.x.cols);
   p.argmax = arguments.bytes(argmax, "argmax", rows, p.x.cols);
-  return pool_backward(arguments, p, p_, q);
+  return pool_backward(arguments, p);
 }
 
 int64_t pixels_of(const Tensor& x, int64_t images) {
@@ -178,13 +145,12 @@ int64_t pixels_of(const Tensor& x, int64_t images) {
 }
 
 // Means of relu(y) over each image's pixels, [N, C], of x [M, C]
-Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor var, Optional weight, Optional bias, double eps,
-                               int64_t images, int64_t stream) {
+Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift, int64_t images, int64_t stream) {
   Arguments arguments("bn_relu_global_avgpool", x, stream);
   AveragePool p{};
   p.x = arguments.matrix(x, "x");
   p.pixels = pixels_of(x, images);
-  p.norm = arguments.norm(mean, var, weight, bias, eps, p.x.cols);
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
   Tensor out = arguments.new_matrix(images, p.x.cols);
   p.out = arguments.matrix(out, "out");
   p.width = arguments.width();
@@ -196,49 +162,42 @@ Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor var, Optional weigh
 }
 
 // From grad [N, C]
-std::tuple<Tensor, Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor var,
-                                                                   Optional weight, Optional bias, double eps,
-                                                                   int64_t images, Optional p_, Optional q,
-                                                                   int64_t stream) {
+std::tuple<Tensor, Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale,
+                                                                   Tensor shift, int64_t images, int64_t stream) {
   Arguments arguments("bn_relu_global_avgpool_backward", x, stream);
   PoolBackward p{};
   p.x = arguments.matrix(x, "x");
   p.pixels = pixels_of(x, images);
-  p.norm = arguments.norm(mean, var, weight, bias, eps, p.x.cols);
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
   p.grad = arguments.matrix(grad, "grad", images, p.x.cols);
-  return pool_backward(arguments, p, p_, q);
+  return pool_backward(arguments, p);
 }
 
 }  // namespace
 }  // namespace densenet_fast::cuda
 
-#define NORM "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps"
-#define PQ "Tensor(a!)? p, Tensor(b!)? q"
+#define AFFINE "Tensor mean, Tensor scale, Tensor shift"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cuda_append_features(Tensor source, Tensor? mask, float keep_scale, Tensor(a!)? out, Tensor(b!)? mean, "
-      "Tensor(c!)? var, int stream) -> ()");
+      "Tensor(c!)? var, Tensor(d!)? rstd, float eps, int stream) -> ()");
   m.def(
       "cuda_finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, Tensor? count, float rows, "
       "Tensor(a!) out, int stream) -> ()");
-  m.def("cuda_fold(" NORM ", int stream) -> (Tensor, Tensor)");
-  m.def("cuda_collect(Tensor sum_d, Tensor sum_dx, " NORM ", " PQ ", int stream) -> (Tensor, Tensor)");
-  m.def("cuda_bn_relu_maxpool(Tensor x, " NORM ", int[] grid, int stream) -> (Tensor, Tensor)");
+  m.def("cuda_bn_relu_maxpool(Tensor x, " AFFINE ", int[] grid, int stream) -> (Tensor, Tensor)");
   m.def(
-      "cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " NORM ", int[] grid, " PQ
-      ", int stream) -> (Tensor, Tensor, Tensor)");
-  m.def("cuda_bn_relu_global_avgpool(Tensor x, " NORM ", int images, int stream) -> Tensor");
+      "cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE
+      ", int[] grid, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_relu_global_avgpool(Tensor x, " AFFINE ", int images, int stream) -> Tensor");
   m.def(
-      "cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " NORM ", int images, " PQ
-      ", int stream) -> (Tensor, Tensor, Tensor)");
+      "cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " AFFINE
+      ", int images, int stream) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {
   m.impl("cuda_append_features", TORCH_BOX(&densenet_fast::cuda::append_features));
   m.impl("cuda_finalise_gradient", TORCH_BOX(&densenet_fast::cuda::finalise_gradient));
-  m.impl("cuda_fold", TORCH_BOX(&densenet_fast::cuda::fold_norm));
-  m.impl("cuda_collect", TORCH_BOX(&densenet_fast::cuda::collect_sums));
   m.impl("cuda_bn_relu_maxpool", TORCH_BOX(&densenet_fast::cuda::bn_relu_maxpool_));
   m.impl("cuda_bn_relu_maxpool_backward", TORCH_BOX(&densenet_fast::cuda::bn_relu_maxpool_backward));
   m.impl("cuda_bn_relu_global_avgpool", TORCH_BOX(&densenet_fast::cuda::bn_relu_global_avgpool_));

@@ -1,6 +1,7 @@
-// The stem, BN-ReLU and the maximum over windows of 3, and the head, BN-ReLU and the mean over an image; forward and backward.
+// The stem, BN-ReLU and the maximum over windows of 3, and the head, BN-ReLU and the mean over an image; forward and
+// backward.
 //
-//   y = (x - mean) * s + bias;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
+//   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
 #include "columns.h"
 
 namespace densenet_fast::cuda {
@@ -32,8 +33,8 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxP
   using A = Accumulated<T>;
   const Place at(p.tiling, p.out.rows, p.out.cols, V);
   if (at.valid <= 0) return;
-  Folded<A> norm[V];
-  fold_columns(norm, p.norm, at);
+  AffineColumn<A> affine[V];
+  load_affine(affine, p.affine, at);
   const int(&sizes)[3] = p.pooling.sizes;
   for (int64_t r = at.first + at.y; r < at.last; r += at.lanes) {
     const Coordinates o(p.pooling.pooled, r);
@@ -60,7 +61,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxP
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             if (i >= at.valid) continue;
-            const A y = relu((widen(x[c].values[i]) - norm[i].mean) * norm[i].scale + norm[i].shift);
+            const A y = relu(affine[i](widen(x[c].values[i])));
             if (y > best[i] || y != y) {
               best[i] = y;
               position.values[i] = static_cast<unsigned char>(9 * a + 3 * b + c - p.pooling.centre);
@@ -101,8 +102,8 @@ template <typename T, int V, bool MAXIMUM>
 __global__ __launch_bounds__(kThreads, 2) void bn_relu_pool_backward_kernel(const PoolBackward p) {
   using A = Accumulated<T>;
   const Place at(p.tiling, p.x.rows, p.x.cols, V);
-  Folded<A> norm[V];
-  fold_columns(norm, p.norm, at);
+  AffineColumn<A> affine[V];
+  load_affine(affine, p.affine, at);
   Pair<A> sums[V];
   for (int64_t r = at.first + at.y; r < at.last && at.valid > 0; r += at.lanes) {
     Pack<T, V> x;
@@ -120,11 +121,11 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_pool_backward_kernel(cons
     Pack<T, V> out;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const A centred = widen(x.values[i]) - norm[i].mean;
-      const A d = centred * norm[i].scale + norm[i].shift <= 0 ? A(0) : grad[i];
+      const A value = widen(x.values[i]);
+      const A d = affine[i](value) <= 0 ? A(0) : grad[i];
       sums[i].first += d;
-      sums[i].second += d * centred;
-      out.values[i] = narrow<T>(norm[i].scale * d);
+      sums[i].second += d * (value - affine[i].mean);
+      out.values[i] = narrow<T>(affine[i].scale * d);
     }
     out.store(row<T>(p.out, r, at.col), at.valid);
   }
@@ -151,8 +152,8 @@ template <typename T, int V>
 __global__ __launch_bounds__(kThreads, 2) void bn_relu_global_avgpool_kernel(const AveragePool p) {
   using A = Accumulated<T>;
   const Place at(p.tiling, p.x.rows, p.x.cols, V);
-  Folded<A> norm[V];
-  fold_columns(norm, p.norm, at);
+  AffineColumn<A> affine[V];
+  load_affine(affine, p.affine, at);
   Sum<A> sums[V];
   for (int64_t r = at.first + at.y; r < at.last && at.valid > 0; r += at.stride()) {
     const int n = at.rows_from(r);
@@ -164,7 +165,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_global_avgpool_kernel(con
     for (int j = 0; j < kUnroll; ++j)
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        if (j < n) sums[i].value += relu((widen(x[j].values[i]) - norm[i].mean) * norm[i].scale + norm[i].shift);
+        if (j < n) sums[i].value += relu(affine[i](widen(x[j].values[i])));
   }
   combine_lanes(sums, static_cast<Sum<A>*>(shared_memory()), at.x, at.y, p.tiling.x, p.tiling.y);
   if (at.y > 0 || at.valid <= 0) return;

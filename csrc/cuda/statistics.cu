@@ -1,6 +1,7 @@
 // New features into columns of a wider matrix, and the statistics of columns, from one read.
 //
-//   F[:, C:C+k] = source * (mask ? keep_scale : 0);   mu, v = mean and biased variance of what was stored
+//   F[:, C:C+k] = source * (mask ? keep_scale : 0)
+//   mu, v, r = mean, biased variance and 1 / sqrt(v + eps) of what was stored
 //
 // A lane's rows enter by Welford's update, lanes and tiles by Chan, Golub and LeVeque's; never E[x^2] - E[x]^2.
 #include "columns.h"
@@ -98,7 +99,9 @@ __global__ __launch_bounds__(kThreads, 2) void combine_statistics_kernel(const C
   });
   if (threadIdx.y > 0 || col >= p.cols) return;
   static_cast<A*>(p.mean)[col] = total.mean;
-  static_cast<A*>(p.var)[col] = total.m2 / total.count;
+  const A var = total.m2 / total.count;
+  static_cast<A*>(p.var)[col] = var;
+  static_cast<A*>(p.rstd)[col] = 1 / sqrt(var + static_cast<A>(p.eps));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The vectors with which a kernel normalises its input, and those that lead the gradient back through them."""
+"""The vectors between kernels: statistics, what normalises by them, what leads the gradient back through them."""
 
 from typing import NamedTuple
 
@@ -18,15 +18,18 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
-class Norm(NamedTuple):
-    """A normalisation: bn(x) = (x - mean) * s + bias with s = weight * r and r = rsqrt(var + eps), a value per column.
-    ``mean`` and ``var`` are of the accumulation dtype; no weight is one, no bias zero."""
+class Statistics(NamedTuple):
+    """Where a kernel writes the statistics of what it stored, [columns] each, adjacent, in the accumulation dtype:
+    mean, biased variance and rstd = rsqrt(var + eps)."""
 
     mean: Tensor
     var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    rstd: Tensor
     eps: float
+
+    def of(self, columns: slice) -> "Statistics":
+        """The part for a range of columns."""
+        return Statistics(self.mean[columns], self.var[columns], self.rstd[columns], self.eps)
 
 
 class ThroughStatistics(NamedTuple):
@@ -38,6 +41,12 @@ class ThroughStatistics(NamedTuple):
     p: Tensor
     q: Tensor
     count: Tensor | int
+
+
+def empty_statistics(like: Tensor, columns: int, eps: float) -> Statistics:
+    """Uninitialised ones, for values of the dtype and on the device of ``like``."""
+    dtype = accumulation_dtype(like.dtype)
+    return Statistics(*(like.new_empty(columns, dtype=dtype) for _ in range(3)), eps)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

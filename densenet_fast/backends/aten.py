@@ -2,18 +2,18 @@
 
 A feature map is a matrix: one row per pixel (M = N * prod(spatial) rows), one column per channel. Matrices may be
 column ranges of a wider buffer: any row stride, columns adjacent. ``grid`` is (N, *spatial), with 1, 2 or 3 spatial
-dimensions. Statistics are a pair (mean, biased variance) of what was stored, each [columns], in the accumulation dtype.
+dimensions. Where statistics are asked for, they are of what was stored, after rounding.
 """
 
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool, max_unpool, pool, unpool
 
 name = "aten"
 
-Statistics = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
 
 
 def unavailable() -> str | None:
@@ -31,8 +31,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def channel_statistics(x: Tensor) -> Statistics:
-    """Mean and biased variance of each column of x [M, C].
+def channel_statistics(x: Tensor, out: Statistics) -> None:
+    """The statistics of the columns of x [M, C].
 
     The corrected two-pass formula (Chan, Golub and LeVeque 1983): the mean of the residuals, zero but for rounding,
     corrects both results.
@@ -41,25 +41,35 @@ def channel_statistics(x: Tensor) -> Statistics:
     mean = x.mean(0)
     residual = x - mean
     correction = residual.mean(0)
-    variance = residual.square_().mean(0) - correction.square()
-    return mean + correction, variance.clamp_(min=0)
+    torch.add(mean, correction, out=out.mean)
+    torch.sub(residual.square_().mean(0), correction.square(), out=out.var).clamp_(min=0)
+    torch.add(out.var, out.eps, out=out.rstd).rsqrt_()
 
 
-def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | None:
+def append_features(new: Tensor, out: Tensor, statistics: Statistics | None) -> None:
     """out [M, k] = new [N, k, *spatial], of any strides; with the statistics of out if asked for."""
     rows = new.movedim(1, -1)
     out.view(rows.shape).copy_(rows)
-    return channel_statistics(out) if statistics else None
+    if statistics is not None:
+        channel_statistics(out, statistics)
 
 
 def bn_relu_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, out: Tensor, statistics: bool
-) -> Statistics | None:
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    statistics: Statistics | None,
+    then: Affine | None = None,
+) -> None:
     """out [M, B] = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with its statistics if asked
-    for."""
+    for. With ``then``, for which no statistics are kept, what is stored is relu(then(out))."""
     a = _bn_relu(x, affine)
-    out.copy_(a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t()))
-    return channel_statistics(out) if statistics else None
+    z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    out.copy_(z if then is None else _bn_relu(z, then))
+    if statistics is not None:
+        channel_statistics(out, statistics)
 
 
 def bn_relu_conv1x1_backward(
@@ -72,7 +82,7 @@ def bn_relu_conv1x1_backward(
     need_sums: bool,
     through: ThroughStatistics | None = None,
     source: Tensor | None = None,
-) -> tuple[Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Sums | None]:
     """From grad [M, B], first completed by ``through``, with D = (grad @ weight) * (bn(x) > 0):
 
     grad_x [M, C] = source + scale * D (unless None; without a source, += in place), dW = grad^T @ relu(bn(x)), and the
@@ -91,24 +101,25 @@ def bn_relu_conv1x1_backward(
 
 def bn_relu_conv3x3(
     x: Tensor,
-    affine: Affine,
+    affine: Affine | None,
     weight: Tensor,
     bias: Tensor | None,
     grid: tuple[int, ...],
     out: Tensor,
     mask: Tensor | None,
     keep_scale: float,
-    statistics: bool,
-) -> Statistics | None:
-    """out [M, k] = conv(relu(bn(x)), weight, padding=1) + bias for x [M, B], weight [k, B, 3, ...].
+    statistics: Statistics | None,
+) -> None:
+    """out [M, k] = conv(relu(bn(x)), weight, padding=1) + bias for x [M, B], weight [k, B, 3, ...]; without an affine,
+    x is rectified already.
 
-    With a dropout mask [N, k, *spatial], the result is multiplied by mask * keep_scale. Returns out's statistics if
+    With a dropout mask [N, k, *spatial], the result is multiplied by mask * keep_scale. With the statistics of out if
     asked for.
     """
-    y = convolve(_bn_relu(x, affine), weight, bias, grid)
+    y = convolve(x if affine is None else _bn_relu(x, affine), weight, bias, grid)
     if mask is not None:
         y = y * mask * keep_scale
-    return append_features(y, out, statistics)
+    append_features(y, out, statistics)
 
 
 def bn_relu_conv3x3_backward(
@@ -119,7 +130,7 @@ def bn_relu_conv3x3_backward(
     grid: tuple[int, ...],
     out: Tensor | None,
     need_weight: bool,
-) -> tuple[Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Sums | None]:
     """From grad [M, k] with D = conv_input_grad(grad, weight) * (bn(x) > 0):
 
     out [M, B] = scale * D (unless None), dW, and with out the column sums (sum D, sum D * (x - mean)), each [B].
@@ -162,7 +173,7 @@ def bn_relu_pool_conv1x1_backward(
     grid: tuple[int, ...],
     need_input: bool,
     need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     """From grad [M', C'] with D = unpool(grad @ weight) * (bn(x) > 0):
 
     scale * D [M, C], dW, and the column sums (sum D, sum D * (x - mean)), each [C]. A row or column that the pooling
@@ -184,7 +195,7 @@ def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[T
 
 def bn_relu_maxpool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Sums]:
     """From grad [M', C] with D = unpool(grad) * (bn(x) > 0), where a maximum's gradient goes to its position:
 
     scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C].
@@ -199,7 +210,7 @@ def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> 
 
 def bn_relu_global_avgpool_backward(
     grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Sums]:
     """From grad [N, C] with D = (grad / pixels of an image) * (bn(x) > 0):
 
     scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C].
@@ -216,7 +227,7 @@ def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
     return _normalise(x, affine).relu_().to(x.dtype)
 
 
-def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Statistics]:
+def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Sums]:
     """scale * D in x's dtype with D = grad * (bn(x) > 0), and the column sums (sum D, sum D * (x - mean)). Where bn(x)
     is NaN, D = grad, as in stock's ReLU."""
     d = grad.to(affine.mean.dtype) * ~(_normalise(x, affine) <= 0)

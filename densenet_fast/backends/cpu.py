@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
-from densenet_fast.backends.affine import Affine, ThroughStatistics
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
 name = "cpu"
 
-Statistics = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
 
 kernels = torch.ops.densenet_fast
 
@@ -34,23 +34,36 @@ def describe() -> str:
     return f"C++, {kernels.cpu_capability()}"
 
 
-def channel_statistics(x: Tensor) -> Statistics:
-    return kernels.cpu_statistics(x)
+def channel_statistics(x: Tensor, out: Statistics) -> None:
+    kernels.cpu_statistics(x, *out)
 
 
-def append_features(new: Tensor, out: Tensor, statistics: bool) -> Statistics | None:
+def append_features(new: Tensor, out: Tensor, statistics: Statistics | None) -> None:
     rows = new.movedim(1, -1)
     kernels.cpu_huge_pages(out)
     out.view(rows.shape).copy_(rows)
-    return kernels.cpu_statistics(out) if statistics else None
+    if statistics is not None:
+        kernels.cpu_statistics(out, *statistics)
 
 
 def bn_relu_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, out: Tensor, statistics: bool
-) -> Statistics | None:
-    bias = None if bias is None else bias.float()
-    mean, var = kernels.cpu_bn_relu_conv1x1(x, *affine, weight.contiguous(), bias, out, statistics)
-    return (mean, var) if statistics else None
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    statistics: Statistics | None,
+    then: Affine | None = None,
+) -> None:
+    kernels.cpu_bn_relu_conv1x1(
+        x,
+        *affine,
+        weight.contiguous(),
+        _float(bias),
+        out,
+        *(statistics or (None, None, None, 0.0)),
+        *(then or (None, None, None)),
+    )
 
 
 def bn_relu_conv1x1_backward(
@@ -63,7 +76,7 @@ def bn_relu_conv1x1_backward(
     need_sums: bool,
     through: ThroughStatistics | None = None,
     source: Tensor | None = None,
-) -> tuple[Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Sums | None]:
     completion = (None, None, None, None, 1.0) if through is None else (*through[:4], float(through.count))
     grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(
         grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums, *completion, source
@@ -74,25 +87,25 @@ def bn_relu_conv1x1_backward(
 
 def bn_relu_conv3x3(
     x: Tensor,
-    affine: Affine,
+    affine: Affine | None,
     weight: Tensor,
     bias: Tensor | None,
     grid: tuple[int, ...],
     out: Tensor,
     mask: Tensor | None,
     keep_scale: float,
-    statistics: bool,
-) -> Statistics | None:
+    statistics: Statistics | None,
+) -> None:
     if not minimal_filtering(grid):
-        y = convolve(kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
+        y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
         if mask is not None:
             y = y.mul_(mask).mul_(keep_scale)
         return append_features(y, out, statistics)
-    bias = None if bias is None else bias.float()
-    kernels.cpu_bn_relu_conv3x3(x, *affine, weight.contiguous(), bias, grid, out)
+    kernels.cpu_bn_relu_conv3x3(x, *(affine or (None, None, None)), _evenly_spaced(weight), _float(bias), grid, out)
     if mask is not None:
         out.mul_(to_matrix(mask)).mul_(keep_scale)
-    return kernels.cpu_statistics(out) if statistics else None
+    if statistics is not None:
+        kernels.cpu_statistics(out, *statistics)
 
 
 def bn_relu_conv3x3_backward(
@@ -103,10 +116,11 @@ def bn_relu_conv3x3_backward(
     grid: tuple[int, ...],
     out: Tensor | None,
     need_weight: bool,
-) -> tuple[Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Sums | None]:
     if minimal_filtering(grid):
-        weight = weight.contiguous()
-        grad_weight, sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine, weight, grid, out, need_weight)
+        weight = _evenly_spaced(weight)
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine, weight, grid, out, grad_weight)
     else:
         a = kernels.cpu_bn_relu(x, *affine)
         input_gradient, grad_weight = convolve_backward(grad, a, weight, grid, out is not None, need_weight)
@@ -120,6 +134,58 @@ def minimal_filtering(grid: tuple[int, ...]) -> bool:
     return len(grid) == 3 and min(grid[1:]) >= 2
 
 
+def walks(grid: tuple[int, ...]) -> bool:
+    """Whether :func:`dense_block` and its backward pass take blocks on this grid."""
+    return minimal_filtering(grid)
+
+
+def dense_block(
+    features: Tensor,
+    in_channels: int,
+    tensors: list[Tensor],
+    eps: list[float],
+    grid: tuple[int, ...],
+    bottlenecks: list[Tensor],
+    statistics: Statistics,
+) -> None:
+    """The whole block: fills columns ``in_channels``... of features [M, C_total], whose first ones and their statistics
+    are there, the packed statistics, and each layer's bottleneck [M, B] where there are any to fill.
+
+    Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
+    the convolutions' weights so too or in the features' dtype.
+    """
+    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, statistics.mean, statistics.var)
+
+
+def dense_block_backward(
+    grad: Tensor,
+    features: Tensor,
+    bottlenecks: list[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    grid: tuple[int, ...],
+    grad_x: Tensor,
+    gradients: list[Tensor],
+) -> None:
+    """The backward pass of that, from grad [M, C_total]: fills grad_x [M, C0] and the gradients of the stages' weights,
+    biases and convolutions, float32, in the places of ``tensors``. Without bottlenecks it recomputes them."""
+    kernels.cpu_dense_block_backward(
+        grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid, grad_x, gradients
+    )
+
+
+def _evenly_spaced(weight: Tensor) -> Tensor:
+    """[k, B, 3, 3] with the nine taps at one distance: contiguous or channels last."""
+    return weight if weight.stride(2) == 3 * weight.stride(3) else weight.contiguous()
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float()
+
+
 def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
     kernels.cpu_finalise(grad, *through[:4], float(through.count), out)
     return out
@@ -128,13 +194,12 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
 def bn_relu_pool_conv1x1(
     x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
 ) -> Tensor:
-    bias = None if bias is None else bias.float()
-    return kernels.cpu_bn_relu_pool_conv1x1(x, *affine, weight.contiguous(), bias, grid)
+    return kernels.cpu_bn_relu_pool_conv1x1(x, *affine, weight.contiguous(), _float(bias), grid)
 
 
 def bn_relu_pool_conv1x1_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     scaled, grad_weight, sums = kernels.cpu_bn_relu_pool_conv1x1_backward(
         grad, x, *affine, weight.contiguous(), grid, need_input, need_weight
     )
@@ -148,7 +213,7 @@ def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[T
 
 def bn_relu_maxpool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Sums]:
     scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *affine, grid)
     return scaled, (sums[0], sums[1])
 
@@ -159,6 +224,6 @@ def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> 
 
 def bn_relu_global_avgpool_backward(
     grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Sums]:
     scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *affine)
     return scaled, (sums[0], sums[1])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
-from densenet_fast.backends.affine import Affine, Norm, ThroughStatistics
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
 
-Pair = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MINIMUM_CAPABILITY = (7, 5)
@@ -25,7 +25,7 @@ kernels = torch.ops.densenet_fast
 
 def emulated() -> bool:
     """Whether the loaded library runs the kernels on CPU tensors."""
-    return _built() and torch._C._dispatch_has_kernel_for_dispatch_key("densenet_fast::cuda_fold", "CPU")
+    return _built() and torch._C._dispatch_has_kernel_for_dispatch_key("densenet_fast::cuda_append_features", "CPU")
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def serve(x: Tensor) -> bool:
 
 
 def _built() -> bool:
-    return extension.unavailable() is None and hasattr(kernels, "cuda_fold")
+    return extension.unavailable() is None and hasattr(kernels, "cuda_append_features")
 
 
 @functools.cache
@@ -77,63 +77,46 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def fold(norm: Norm) -> Affine:
-    """The vectors that normalise, in one launch."""
-    norm = _contiguous(norm)
-    return Affine(norm.mean, *kernels.cuda_fold(*norm, _stream(norm.mean)))
-
-
-def collect(sums: Pair, norm: Norm, p: Tensor | None, q: Tensor | None) -> Pair:
-    """From (sum D, sum D * (x - mean)) the gradients of the normalisation's weight and bias, and what reaches its mean
-    and variance added to p and q if given, in one launch."""
-    return kernels.cuda_collect(*sums, *_contiguous(norm), p, q, _stream(norm.mean))
-
-
-def channel_statistics(x: Tensor, statistics: Pair) -> None:
-    kernels.cuda_append_features(_adjacent(x), None, 1.0, None, *statistics, _stream(x))
+def channel_statistics(x: Tensor, out: Statistics) -> None:
+    kernels.cuda_append_features(_adjacent(x), None, 1.0, None, *out, _stream(x))
 
 
 def append_features(
-    new: Tensor, out: Tensor, statistics: Pair | None, mask: Tensor | None = None, keep_scale: float = 1.0
+    new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
-    kernels.cuda_append_features(new, mask, keep_scale, out, *(statistics or (None, None)), _stream(out))
+    """``aten``'s, and with a dropout mask [N, k, *spatial], of any strides, new * mask * keep_scale."""
+    vectors = statistics or (None, None, None, 0.0)
+    kernels.cuda_append_features(new, mask, keep_scale, out, *vectors, _stream(out))
 
 
 def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
-    x, mean, p, q, count = through
+    *given, count = through
     count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
-    vectors = (mean.contiguous(), p.contiguous(), q.contiguous())
-    kernels.cuda_finalise_gradient(_adjacent(grad), x, *vectors, count, rows, out, _stream(x))
+    kernels.cuda_finalise_gradient(_adjacent(grad), *given, count, rows, out, _stream(out))
     return out
 
 
-def bn_relu_maxpool(x: Tensor, norm: Norm, grid: tuple[int, ...]) -> Pair:
-    return kernels.cuda_bn_relu_maxpool(x, *_contiguous(norm), grid, _stream(x))
+def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, _stream(x))
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, norm: Norm, grid: tuple[int, ...], collect_into: Pair | None = None
-) -> tuple[Tensor, Pair]:
-    arguments = (_adjacent(grad), argmax, x, *_contiguous(norm), grid, *(collect_into or (None, None)))
-    scaled, *gradients = kernels.cuda_bn_relu_maxpool_backward(*arguments, _stream(x))
-    return scaled, tuple(gradients)
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Sums]:
+    scaled, *sums = kernels.cuda_bn_relu_maxpool_backward(_adjacent(grad), argmax, x, *affine, grid, _stream(x))
+    return scaled, tuple(sums)
 
 
-def bn_relu_global_avgpool(x: Tensor, norm: Norm, grid: tuple[int, ...]) -> Tensor:
-    return kernels.cuda_bn_relu_global_avgpool(x, *_contiguous(norm), grid[0], _stream(x))
+def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+    return kernels.cuda_bn_relu_global_avgpool(x, *affine, grid[0], _stream(x))
 
 
 def bn_relu_global_avgpool_backward(
-    grad: Tensor, x: Tensor, norm: Norm, grid: tuple[int, ...], collect_into: Pair | None = None
-) -> tuple[Tensor, Pair]:
-    arguments = (_adjacent(grad), x, *_contiguous(norm), grid[0], *(collect_into or (None, None)))
-    scaled, *gradients = kernels.cuda_bn_relu_global_avgpool_backward(*arguments, _stream(x))
-    return scaled, tuple(gradients)
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Sums]:
+    scaled, *sums = kernels.cuda_bn_relu_global_avgpool_backward(_adjacent(grad), x, *affine, grid[0], _stream(x))
+    return scaled, tuple(sums)
 
 
 def _adjacent(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
-def _contiguous(norm: Norm) -> Norm:
-    return Norm(*(v.contiguous() if isinstance(v, Tensor) else v for v in norm))

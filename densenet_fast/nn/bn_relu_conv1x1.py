@@ -18,6 +18,8 @@ class BNReLUConv1x1(nn.Sequential):
     Input [N, C, *spatial], output [N, C', *spatial], channels last in memory when it ran fused.
     """
 
+    __prepare_scriptable__ = fusion.refuse_scripting
+
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False, spatial_dims: int = 2) -> None:
         super().__init__()
         self.norm = reference.BATCH_NORMS[spatial_dims](in_channels)
@@ -49,6 +51,8 @@ class Transition(reference.Transition):
 
     Input [N, C, *spatial], output [N, C', *spatial // 2], channels last in memory when it ran fused.
     """
+
+    __prepare_scriptable__ = fusion.refuse_scripting
 
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2

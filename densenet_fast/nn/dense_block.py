@@ -15,6 +15,8 @@ class DenseLayer(reference.DenseLayer):
     See :class:`densenet_fast.reference.DenseLayer` for the arguments.
     """
 
+    __prepare_scriptable__ = fusion.refuse_scripting
+
     def stages(self) -> list[tuple[str, str, str, int]]:
         """Its BN-ReLU-convolutions: names of the norm, the ReLU and the convolution, and the kernel size."""
         if self.bottleneck:
@@ -46,6 +48,7 @@ class DenseBlock(reference.DenseBlock):
     """
 
     layer_type = DenseLayer
+    __prepare_scriptable__ = fusion.refuse_scripting
 
     def __init__(
         self,

@@ -153,6 +153,20 @@ def call_obstacle(x: Any, dims: int) -> str | None:
     return None
 
 
+def refuse_scripting(module: nn.Module) -> nn.Module:
+    """A module's ``__prepare_scriptable__``, which ``torch.jit.script`` calls first.
+
+    Raises:
+        NotImplementedError: always, and says what to use instead.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script: expected a module of densenet_fast.reference, got {type(module).__module__}."
+        f"{type(module).__name__}, whose fused ops have no TorchScript; load its state_dict() into the reference "
+        "network and script that, or use torch.export.export(model, args), torch.onnx.export(model, args, dynamo=True) "
+        "or torch.jit.trace(model, args)"
+    )
+
+
 def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
     """The tensors of the children ``norm`` and ``conv`` of ``module`` as the functional ops take them."""
     convolve = getattr(module, conv)

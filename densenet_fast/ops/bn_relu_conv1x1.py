@@ -28,18 +28,16 @@ def bn_relu_conv1x1(x: Tensor, tensors: list[Tensor], eps: float, pool: bool, gr
     normalised together, None for this process's alone.
     """
     given = Input(x, tensors, eps)
-    weight, bias = given.stage.convolution(x.dtype)
-    weight = weight.flatten(1)
-    mean, var, count = given.statistics(group)
-    affine, _ = given.stage.fold(mean, var)
-    grid = given.grid
+    weight, bias = given.convolution()
+    own, grid = given.statistics(group), given.grid
+    affine = given.affine(own)
     if pool:
         out = given.backend.bn_relu_pool_conv1x1(given.matrix, affine, weight, bias, grid)
         grid = (grid[0], *(size // 2 for size in grid[1:]))
     else:
         out = given.matrix.new_empty(given.matrix.shape[0], weight.shape[0])
-        given.backend.bn_relu_conv1x1(given.matrix, affine, weight, bias, out, statistics=False)
-    return as_output(to_image(out, grid)), mean, var, count
+        given.backend.bn_relu_conv1x1(given.matrix, affine, weight, bias, out, None)
+    return as_output(to_image(out, grid)), own.mean, own.var, given.count(group)
 
 
 @bn_relu_conv1x1.register_fake
@@ -66,9 +64,9 @@ def bn_relu_conv1x1_backward(
     given = Input(x, tensors, eps)
     gradients = StageGradients(given.stage, needs[1:])
     grad_out = to_matrix(grad)
-    weight, _ = given.stage.convolution(x.dtype)
-    weight = weight.flatten(1)
-    affine, _ = given.stage.fold(mean, var)
+    weight, _ = given.convolution()
+    own = given.saved(mean, var)
+    affine = given.affine(own)
     need_d = needs[0] or gradients.needs_norm
     if pool:
         grad_x, grad_weight, sums = given.backend.bn_relu_pool_conv1x1_backward(
@@ -80,7 +78,7 @@ def bn_relu_conv1x1_backward(
             grad_out, given.matrix, affine, weight, grad_x, gradients.needs_conv_weight, need_d
         )
     gradients.convolution(grad_weight, grad_out)
-    return given.gradients(grad_x if needs[0] else None, sums, gradients, (mean, var, count), group)
+    return given.gradients(grad_x if needs[0] else None, sums, gradients, own, count, group)
 
 
 @bn_relu_conv1x1_backward.register_fake

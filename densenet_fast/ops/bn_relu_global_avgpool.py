@@ -27,9 +27,9 @@ def bn_relu_global_avgpool(x: Tensor, tensors: list[Tensor], eps: float, group: 
     ``group`` names the process group whose batches are normalised together, None for this process's alone.
     """
     given = Input(x, tensors, eps)
-    mean, var, count = given.statistics(group)
-    affine, _ = given.stage.fold(mean, var)
-    return given.backend.bn_relu_global_avgpool(given.matrix, affine, given.grid), mean, var, count
+    own = given.statistics(group)
+    out = given.backend.bn_relu_global_avgpool(given.matrix, given.affine(own), given.grid)
+    return out, own.mean, own.var, given.count(group)
 
 
 @bn_relu_global_avgpool.register_fake
@@ -52,10 +52,11 @@ def bn_relu_global_avgpool_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the packed tensors, empty where ``needs`` (x's, then one per tensor) says so."""
     given = Input(x, tensors, eps)
-    affine, _ = given.stage.fold(mean, var)
+    own = given.saved(mean, var)
+    affine = given.affine(own)
     scaled, sums = given.backend.bn_relu_global_avgpool_backward(to_matrix(grad), given.matrix, affine, given.grid)
     gradients = StageGradients(given.stage, needs[1:])
-    return given.gradients(scaled if needs[0] else None, sums, gradients, (mean, var, count), group)
+    return given.gradients(scaled if needs[0] else None, sums, gradients, own, count, group)
 
 
 @bn_relu_global_avgpool_backward.register_fake

@@ -32,10 +32,15 @@ def bn_relu_maxpool(x: Tensor, tensors: list[Tensor], eps: float, group: str | N
     normalised together, None for this process's alone.
     """
     given = Input(x, tensors, eps)
-    mean, var, count = given.statistics(group)
-    affine, _ = given.stage.fold(mean, var)
-    out, argmax = given.backend.bn_relu_maxpool(given.matrix, affine, given.grid)
-    return as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:])))), argmax, mean, var, count
+    own = given.statistics(group)
+    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine(own), given.grid)
+    return (
+        as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:])))),
+        argmax,
+        own.mean,
+        own.var,
+        given.count(group),
+    )
 
 
 @bn_relu_maxpool.register_fake
@@ -61,10 +66,11 @@ def bn_relu_maxpool_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the packed tensors, empty where ``needs`` (x's, then one per tensor) says so."""
     given = Input(x, tensors, eps)
-    affine, _ = given.stage.fold(mean, var)
+    own = given.saved(mean, var)
+    affine = given.affine(own)
     scaled, sums = given.backend.bn_relu_maxpool_backward(to_matrix(grad), argmax, given.matrix, affine, given.grid)
     gradients = StageGradients(given.stage, needs[1:])
-    return given.gradients(scaled if needs[0] else None, sums, gradients, (mean, var, count), group)
+    return given.gradients(scaled if needs[0] else None, sums, gradients, own, count, group)
 
 
 @bn_relu_maxpool_backward.register_fake

@@ -13,23 +13,29 @@ Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
     G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.layout import empty_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
+    Stage,
     StageGradients,
+    add_reader,
+    affines,
+    convolutions,
     global_count,
-    global_statistics,
     global_sum,
-    statistics_gradient,
+    norm_gradients,
+    synchronise,
+    through_statistics,
     unpack,
     without_autocast,
 )
@@ -44,8 +50,8 @@ class Plan:
     def __init__(
         self, x: Tensor, tensors: list[Tensor], eps: list[float], bottleneck: bool, drop_rates: list[float]
     ) -> None:
-        stages, per_layer = unpack(tensors, eps), 2 if bottleneck else 1
-        self.layers = [tuple(stages[i : i + per_layer]) for i in range(0, len(stages), per_layer)]
+        self.stages, per_layer = unpack(tensors, eps), 2 if bottleneck else 1
+        self.layers = [tuple(self.stages[i : i + per_layer]) for i in range(0, len(self.stages), per_layer)]
         self.bottleneck = bottleneck
         self.grid = (x.shape[0], *x.shape[2:])
         self.keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in drop_rates]
@@ -62,6 +68,33 @@ class Plan:
             self.bottlenecks.append(slice(packed, packed + layer[0].conv_weight.shape[0]))
             packed = self.bottlenecks[-1].stop
         self.packed = packed
+        self.ranges = [
+            columns
+            for i in range(len(self.layers))
+            for columns in (slice(0, self.starts[i]), *self.bottlenecks[i : i + 1])
+        ]
+        """The packed range that each stage normalises."""
+        self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
+        """Of the batch normalisations, whose r is computed with the statistics; a stage of another has its own."""
+
+    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None) -> bool:
+        """Whether the backend walks over the whole block by itself, faster than it is done here."""
+
+        def plain(stage: Stage) -> bool:
+            vectors = [t for t in stage[:4] if t is not None]
+            weight = stage.conv_weight
+            dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+            plain = stage.conv_bias is None and dense and weight.dtype in (dtype, torch.float32)
+            return plain and all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
+
+        return (
+            hasattr(backend, "walks")
+            and backend.walks(self.grid)
+            and self.bottleneck
+            and group is None
+            and not any(self.dropped)
+            and all(map(plain, self.stages))
+        )
 
     def new(self, i: int) -> slice:
         """The columns that layer i writes."""
@@ -115,42 +148,45 @@ def dense_block(
     features = to_matrix(image)
     rows = features.shape[0]
     mean = features.new_zeros(plan.packed, dtype=accumulation_dtype(x.dtype))
-    var = torch.zeros_like(mean)
+    packed = Statistics(mean, torch.zeros_like(mean), torch.empty_like(mean), plan.eps)
+    own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
+    backend.append_features(x, features[:, : plan.starts[0]], own)
+    synchronise(own, rows, group)
+    count = global_count(rows, x, group)
+    if plan.walked_by(backend, x.dtype, group):
+        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if save_bottlenecks]
+        backend.dense_block(features, plan.starts[0], tensors, eps, plan.grid, bottlenecks, packed)
+        return image, bottlenecks, mean, packed.var, count
+    weights = convolutions(plan.stages, x.dtype)
+    frozen = [j for j, stage in enumerate(plan.stages) if stage.frozen]
+    known = dict(zip(frozen, affines([plan.stages[j] for j in frozen], [packed] * len(frozen)))) if frozen else {}
 
-    def keep(columns: slice, statistics: tuple[Tensor, Tensor] | None) -> None:
-        if statistics is not None:
-            mean[columns], var[columns] = global_statistics(statistics, rows, group)
+    def affine(j: int) -> Affine:
+        return (known[j] if j in known else affines([plan.stages[j]], [packed.of(plan.ranges[j])])[0])[0]
 
-    keep(slice(0, plan.starts[0]), backend.append_features(x, features[:, : x.shape[1]], plan.normalised_by_batch(0)))
     bottlenecks = []
     shared = None if save_bottlenecks else plan.bottleneck_buffer(features)
     for i, layer in enumerate(plan.layers):
-        inputs, new, stage = features[:, : plan.starts[i]], plan.new(i), layer[-1]
-        affine, _ = layer[0].fold(mean[: plan.starts[i]], var[: plan.starts[i]])
+        j, inputs = i * len(layer), features[:, : plan.starts[i]]
+        normalise: Affine | None = affine(j)
         if bottleneck:
-            weight, bias = layer[0].convolution(x.dtype)
+            weight, bias = weights[j]
+            j += 1
             z = plan.bottleneck_in(shared, i, features)
-            statistics = backend.bn_relu_conv1x1(inputs, affine, weight.flatten(1), bias, z, not stage.frozen)
-            inputs = z
-            keep(plan.bottlenecks[i], statistics)
-            affine, _ = stage.fold(mean[plan.bottlenecks[i]], var[plan.bottlenecks[i]])
+            own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
+            then = affine(j) if layer[1].frozen and not save_bottlenecks else None
+            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, own, then)
+            synchronise(own, rows, group)
+            inputs, normalise = z, affine(j) if then is None else None
             if save_bottlenecks:
-                bottlenecks.append(inputs)
-        weight, bias = stage.convolution(x.dtype)
+                bottlenecks.append(z)
+        weight, bias = weights[j]
         mask = masks[i] if plan.dropped[i] else None
-        statistics = backend.bn_relu_conv3x3(
-            inputs,
-            affine,
-            weight,
-            bias,
-            plan.grid,
-            features[:, new],
-            mask,
-            plan.keep_scales[i],
-            plan.normalised_by_batch(i + 1),
-        )
-        keep(new, statistics)
-    return image, bottlenecks, mean, var, global_count(rows, x, group)
+        own = packed.of(plan.new(i)) if plan.normalised_by_batch(i + 1) else None
+        out = features[:, plan.new(i)]
+        backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, mask, plan.keep_scales[i], own)
+        synchronise(own, rows, group)
+    return image, bottlenecks, mean, packed.var, count
 
 
 @dense_block.register_fake
@@ -177,10 +213,13 @@ class BlockGradients:
     """The backward pass: G, P and Q, and the gradients of the stages."""
 
     def __init__(self, plan: Plan, features: Tensor, mean: Tensor, var: Tensor, count: Tensor, group: str | None):
-        self.plan, self.mean, self.var, self.count, self.group = plan, mean, var, count, group
+        self.plan, self.mean, self.count, self.group = plan, mean, count, group
         self.backend = select(features.device, features.dtype)
         self.features = to_matrix(features)
-        self.dtype = features.dtype
+        self.weights = convolutions(plan.stages, features.dtype)
+        packed = Statistics(mean, var, torch.rsqrt(var + plan.eps), plan.eps)
+        self.affines = affines(plan.stages, [packed.of(columns) for columns in plan.ranges])
+        self.factors = through_statistics(self.affines)
         self.p, self.q = torch.zeros_like(mean), torch.zeros_like(mean)
 
     def run(
@@ -188,12 +227,12 @@ class BlockGradients:
     ) -> tuple[Tensor, list[Tensor]]:
         """The gradients of x [N, C0, *spatial] and of the packed tensors, empty where ``needs`` says so."""
         plan, need_x = self.plan, needs[0]
-        gradients = [
+        self.gradients = [
             StageGradients(stage, needs[1 + j * STAGE_TENSORS : 1 + (j + 1) * STAGE_TENSORS])
-            for j, stage in enumerate(stage for layer in plan.layers for stage in layer)
+            for j, stage in enumerate(plan.stages)
         ]
-        per_layer = 2 if plan.bottleneck else 1
-        by_layer = [gradients[i : i + per_layer] for i in range(0, len(gradients), per_layer)]
+        per_layer = len(plan.layers[0])
+        by_layer = (self.gradients[j : j + per_layer] for j in range(0, len(self.gradients), per_layer))
         asked = [any(g.needs_any for g in layer) for layer in by_layer]
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
         self.grad = self.features.new_empty(self.features.shape)
@@ -207,9 +246,10 @@ class BlockGradients:
             if plan.dropped[i]:
                 dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
             z = bottlenecks[i] if bottlenecks else None
-            self.layer(i, dy, z, by_layer[i], need_inputs=need_x or i > first)
+            self.layer(i, dy, z, need_inputs=need_x or i > first)
             self.source = self.grad
-        tensors = [t for g in gradients for t in g.tensors(self.features)]
+        norm_gradients(self.gradients, [r for _, r in self.affines])
+        tensors = [t for g in self.gradients for t in g.tensors(self.features)]
         if not need_x:
             return self.features.new_empty(0), tensors
         image = empty_image(self.features, plan.grid, plan.starts[0])
@@ -228,68 +268,73 @@ class BlockGradients:
             target.copy_(grad)
         return target
 
-    def layer(self, i: int, dy: Tensor, z: Tensor | None, gradients: list[StageGradients], need_inputs: bool) -> None:
+    def layer(self, i: int, dy: Tensor, z: Tensor | None, need_inputs: bool) -> None:
         """One layer's backward: its stages' gradients, and (2) on the columns it read if they need gradients."""
-        plan, stages = self.plan, self.plan.layers[i]
-        start = plan.starts[i]
-        inputs = self.features[:, :start]
-        affine, r = stages[0].fold(self.mean[:start], self.var[:start])
-        need_d = need_inputs or gradients[0].needs_norm
+        plan = self.plan
+        j, start = i * len(plan.layers[i]), plan.starts[i]
+        inputs, affine, gradients = self.features[:, :start], self.affines[j][0], self.gradients[j]
+        weight = self.weights[j][0]
+        need_d = need_inputs or gradients.needs_norm
         if not plan.bottleneck:
-            weight, _ = stages[0].convolution(self.dtype)
             scaled = torch.empty_like(inputs, memory_format=torch.contiguous_format) if need_d else None
             grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
-                dy, inputs, affine, weight, plan.grid, scaled, gradients[0].needs_conv_weight
+                dy, inputs, affine, weight, plan.grid, scaled, gradients.needs_conv_weight
             )
-            gradients[0].convolution(grad_weight, dy)
+            gradients.convolution(grad_weight, dy)
             if need_inputs:
                 torch.add(self.source[:, :start], scaled, out=self.grad[:, :start])
         else:
-            need_dz = need_d or gradients[0].needs_any
-            dz, through = self.bottleneck(i, dy, z, affine, gradients[1], need_dz)
+            need_dz = need_d or gradients.needs_any
+            dz, through = self.bottleneck(i, dy, z, need_dz)
             if not need_dz:
                 return
-            if through is not None and gradients[0].needs_conv_bias:
+            if through is not None and gradients.needs_conv_bias:
                 dz, through = self.backend.finalise_gradient(dz, through, dz), None
             grad_inputs = self.grad[:, :start] if need_inputs else None
             source = self.source[:, :start] if self.source is not self.grad else None
-            weight = stages[0].convolution(self.dtype)[0].flatten(1)
             grad_weight, sums = self.backend.bn_relu_conv1x1_backward(
-                dz, inputs, affine, weight, grad_inputs, gradients[0].needs_conv_weight, need_d, through, source
+                dz,
+                inputs,
+                affine,
+                weight.flatten(1),
+                grad_inputs,
+                gradients.needs_conv_weight,
+                need_d,
+                through,
+                source,
             )
-            gradients[0].convolution(grad_weight, dz)
+            gradients.convolution(grad_weight, dz)
         if need_d:
-            gradients[0].norm(sums, r)
-        if need_inputs and not stages[0].frozen:
-            p, q = statistics_gradient(sums, affine.scale, r)
-            self.p[:start] += p
-            self.q[:start] += q
+            self.collect(j, sums)
 
     def bottleneck(
-        self, i: int, dy: Tensor, z: Tensor | None, affine1: Affine, gradients: StageGradients, need_dz: bool
+        self, i: int, dy: Tensor, z: Tensor | None, need_dz: bool
     ) -> tuple[Tensor | None, ThroughStatistics | None]:
         """From dY to dZ, through the 3x3 convolution and the second normalisation: s' * D', and what completes it."""
-        plan, (first, second) = self.plan, self.plan.layers[i]
-        columns = plan.bottlenecks[i]
-        mean, var = self.mean[columns], self.var[columns]
-        affine, r = second.fold(mean, var)
+        plan, columns, j = self.plan, self.plan.bottlenecks[i], 2 * i + 1
+        gradients = self.gradients[j]
         if z is None:
-            weight, bias = first.convolution(self.dtype)
-            inputs = self.features[:, : plan.starts[i]]
+            (weight, bias), inputs = self.weights[j - 1], self.features[:, : plan.starts[i]]
             z = plan.bottleneck_in(self.z, i, self.features)
-            self.backend.bn_relu_conv1x1(inputs, affine1, weight.flatten(1), bias, z, False)
-        weight, _ = second.convolution(self.dtype)
+            self.backend.bn_relu_conv1x1(inputs, self.affines[j - 1][0], weight.flatten(1), bias, z, None)
         scaled = plan.bottleneck_in(self.dz, i, self.features) if need_dz or gradients.needs_norm else None
         grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
-            dy, z, affine, weight, plan.grid, scaled, gradients.needs_conv_weight
+            dy, z, self.affines[j][0], self.weights[j][0], plan.grid, scaled, gradients.needs_conv_weight
         )
         gradients.convolution(grad_weight, dy)
         if sums is not None:
-            gradients.norm(sums, r)
-        if not need_dz or second.frozen:
+            self.collect(j, sums)
+        if not need_dz or plan.stages[j].frozen:
             return scaled, None
-        p, q = global_sum(*statistics_gradient(sums, affine.scale, r), self.group)
-        return scaled, ThroughStatistics(z, mean, p, q, self.count)
+        p, q = global_sum(self.p[columns], self.q[columns], self.group)
+        return scaled, ThroughStatistics(z, self.mean[columns], p, q, self.count)
+
+    def collect(self, j: int, sums: tuple[Tensor, Tensor]) -> None:
+        """Keeps what stage j's normalisation needs for its own gradients, and adds (2) to P and Q."""
+        self.gradients[j].sums = sums
+        if not self.plan.stages[j].frozen:
+            columns = self.plan.ranges[j]
+            add_reader(sums, self.factors[j], self.p[columns], self.q[columns])
 
 
 @torch.library.custom_op("densenet_fast::dense_block_backward", mutates_args=())
@@ -315,6 +360,18 @@ def dense_block_backward(
     ``bottlenecks`` is empty if they are to be recomputed; ``in_channels`` is C0, the rest as in ``dense_block``.
     """
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates)
+    backend = select(features.device, features.dtype)
+    trained = [j % STAGE_TENSORS in (0, 1, 4) and t.numel() > 0 for j, t in enumerate(tensors)]
+    if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
+        backend, features.dtype, group
+    ):
+        image = empty_image(features, plan.grid, in_channels)
+        gradients = [
+            torch.empty_like(t, dtype=torch.float32) if own else t.new_empty(0) for t, own in zip(tensors, trained)
+        ]
+        saved = (to_matrix(features), bottlenecks, mean, var, count)
+        backend.dense_block_backward(to_matrix(grad), *saved, tensors, eps, plan.grid, to_matrix(image), gradients)
+        return image, [g.to(t.dtype) for g, t in zip(gradients, tensors)]
     return BlockGradients(plan, features, mean, var, count, group).run(grad, bottlenecks, masks, needs)
 
 

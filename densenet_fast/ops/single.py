@@ -7,16 +7,26 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import (
+    Affine,
+    Statistics,
+    ThroughStatistics,
+    accumulation_dtype,
+    empty_statistics,
+)
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.stage import (
     StageGradients,
+    add_reader,
+    affines,
+    convolutions,
     global_count,
-    global_statistics,
     global_sum,
-    statistics_gradient,
+    norm_gradients,
+    synchronise,
+    through_statistics,
     unpack,
 )
 
@@ -30,34 +40,53 @@ class Input:
         self.backend = select(x.device, x.dtype)
         self.matrix, self.grid = to_matrix(x), (x.shape[0], *x.shape[2:])
 
-    def statistics(self, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean [C] and variance [C] of the batch (zeros if the stage is frozen), and the count [] of its rows."""
-        count = global_count(self.matrix.shape[0], self.x, group)
+    def convolution(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's weight [C', C] and bias in x's dtype."""
+        ((weight, bias),) = convolutions([self.stage], self.x.dtype)
+        return weight.flatten(1), bias
+
+    def statistics(self, group: str | None) -> Statistics:
+        """Of the batch, [C] each; zeros if the stage is frozen."""
+        own = empty_statistics(self.x, self.x.shape[1], self.stage.eps)
         if self.stage.frozen:
-            mean = self.matrix.new_zeros(self.x.shape[1], dtype=accumulation_dtype(self.x.dtype))
-            return mean, mean.clone(), count
-        mean, var = global_statistics(self.backend.channel_statistics(self.matrix), self.matrix.shape[0], group)
-        return mean, var, count
+            own.mean.zero_(), own.var.zero_()
+        else:
+            self.backend.channel_statistics(self.matrix, own)
+            synchronise(own, self.matrix.shape[0], group)
+        return own
+
+    def count(self, group: str | None) -> Tensor:
+        """The number of rows that the statistics are over."""
+        return global_count(self.matrix.shape[0], self.x, group)
+
+    def affine(self, own: Statistics) -> Affine:
+        """What normalises x."""
+        return affines([self.stage], [own])[0][0]
+
+    def saved(self, mean: Tensor, var: Tensor) -> Statistics:
+        """What :meth:`statistics` returned, from what was saved of it."""
+        return Statistics(mean, var, torch.rsqrt(var + self.stage.eps), self.stage.eps)
 
     def gradients(
         self,
         scaled: Tensor | None,
         sums: tuple[Tensor, Tensor] | None,
         gradients: StageGradients,
-        statistics: tuple[Tensor, Tensor, Tensor],
+        own: Statistics,
+        count: Tensor,
         group: str | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """What a backward op returns, from scale * D, None where x needs no gradient, and (sum D, sum D * (x - mean)),
         None where neither x nor the normalisation does: (1) and (2)."""
-        mean, var, count = statistics
-        affine, r = self.stage.fold(mean, var)
-        if sums is not None:
-            gradients.norm(sums, r)
+        normalised = affines([self.stage], [own])
+        gradients.sums = sums
+        norm_gradients([gradients], [normalised[0][1]])
         if scaled is None:
             return self.x.new_empty(0), gradients.tensors(self.x)
         if not self.stage.frozen:
-            p, q = global_sum(*statistics_gradient(sums, affine.scale, r), group)
-            through = ThroughStatistics(self.matrix, mean, p, q, count)
+            p, q = torch.zeros_like(own.mean), torch.zeros_like(own.mean)
+            add_reader(sums, through_statistics(normalised)[0], p, q)
+            through = ThroughStatistics(self.matrix, own.mean, *global_sum(p, q, group), count)
             self.backend.finalise_gradient(scaled, through, scaled)
         return to_image(scaled, self.grid), gradients.tensors(self.x)
 

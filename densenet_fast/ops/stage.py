@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Statistics, accumulation_dtype
 from densenet_fast.backends.layout import as_output
 
 STAGE_TENSORS = 6
@@ -38,18 +38,36 @@ class Stage(NamedTuple):
     def frozen(self) -> bool:
         return self.running_mean is not None
 
-    def convolution(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The convolution's weight and bias in ``dtype``."""
-        return self.conv_weight.to(dtype), None if self.conv_bias is None else self.conv_bias.to(dtype)
 
-    def fold(self, mean: Tensor, var: Tensor) -> tuple[Affine, Tensor]:
-        """The vectors that normalise the input, and r; ``mean`` and ``var`` are the batch's, in accumulation dtype."""
-        if self.frozen:
-            mean, var = self.running_mean.to(mean.dtype), self.running_var.to(mean.dtype)
-        r = torch.rsqrt(var + self.eps)
-        scale = r if self.weight is None else self.weight * r
-        shift = torch.zeros_like(r) if self.bias is None else self.bias.to(r.dtype)
-        return Affine(mean.contiguous(), scale.contiguous(), shift.contiguous()), r
+def convolutions(stages: Sequence[Stage], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+    """The convolutions' weights and biases in ``dtype``, converted all at once."""
+    given = [t for stage in stages for t in (stage.conv_weight, stage.conv_bias) if t is not None and t.dtype != dtype]
+    converted = [torch.empty_like(t, dtype=dtype) for t in given]
+    if given:
+        torch._foreach_copy_(converted, given)
+    by_id = dict(zip(map(id, given), converted))
+    return [tuple(by_id.get(id(t), t) for t in (stage.conv_weight, stage.conv_bias)) for stage in stages]
+
+
+def affines(stages: Sequence[Stage], statistics: Sequence[Statistics]) -> list[tuple[Affine, Tensor]]:
+    """What normalises each stage's input, and its r, all at once; ``statistics`` are the batch's, for each stage."""
+    dtype = statistics[0].mean.dtype
+    means = [stage.running_mean.to(dtype) if stage.frozen else own.mean for stage, own in zip(stages, statistics)]
+    rs = [own.rstd for own in statistics]
+    apart = [i for i, stage in enumerate(stages) if stage.frozen or stage.eps != statistics[i].eps]
+    if apart:
+        variances = [stages[i].running_var.to(dtype) if stages[i].frozen else statistics[i].var for i in apart]
+        shifted = torch._foreach_add(variances, [stages[i].eps for i in apart])
+        torch._foreach_rsqrt_(shifted)
+        for i, r in zip(apart, shifted):
+            rs[i] = r
+    scales, scaled = list(rs), [i for i, stage in enumerate(stages) if stage.weight is not None]
+    if scaled:
+        products = torch._foreach_mul([stages[i].weight for i in scaled], [rs[i] for i in scaled])
+        for i, scale in zip(scaled, products):
+            scales[i] = scale
+    shifts = [torch.zeros_like(r) if stage.bias is None else stage.bias.to(dtype) for stage, r in zip(stages, rs)]
+    return [(Affine(*(v.contiguous() for v in vectors)), r) for *vectors, r in zip(means, scales, shifts, rs)]
 
 
 def pack(stages: Sequence[Stage], like: Tensor) -> tuple[list[Tensor], list[float]]:
@@ -73,13 +91,8 @@ class StageGradients:
         self.needs_norm = self.needs_weight or self.needs_bias
         self.needs_any = any(needs)
         self._gradients: list[Tensor | None] = [None] * STAGE_TENSORS
-
-    def norm(self, sums: tuple[Tensor, Tensor], r: Tensor) -> None:
-        """From (sum D, sum D * (F - mu)): db = sum D, dg = r * sum D * (F - mu)."""
-        if self.needs_weight:
-            self._gradients[0] = (r * sums[1]).to(self.stage.weight.dtype)
-        if self.needs_bias:
-            self._gradients[1] = sums[0].to(self.stage.bias.dtype, copy=True)
+        self.sums: tuple[Tensor, Tensor] | None = None
+        """(sum D, sum D * (F - mu)), if the normalisation's gradients or the input's are needed."""
 
     def convolution(self, weight: Tensor | None, grad_output: Tensor) -> None:
         """From the weight's gradient and the output's gradient matrix [M, out_channels]."""
@@ -94,14 +107,38 @@ class StageGradients:
             total = grad_output.sum(0, dtype=accumulation_dtype(grad_output.dtype))
             self._gradients[5] = total.to(self.stage.conv_bias.dtype)
 
+    def norm(self, weight: Tensor, bias: Tensor) -> None:
+        """Takes the gradients of the normalisation's weight and bias, as far as they are needed."""
+        if self.needs_weight:
+            self._gradients[0] = weight.to(self.stage.weight.dtype)
+        if self.needs_bias:
+            self._gradients[1] = bias.to(self.stage.bias.dtype)
+
     def tensors(self, like: Tensor) -> list[Tensor]:
         """One gradient per packed tensor, empty where it was not needed."""
         return [like.new_empty(0) if g is None else g for g in self._gradients]
 
 
-def statistics_gradient(sums: tuple[Tensor, Tensor], scale: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def norm_gradients(gradients: Sequence[StageGradients], rs: Sequence[Tensor]) -> None:
+    """db = sum D and dg = r * sum D * (F - mu) of every stage that needs them, all at once."""
+    needed = [(g, r) for g, r in zip(gradients, rs) if g.needs_norm and g.sums is not None]
+    if needed:
+        weights = torch._foreach_mul([g.sums[1] for g, _ in needed], [r for _, r in needed])
+        biases = torch._foreach_mul([g.sums[0] for g, _ in needed], 1)
+        for (g, _), weight, bias in zip(needed, weights, biases):
+            g.norm(weight, bias)
+
+
+def through_statistics(normalised: Sequence[tuple[Affine, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """By what :func:`add_reader` multiplies a stage's two sums, of all stages at once: s and s * r^2."""
+    scales, rs = [affine.scale for affine, _ in normalised], [r for _, r in normalised]
+    return list(zip(scales, torch._foreach_mul(torch._foreach_mul(scales, rs), rs)))
+
+
+def add_reader(sums: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor], p: Tensor, q: Tensor) -> None:
     """What one reader adds to P and Q (2): P -= s * sum D, Q -= s * r^2 * sum D * (F - mu) / 2."""
-    return -scale * sums[0], -0.5 * scale * r * r * sums[1]
+    p.addcmul_(factors[0], sums[0], value=-1)
+    q.addcmul_(factors[1], sums[1], value=-0.5)
 
 
 def global_count(rows: int, like: Tensor, group: str | None) -> Tensor:
@@ -112,19 +149,21 @@ def global_count(rows: int, like: Tensor, group: str | None) -> Tensor:
     return count
 
 
-def global_statistics(statistics: tuple[Tensor, Tensor], rows: int, group: str | None) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all processes of ``group``, from this one's over ``rows`` rows; combined in rank order."""
-    if group is None:
-        return statistics
-    mean, var = statistics
+def synchronise(statistics: Statistics | None, rows: int, group: str | None) -> None:
+    """Makes this process's statistics, over ``rows`` rows, those of all processes of ``group``; combined in rank
+    order. Nothing to do without statistics or group."""
+    if statistics is None or group is None:
+        return
+    mean, var, rstd, eps = statistics
     shard = torch.cat([mean, var, mean.new_tensor([rows])])
     process_group = _process_group(group)
     shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(shards, shard, group=process_group)
     means, variances, counts = torch.stack(shards).split([mean.numel(), mean.numel(), 1], dim=1)
     weights = counts / counts.sum()
-    mean = (weights * means).sum(0)
-    return mean, (weights * (variances + (means - mean).square())).sum(0)
+    mean.copy_((weights * means).sum(0))
+    var.copy_((weights * (variances + (means - mean).square())).sum(0))
+    torch.add(var, eps, out=rstd).rsqrt_()
 
 
 def global_sum(p: Tensor, q: Tensor, group: str | None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def bn_relu_global_avgpool(x: Tensor, stage: Stage) -> Tensor:
 
 def bn_relu_conv(x: Tensor, stage: Stage) -> Tensor:
     """BN-ReLU-convolution, 1x1 or 3x3 with padding 1, of x [N, C, *spatial]."""
-    weight, bias = stage.convolution(x.dtype)
+    weight, bias = stage.conv_weight.to(x.dtype), None if stage.conv_bias is None else stage.conv_bias.to(x.dtype)
     ones = [1] * (x.dim() - 2)
     padding = [weight.shape[-1] // 2] * len(ones)
     return torch.convolution(bn_relu(x, stage), weight, bias, ones, padding, ones, False, [0], 1)

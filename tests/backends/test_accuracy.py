@@ -44,11 +44,11 @@ def test_error_is_at_most_twice_stocks(backend, dtype, shape, kernel):
 
     out, grad_x = torch.empty_like(grad), torch.zeros_like(x)
     if kernel == 3:
-        backend.bn_relu_conv3x3(x, affine, weight, None, grid, out, None, 1.0, False)
+        backend.bn_relu_conv3x3(x, affine, weight, None, grid, out, None, 1.0, None)
         grad_weight, _ = backend.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, grad_x, True)
     else:
         matrix = weight.flatten(1)
-        backend.bn_relu_conv1x1(x, affine, matrix, None, out, False)
+        backend.bn_relu_conv1x1(x, affine, matrix, None, out, None)
         grad_weight, _ = backend.bn_relu_conv1x1_backward(grad, x, affine, matrix, grad_x, True, True)
     got = (out, grad_x, grad_weight.view_as(weight))
 

@@ -10,6 +10,7 @@ import torch
 
 from densenet_fast import backends
 from densenet_fast.backends import aten, cpu, extension
+from densenet_fast.backends.affine import empty_statistics
 
 INSTRUCTION_SETS = {"default": "", "avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16"}
 """And the flag by which /proc/cpuinfo shows each."""
@@ -74,25 +75,31 @@ def test_unknown_instruction_set_is_refused():
 def test_wrong_arguments_raise():
     assert cpu.unavailable() is None
     x, vector, weight = torch.randn(4, 3), torch.randn(3), torch.randn(2, 3)
-    affine = [vector] * 3
+    affine, nothing = [vector] * 3, [None, None, None, 0.0, None, None, None]
     kernels = torch.ops.densenet_fast
     with pytest.raises(RuntimeError, match="expected 3 contiguous float32 values"):
         kernels.cpu_bn_relu(x, torch.randn(2), vector, vector)
     with pytest.raises(RuntimeError, match="weight: expected 3 columns, got 4"):
-        kernels.cpu_bn_relu_conv1x1(x, *affine, torch.randn(2, 4), None, torch.empty(4, 2), True)
+        kernels.cpu_bn_relu_conv1x1(x, *affine, torch.randn(2, 4), None, torch.empty(4, 2), *nothing)
     with pytest.raises(RuntimeError, match="expected float32 or bfloat16"):
-        kernels.cpu_statistics(x.double())
+        kernels.cpu_statistics(x.double(), vector, vector, vector, 1e-5)
     with pytest.raises(RuntimeError, match="adjacent columns"):
-        kernels.cpu_statistics(torch.randn(3, 4).t())
+        kernels.cpu_statistics(torch.randn(3, 4).t(), vector, vector, vector, 1e-5)
     with pytest.raises(RuntimeError, match=r"out: expected \[M, B\]"):
-        kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 3), True)
-    with pytest.raises(RuntimeError, match=r"weight: expected \[k, 3, 3, 3\], contiguous"):
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 3), *nothing)
+    with pytest.raises(RuntimeError, match="out_mean: expected with out_var and out_rstd"):
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), vector[:2], *nothing[1:])
+    with pytest.raises(RuntimeError, match="mean: expected with scale and shift"):
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), *nothing[:-1], vector[:2])
+    with pytest.raises(RuntimeError, match=r"weight: expected \[k, B, 3, 3\], contiguous or channels last"):
+        kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3).mT, None, [1, 2, 2], torch.empty(4, 2))
+    with pytest.raises(RuntimeError, match="weight: expected 3 input channels, got 4"):
         kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 4, 3, 3), None, [1, 2, 2], torch.empty(4, 2))
     for grid in ([2, 2, 2], [2, 2]):
         with pytest.raises(RuntimeError, match="grid: expected two spatial sizes and the product 4"):
             kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3), None, grid, torch.empty(4, 2))
     with pytest.raises(RuntimeError, match="dtype unlike"):
-        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.bfloat16(), None, torch.empty(4, 2), True)
+        kernels.cpu_bn_relu_conv1x1(x, *affine, weight.double(), None, torch.empty(4, 2), *nothing)
     grad, argmax = torch.randn(1, 3), torch.zeros(1, 3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="grid: expected the product 4, got 6"):
         kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 3])
@@ -123,9 +130,11 @@ def test_any_number_of_threads(rows, threads):
         for backend in (cpu, cpu, aten):
             grad_x = torch.zeros_like(x)
             z = torch.empty(rows, 24)
-            statistics = backend.bn_relu_conv1x1(x, affine, weight, None, z, True)
+            statistics, own = empty_statistics(z, 24, 1e-5), empty_statistics(x, 37, 1e-5)
+            backend.bn_relu_conv1x1(x, affine, weight, None, z, statistics)
+            backend.channel_statistics(x, own)
             dw, sums = backend.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, True, True)
-            results.append([z, *statistics, grad_x, dw, *sums, *backend.channel_statistics(x)])
+            results.append([z, *statistics[:3], grad_x, dw, *sums, *own[:3]])
     finally:
         torch.set_num_threads(before)
     for got, again, expected in zip(*results):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from densenet_fast.backends import BACKENDS
-from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
 from helpers import error
 
@@ -86,17 +86,25 @@ def assert_gradients(case, dtype, got, weight, grad, pool=False):
     assert sum_d.dtype == sum_dx.dtype == accumulation_dtype(dtype)
 
 
+EPS = 1e-3
+
+
 def assert_statistics(statistics, stored):
     var, mean = torch.var_mean(stored.double(), 0, correction=0)
     tolerance = 1e-12 if stored.dtype == torch.float64 else 1e-5
     assert error(statistics[0], mean) < tolerance
     assert (statistics[1].double() - var).norm() <= tolerance * stored.double().square().mean(0).norm()
-    assert statistics[0].dtype == statistics[1].dtype == accumulation_dtype(stored.dtype)
+    assert (
+        error(statistics.rstd, torch.rsqrt(statistics.var.double() + EPS)) < 2 * torch.finfo(statistics.rstd.dtype).eps
+    )
+    assert {t.dtype for t in statistics[:3]} == {accumulation_dtype(stored.dtype)}
 
 
 def test_channel_statistics(backend, dtype, channels, grid):
     case = Case(grid, channels, dtype)
-    assert_statistics(backend.channel_statistics(case.x), case.x)
+    statistics = empty_statistics(case.x, case.c, EPS)
+    backend.channel_statistics(case.x, statistics)
+    assert_statistics(statistics, case.x)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -106,10 +114,14 @@ def test_append_features(backend, dtype, channels, grid, channels_last):
     if channels_last:
         new = new.movedim(1, -1).contiguous().movedim(-1, 1)
     before = case.buffer.clone()
-    assert_statistics(backend.append_features(new, case.x, True), to_matrix(new))
+    statistics = empty_statistics(case.x, case.c, EPS)
+    backend.append_features(new, case.x, statistics)
+    assert_statistics(statistics, to_matrix(new))
     before[:, 2 : 2 + case.c] = to_matrix(new)
     assert case.buffer.equal(before)
-    assert backend.append_features(new, case.x, False) is None
+    case.x.zero_()
+    backend.append_features(new, case.x, None)
+    assert case.buffer.equal(before)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -118,12 +130,37 @@ def test_bn_relu_conv1x1(backend, dtype, channels, grid, bias):
     bias = case.bias if bias else None
     buffer = torch.full((case.x.shape[0], case.k + 4), 3.0, dtype=dtype)
     z = buffer[:, 1 : 1 + case.k]
-    statistics = backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, z, True)
+    arguments, statistics = (case.x, case.affine, case.w1.flatten(1), bias), empty_statistics(z, case.k, EPS)
+    backend.bn_relu_conv1x1(*arguments, z, statistics)
     truth, stock = (to_matrix(case.stock(d, case.w1, bias)[0]) for d in (torch.float64, dtype))
     assert close(z, truth, stock, dtype)
     assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.k :].eq(3).all()
     assert_statistics(statistics, z)
-    assert backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, z, False) is None
+    again = torch.empty_like(z)
+    backend.bn_relu_conv1x1(*arguments, again, None)
+    assert again.equal(z)
+
+
+def test_bn_relu_conv1x1_normalised_again(backend, dtype, channels, grid):
+    """``then``: what follows a frozen normalisation is stored, and the 3x3 convolution takes it as it is."""
+    case = Case(grid, channels, dtype)
+    then = Affine(*torch.randn(3, case.k).to(accumulation_dtype(dtype)))
+    buffer = torch.full((case.x.shape[0], case.k + 4), 3.0, dtype=dtype)
+    a = buffer[:, 1 : 1 + case.k]
+    backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), case.bias, a, None, then)
+
+    def stock(dtype):
+        z = to_matrix(case.stock(dtype, case.w1, case.bias)[0])
+        return F.relu((z - then.mean.to(dtype)) * then.scale.to(dtype) + then.shift.to(dtype))
+
+    assert close(a, stock(torch.float64), stock(dtype), dtype)
+    assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.k :].eq(3).all()
+    identity = Affine(*(torch.full_like(t, v) for t, v in zip(case.affine, (0.0, 1.0, 0.0))))
+    case.x.relu_()
+    results = [torch.empty_like(a) for _ in range(2)]
+    for affine, out in zip((None, identity), results):
+        backend.bn_relu_conv3x3(case.x, affine, case.w3, None, grid, out, None, 1.0, None)
+    assert results[0].equal(results[1])
 
 
 def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
@@ -173,7 +210,8 @@ def test_bn_relu_conv3x3(backend, dtype, channels, grid, bias, mask):
     buffer = torch.full((case.x.shape[0], case.k + 4), 3.0, dtype=dtype)
     out = buffer[:, 1 : 1 + case.k]
     mask = torch.rand(grid[0], case.k, *grid[1:]) > 0.5 if mask else None
-    statistics = backend.bn_relu_conv3x3(case.x, case.affine, case.w3, bias, grid, out, mask, 2.0, True)
+    statistics = empty_statistics(out, case.k, EPS)
+    backend.bn_relu_conv3x3(case.x, case.affine, case.w3, bias, grid, out, mask, 2.0, statistics)
     truth, stock = (case.stock(d, case.w3, bias)[0] for d in (torch.float64, dtype))
     if mask is not None:
         truth, stock = truth * mask * 2, stock * mask * 2
@@ -195,6 +233,11 @@ def test_bn_relu_conv3x3_backward(backend, dtype, channels, grid):
     only_weight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
     assert only_weight[1] is None
     assert error(only_weight[0], grad_weight) <= 2 * torch.finfo(dtype).eps
+    if len(grid) == 3:
+        channels_last = case.w3.to(memory_format=torch.channels_last)
+        other = backend.bn_relu_conv3x3_backward(*arguments[:3], channels_last, grid, scaled, True)
+        assert error(other[0], grad_weight) <= 2 * torch.finfo(dtype).eps
+        assert_gradients(case, dtype, (scaled, *other), case.w3, grad)
     again = torch.empty_like(case.x)
     only_input = backend.bn_relu_conv3x3_backward(*arguments, again, False)
     assert only_input[0] is None and error(again, scaled) <= 2 * torch.finfo(dtype).eps

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, ThroughStatistics
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu_conv1x1 import bn_relu_conv1x1 as conv1x1_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_conv1x1_backward import (
@@ -11,7 +11,7 @@ from densenet_fast.backends.triton.kernels.bn_relu_conv1x1_backward import (
 )
 from densenet_fast.backends.triton.launch import launch, units
 from densenet_fast.backends.triton.shared import (
-    Statistics,
+    Sums,
     adjacent,
     combine_statistics,
     dot_precision,
@@ -23,14 +23,20 @@ from densenet_fast.backends.triton.shared import (
 
 
 def bn_relu_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, out: Tensor, statistics: bool
-) -> Statistics | None:
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    statistics: Statistics | None,
+    then: Affine | None = None,
+) -> None:
     x, weight = adjacent(x), weight.contiguous()
     (rows, channels), width = x.shape, weight.shape[0]
     tile = config.tile("bn_relu_conv1x1", config.device_of(x.device), x.dtype, width)
     columns = config.fit(width, tile.columns)
     tiles = tiles_of(rows, tile.rows)
-    partials = float32(x, tiles if statistics else 0, 2, width)
+    partials = float32(x, 0 if statistics is None else tiles, 2, width)
     (c, c_unit), (b, b_unit) = units(channels), units(width)
     (ld_x, x_unit), (ld_out, out_unit) = units(x.stride(0)), units(out.stride(0))
     launch(
@@ -40,6 +46,7 @@ def bn_relu_conv1x1(
         *affine,
         weight,
         weight if bias is None else bias,
+        *(affine if then is None else then),
         out,
         partials,
         rows,
@@ -56,10 +63,12 @@ def bn_relu_conv1x1(
         COLUMNS=columns,
         INNER=config.fit(channels, tile.inner),
         BIAS=bias is not None,
-        STATISTICS=statistics,
+        THEN=then is not None,
+        STATISTICS=statistics is not None,
         PRECISION=dot_precision(x.dtype),
     )
-    return combine_statistics(partials, rows, tile.rows) if statistics else None
+    if statistics is not None:
+        combine_statistics(partials, rows, tile.rows, statistics)
 
 
 def bn_relu_conv1x1_backward(
@@ -72,7 +81,7 @@ def bn_relu_conv1x1_backward(
     need_sums: bool,
     through: ThroughStatistics | None = None,
     source: Tensor | None = None,
-) -> tuple[Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Sums | None]:
     need_input = need_sums or grad_x is not None
     if not need_input and not need_weight:
         return None, None

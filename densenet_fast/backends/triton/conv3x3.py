@@ -7,7 +7,7 @@ the input's gradient.
 from torch import Tensor
 
 from densenet_fast.backends import aten
-from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.affine import Affine, Statistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu import bn_relu as bn_relu_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_conv3x3 import bn_relu_conv3x3 as conv3x3_kernel
@@ -17,7 +17,7 @@ from densenet_fast.backends.triton.kernels.bn_relu_conv3x3_backward import (
 )
 from densenet_fast.backends.triton.launch import launch, units
 from densenet_fast.backends.triton.shared import (
-    Statistics,
+    Sums,
     adjacent,
     combine_statistics,
     dot_precision,
@@ -29,23 +29,23 @@ from densenet_fast.backends.triton.shared import (
 
 def bn_relu_conv3x3(
     x: Tensor,
-    affine: Affine,
+    affine: Affine | None,
     weight: Tensor,
     bias: Tensor | None,
     grid: tuple[int, ...],
     out: Tensor,
     mask: Tensor | None,
     keep_scale: float,
-    statistics: bool,
-) -> Statistics | None:
+    statistics: Statistics | None,
+) -> None:
     if config.convolution_by_torch(grid, x.dtype):
         return aten.bn_relu_conv3x3(x, affine, weight, bias, grid, out, mask, keep_scale, statistics)
-    a, weight = _bn_relu(x, affine), _taps_first(weight)
+    a, weight = x.contiguous() if affine is None else _bn_relu(x, affine), _taps_first(weight)
     (rows, channels), width = a.shape, weight.shape[0]
     tile = config.tile("bn_relu_conv3x3", config.device_of(x.device), x.dtype, width)
     columns = config.fit(width, tile.columns)
     tiles = tiles_of(rows, tile.rows)
-    partials = float32(x, tiles if statistics else 0, 2, width)
+    partials = float32(x, 0 if statistics is None else tiles, 2, width)
     (b, b_unit), (ld_out, out_unit) = units(channels), units(out.stride(0))
     launch(
         conv3x3_kernel,
@@ -72,10 +72,11 @@ def bn_relu_conv3x3(
         INNER=config.fit(channels, tile.inner),
         BIAS=bias is not None,
         KEEP=mask is not None,
-        STATISTICS=statistics,
+        STATISTICS=statistics is not None,
         PRECISION=dot_precision(x.dtype),
     )
-    return combine_statistics(partials, rows, tile.rows) if statistics else None
+    if statistics is not None:
+        combine_statistics(partials, rows, tile.rows, statistics)
 
 
 def bn_relu_conv3x3_backward(
@@ -86,7 +87,7 @@ def bn_relu_conv3x3_backward(
     grid: tuple[int, ...],
     out: Tensor | None,
     need_weight: bool,
-) -> tuple[Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Sums | None]:
     if config.convolution_by_torch(grid, x.dtype):
         return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight)
     grad = adjacent(grad)
@@ -106,7 +107,7 @@ def _conv3x3_grad_input(
     grid: tuple[int, ...],
     scaled: Tensor,
     keep_a: bool,
-) -> tuple[Tensor | None, Statistics]:
+) -> tuple[Tensor | None, Sums]:
     """``scaled`` = scale * D; relu(bn(z)) if asked for, and D's column sums; ``weight`` [k, 3, 3, B]."""
     (rows, channels), outputs = z.shape, grad.shape[1]
     tile = config.tile("bn_relu_conv3x3_grad_input", config.device_of(z.device), z.dtype, channels)

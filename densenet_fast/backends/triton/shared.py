@@ -4,34 +4,32 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import aten, cuda_kernels
-from densenet_fast.backends.affine import ThroughStatistics
+from densenet_fast.backends.affine import Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels import partials as kernels
 from densenet_fast.backends.triton.launch import launch
 
-Statistics = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
 
 
-def combine_statistics(partials: Tensor, rows: int, tile_rows: int) -> Statistics:
-    """Mean and biased variance [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
+def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statistics) -> None:
+    """The statistics [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
     tiles, _, n = partials.shape
     tile = config.STATISTICS
-    mean, variance = float32(partials, 2, n).unbind()
     launch(
         kernels.combine_statistics,
         (tiles_of(n, tile.columns),),
         partials,
-        mean,
-        variance,
+        *out[:3],
         tiles,
         n,
         rows,
+        out.eps,
         tile=tile,
         TILE_ROWS=tile_rows,
         LANES=tile.rows,
         COLUMNS=tile.columns,
     )
-    return mean, variance
 
 
 def sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1_backward import 
     bn_relu_pool_conv1x1_backward as pool_backward_kernel,
 )
 from densenet_fast.backends.triton.launch import launch, units
-from densenet_fast.backends.triton.shared import Statistics, adjacent, dot_precision, float32, sum_partials, tiles_of
+from densenet_fast.backends.triton.shared import Sums, adjacent, dot_precision, float32, sum_partials, tiles_of
 
 
 def bn_relu_pool_conv1x1(
@@ -52,7 +52,7 @@ def bn_relu_pool_conv1x1(
 
 def bn_relu_pool_conv1x1_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None, Statistics | None]:
+) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     if config.pooling_by_torch(grid):
         return aten.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, grid, need_input, need_weight)
     if not need_input and not need_weight:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from densenet_fast.backends import triton as backend
-from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import ANY, Device, Tile
 
@@ -62,8 +62,8 @@ def training_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> lis
     w1, w2, w3 = scratch(bottleneck, channels), scratch(growth, bottleneck, 3, 3), scratch(transition, channels)
     with launch.planning() as launches:
         z, dz = scratch(rows, bottleneck), scratch(rows, bottleneck)
-        backend.bn_relu_conv1x1(features, first, w1, None, z, True)
-        backend.bn_relu_conv3x3(z, second, w2, None, grid, new, None, 1.0, True)
+        backend.bn_relu_conv1x1(features, first, w1, None, z, empty_statistics(z, bottleneck, 1e-5))
+        backend.bn_relu_conv3x3(z, second, w2, None, grid, new, None, 1.0, empty_statistics(new, growth, 1e-5))
         backend.bn_relu_conv3x3_backward(scratch(rows, growth), z, second, w2, grid, dz, True)
         backend.bn_relu_conv1x1_backward(dz, features, first, w1, gradient[:, :channels], True, True)
         out = backend.bn_relu_pool_conv1x1(features, first, w3, None, grid)

@@ -26,8 +26,7 @@ namespace densenet_fast::cuda {
 
 inline uint3 threadIdx, blockIdx;
 
-inline float rsqrt(float v) { return 1 / std::sqrt(v); }
-inline double rsqrt(double v) { return 1 / std::sqrt(v); }
+using std::sqrt;
 
 // A stack of its own that a thread runs on, and the way back to where it was resumed from
 class Fiber {

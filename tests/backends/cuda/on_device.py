@@ -1,7 +1,7 @@
 """The CUDA kernels' results: on a GPU if there is one, else emulated on CPU tensors.
 
-``test_emulation.py`` runs this file on CPUs, ``make gpu`` on a GPU. The truth is autograd's in float64: the gradients
-that reach a normalisation's weight, bias, mean and variance are what the kernels collect.
+``test_emulation.py`` runs this file on CPUs, ``make gpu`` on a GPU. The truth is autograd's in float64: the sums
+that kernels return are the gradients that reach an affine's scale and shift.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from densenet_fast.backends import cuda_kernels as kernels
-from densenet_fast.backends.affine import Norm, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.layout import to_image, to_matrix
 
 assert kernels.unavailable() is None, kernels.unavailable()
@@ -67,64 +67,48 @@ def close(got, truth, tolerance, magnitude=None):
 
 
 class Case:
-    """x [M, C], a normalisation of it with a weight and a bias of x's dtype, and P and Q."""
+    """x [M, C], its affine, and P and Q."""
 
-    def __init__(self, grid, columns, dtype, affine=True):
+    def __init__(self, grid, columns, dtype):
         self.grid, self.cols, self.dtype = grid, columns[0], dtype
-        self.vector_dtype = accumulation_dtype(dtype)
         self.x, self.buffer = column_range(torch.Size(grid).numel(), columns, dtype)
-        mean, weight, bias, p, q = torch.randn(5, self.cols)
-        var = torch.rand(self.cols, dtype=self.vector_dtype) + 0.5
-        parameters = (weight.to(dtype), bias.to(dtype)) if affine else (None, None)
-        self.norm = Norm(mean.to(self.vector_dtype) * 0.3, var, *parameters, EPS)
-        self.into = p.to(self.vector_dtype), q.to(self.vector_dtype)
+        mean, scale, shift, p, q = torch.randn(5, self.cols).to(accumulation_dtype(dtype)).unbind()
+        self.affine = Affine(mean * 0.3, scale, shift)
+        self.p, self.q = p, q
 
     def differentiable(self):
-        """relu(bn(x)) [N, C, *spatial] in float64, and the leaves x, weight, bias, mean and var."""
-        cols, given = self.cols, self.norm
-        weight = torch.ones(cols) if given.weight is None else given.weight
-        bias = torch.zeros(cols) if given.bias is None else given.bias
-        leaves = [t.double().clone().requires_grad_() for t in (self.x, weight, bias, given.mean, given.var)]
-        x, weight, bias, mean, var = leaves
-        y = F.relu((x - mean) * (weight * torch.rsqrt(var + EPS)) + bias)
-        return to_image(y, self.grid), leaves
+        """relu(bn(x)) [N, C, *spatial] in float64, and the leaves x, scale and shift."""
+        leaves = [t.double().clone().requires_grad_() for t in (self.x, self.affine.scale, self.affine.shift)]
+        x, scale, shift = leaves
+        return to_image(F.relu((x - self.affine.mean.double()) * scale + shift), self.grid), leaves
 
     def assert_gradients(self, y, leaves, grad, run):
-        """``run(collect_into)`` against autograd's gradients, with and without P and Q."""
-        by_x, *by_vectors = torch.autograd.grad(y, leaves, grad.double())
-        x, _, bias, mean, var = leaves
-        r = torch.rsqrt(var + EPS).detach()
-        d = (by_x / (leaves[1].detach() * r)).detach().abs()
-        centred = (x - mean).detach().abs()
-        magnitudes = [
-            (r * d * centred).sum(0),
-            d.sum(0),
-            (leaves[1] * r * d).sum(0),
-            (leaves[1] * r**3 * d * centred).sum(0),
-        ]
+        """``run()``, which returns scale * D and (sum D, sum D * (x - mean)), against autograd's gradients."""
+        by_x, by_scale, by_shift = torch.autograd.grad(y, leaves, grad.double())
+        x, scale, _ = leaves
+        d = (by_x / scale).detach().abs()
+        centred = (x - self.affine.mean.double()).detach().abs()
         tolerance = 1e-12 if self.dtype == torch.float64 else 1e-5
-        into = tuple(t.clone() for t in self.into)
-        scaled, gradients = run(into)
-        again, gradients_again = run(None)
-        assert scaled.equal(again) and all(a.equal(b) for a, b in zip(gradients, gradients_again))
+        scaled, (sum_d, sum_dx) = run()
         assert scaled.dtype == self.dtype and close(scaled, by_x, 2 * rounding(self.dtype))
-        got = (*gradients, *(after.double() - before for after, before in zip(into, self.into)))
-        for value, truth, magnitude, start in zip(got, by_vectors, magnitudes, (0, 0, *self.into)):
-            assert value.isfinite().all()
-            assert close(value, truth, tolerance, magnitude.abs() + abs(start) + truth.abs())
+        assert close(sum_d, by_shift, tolerance, d.sum(0)) and close(sum_dx, by_scale, tolerance, (d * centred).sum(0))
+        assert {sum_d.dtype, sum_dx.dtype} == {accumulation_dtype(self.dtype)}
 
 
 def assert_statistics(statistics, stored):
     var, mean = torch.var_mean(stored.double(), 0, correction=0)
     tolerance = 1e-12 if stored.dtype == torch.float64 else 2e-6
     magnitude = stored.double().square().mean(0)
-    assert close(statistics[0], mean, tolerance, magnitude.sqrt()) and close(statistics[1], var, tolerance, magnitude)
+    assert close(statistics.mean, mean, tolerance, magnitude.sqrt())
+    assert close(statistics.var, var, tolerance, magnitude)
+    rstd = torch.rsqrt(statistics.var.double() + statistics.eps)
+    assert close(statistics.rstd, rstd, rounding(statistics.var.dtype))
 
 
 def empty_statistics(cols, dtype):
     """Views of a packed vector, what is around them still NaN."""
-    packed = torch.full((2, cols + 6), torch.nan, dtype=accumulation_dtype(dtype))
-    return packed, (packed[0, 3 : 3 + cols], packed[1, 3 : 3 + cols])
+    packed = torch.full((3, cols + 6), torch.nan, dtype=accumulation_dtype(dtype))
+    return packed, Statistics(*packed[:, 3 : 3 + cols], EPS)
 
 
 @every
@@ -133,7 +117,7 @@ def test_channel_statistics(grid, columns, dtype):
     packed, statistics = empty_statistics(case.cols, dtype)
     kernels.channel_statistics(case.x, statistics)
     assert_statistics(statistics, case.x)
-    assert packed.isnan().sum() == 12
+    assert packed.isnan().sum() == 18
 
 
 SOURCES = {
@@ -162,7 +146,7 @@ def test_append_features(grid, columns, dtype, source, masked):
     kernels.append_features(new, case.x, statistics, mask, 1.5)
     assert case.buffer.equal(expected)
     assert_statistics(statistics, case.x)
-    assert packed.isnan().sum() == 12
+    assert packed.isnan().sum() == 18
     case.x.zero_()
     kernels.append_features(new, case.x, None, mask, 1.5)
     assert case.buffer.equal(expected)
@@ -173,11 +157,11 @@ def test_statistics_of_many_rows_far_from_zero(dtype):
     """More tiles than are combined at once, and a mean that is large against the deviation."""
     spread, mean = (1e-2, 100) if dtype != torch.bfloat16 else (1, 30)
     x = (torch.randn(5000 if DEVICE == "cpu" else 3_000_000, 12) * spread + mean).to(dtype)
-    _, (got_mean, got_var) = empty_statistics(12, dtype)
-    kernels.channel_statistics(x, (got_mean, got_var))
+    _, got = empty_statistics(12, dtype)
+    kernels.channel_statistics(x, got)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
-    assert close(got_mean, mean, tolerance) and close(got_var, var, 100 * tolerance)
+    assert close(got.mean, mean, tolerance) and close(got.var, var, 100 * tolerance)
 
 
 @every
@@ -185,10 +169,10 @@ def test_finalise_gradient(grid, columns, dtype):
     case = Case(grid, columns, dtype)
     rows = case.x.shape[0]
     grad, _ = column_range(rows, columns, dtype)
-    p, q = case.into
-    truth = grad.double() + (p.double() + 2 * q.double() * (case.x.double() - case.norm.mean.double())) / 7
+    mean, p, q = case.affine.mean, case.p, case.q
+    truth = grad.double() + (p.double() + 2 * q.double() * (case.x.double() - mean.double())) / 7
     for count in (7, torch.tensor(7.0, dtype=torch.float64)):
-        through = ThroughStatistics(case.x, case.norm.mean, p, q, count)
+        through = ThroughStatistics(case.x, mean, p, q, count)
         out, buffer = column_range(rows, columns, dtype)
         before = buffer.clone()
         assert kernels.finalise_gradient(grad, through, out) is out
@@ -209,12 +193,12 @@ def test_bn_relu_maxpool(grid, columns, dtype):
     case = Case(grid, columns, dtype)
     activation, leaves = case.differentiable()
     truth = max_pool(activation)
-    out, argmax = kernels.bn_relu_maxpool(case.x, case.norm, grid)
+    out, argmax = kernels.bn_relu_maxpool(case.x, case.affine, grid)
     assert out.dtype == dtype and close(out, truth, rounding(dtype))
     grad, _ = column_range(out.shape[0], columns, dtype)
 
-    def run(into):
-        return kernels.bn_relu_maxpool_backward(grad, argmax, case.x, case.norm, grid, into)
+    def run():
+        return kernels.bn_relu_maxpool_backward(grad, argmax, case.x, case.affine, grid)
 
     case.assert_gradients(truth, leaves, grad, run)
 
@@ -224,46 +208,22 @@ def test_bn_relu_global_avgpool(grid, columns, dtype):
     case = Case(grid, columns, dtype)
     activation, leaves = case.differentiable()
     truth = activation.flatten(2).mean(2)
-    out = kernels.bn_relu_global_avgpool(case.x, case.norm, grid)
+    out = kernels.bn_relu_global_avgpool(case.x, case.affine, grid)
     assert out.dtype == dtype and close(out, truth, rounding(dtype))
     grad, _ = column_range(grid[0], columns, dtype)
 
-    def run(into):
-        return kernels.bn_relu_global_avgpool_backward(grad, case.x, case.norm, grid, into)
+    def run():
+        return kernels.bn_relu_global_avgpool_backward(grad, case.x, case.affine, grid)
 
     case.assert_gradients(truth, leaves, grad, run)
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("parameters", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_fold_and_collect(dtype, parameters, affine):
-    for cols in (1, 37, 600):
-        case = Case((1, 1, 1), (cols, 0, cols), dtype, affine)
-        norm = case.norm
-        if affine:
-            norm = norm._replace(weight=norm.weight.to(parameters), bias=norm.bias.to(parameters))
-        got = kernels.fold(norm)
-        r = torch.rsqrt(norm.var.double() + EPS)
-        scale = r if norm.weight is None else norm.weight.double() * r
-        assert got.mean.equal(norm.mean) and close(got.scale, scale, rounding(dtype))
-        assert got.shift.equal(torch.zeros_like(norm.mean) if norm.bias is None else norm.bias.to(dtype))
-        sums = torch.randn(cols, dtype=dtype), torch.randn(cols, dtype=dtype)
-        p, q = (t.clone() for t in case.into)
-        grad_weight, grad_bias = kernels.collect(sums, norm, p, q)
-        assert grad_bias.equal(sums[0]) and close(grad_weight, r * sums[1].double(), rounding(dtype))
-        added = scale * sums[0].double(), scale * r**2 * sums[1].double() / 2
-        for after, before, part in zip((p, q), case.into, added):
-            assert close(after, before - part, 2 * rounding(dtype), before.abs() + part.abs())
-        assert kernels.collect(sums, norm, None, None)[0].equal(grad_weight)
 
 
 def test_nan_and_equal_maxima_are_stocks():
     grid, cols = (2, 7, 6), 8
     x = torch.randn(84, cols).round()
     x[torch.rand(84, cols) < 0.1] = torch.nan
-    norm = Norm(torch.zeros(cols), torch.ones(cols), None, None, 0.0)
-    out, argmax = kernels.bn_relu_maxpool(x, norm, grid)
+    affine = Affine(torch.zeros(cols), torch.ones(cols), torch.zeros(cols))
+    out, argmax = kernels.bn_relu_maxpool(x, affine, grid)
     stock, index = F.max_pool2d(F.relu(to_image(x, grid)), 3, 2, 1, return_indices=True)
     assert out.isnan().any() and out.nan_to_num(-1).equal(to_matrix(stock).nan_to_num(-1))
     rows, columns = (torch.arange(n).view(shape) for n, shape in ((4, (4, 1)), (3, (1, 3))))
@@ -273,18 +233,20 @@ def test_nan_and_equal_maxima_are_stocks():
 
 def test_wrong_arguments_raise():
     x, vector = torch.randn(6, 4), torch.randn(4)
-    norm = Norm(vector, vector.abs(), None, None, EPS)
+    affine, own = Affine(vector, vector, vector), Statistics(vector, vector, vector, EPS)
     through = ThroughStatistics(x, vector, vector, vector, 6)
     bad = [
-        (lambda: kernels.channel_statistics(x, (vector[:3], vector)), "mean: expected 4 contiguous float32 values"),
-        (lambda: kernels.channel_statistics(x.long(), (vector, vector)), "x: expected float32, float64, float16"),
+        (lambda: kernels.channel_statistics(x, own._replace(mean=vector[:3])), "mean: expected 4 contiguous float32"),
+        (lambda: kernels.channel_statistics(x, own._replace(rstd=None)), "mean, var and rstd: expected all or none"),
+        (lambda: kernels.channel_statistics(x.long(), own), "x: expected float32, float64, float16"),
+        (lambda: kernels.channel_statistics(x[:0], own), r"x: expected at least one value, got \[0, 4\]"),
         (lambda: kernels.append_features(x, x[:5], None), r"out: expected a matrix \[6, 4\]"),
         (lambda: kernels.append_features(x, x, None, torch.ones(6, 3) > 0), r"mask: expected \[6, 4\], got \[6, 3\]"),
         (lambda: kernels.finalise_gradient(x.double(), through, x), "grad: dtype unlike the others'"),
-        (lambda: kernels.bn_relu_maxpool(x, norm, (1, 2, 4)), "grid: expected the product 6, got 8"),
-        (lambda: kernels.bn_relu_maxpool(x, norm._replace(weight=vector[:2]), (1, 2, 3)), "weight: expected 4"),
-        (lambda: kernels.bn_relu_global_avgpool(x, norm, (4, 2)), r"images: expected a divisor of x's rows, got 4"),
-        (lambda: kernels.fold(Norm(vector[:0], vector[:0], None, None, EPS)), "fold: x: expected at least one value"),
+        (lambda: kernels.bn_relu_maxpool(x, affine, (1, 2, 4)), "grid: expected the product 6, got 8"),
+        (lambda: kernels.bn_relu_maxpool(x, affine._replace(scale=vector[:2]), (1, 2, 3)), "scale: expected 4"),
+        (lambda: kernels.bn_relu_maxpool(x, affine._replace(shift=vector.double()), (1, 2, 3)), "shift: expected 4"),
+        (lambda: kernels.bn_relu_global_avgpool(x, affine, (4, 2)), r"images: expected a divisor of x's rows, got 4"),
     ]
     for call, message in bad:
         with pytest.raises(RuntimeError, match=message):
@@ -292,18 +254,16 @@ def test_wrong_arguments_raise():
 
 
 def test_schemas_name_what_is_changed():
-    x, mean, var, p, q = torch.randn(12, 8), *torch.rand(4, 8)
-    norm, ops = (mean, var, None, None, EPS), torch.ops.densenet_fast
+    x, vectors = torch.randn(12, 8), torch.rand(3, 8).unbind()
+    affine, ops = Affine(*torch.rand(3, 8)), torch.ops.densenet_fast
     argmax = torch.zeros(4, 8, dtype=torch.uint8)
     calls = [
-        (ops.cuda_append_features, (x.clone(), None, 1.0, x, p, q, 0)),
-        (ops.cuda_finalise_gradient, (x.clone(), x.clone(), mean, p, q, None, 3.0, x, 0)),
-        (ops.cuda_fold, (*norm, 0)),
-        (ops.cuda_collect, (mean, var, *norm, p, q, 0)),
-        (ops.cuda_bn_relu_maxpool, (x, *norm, (1, 3, 4), 0)),
-        (ops.cuda_bn_relu_maxpool_backward, (x[:4], argmax, x, *norm, (1, 3, 4), p, q, 0)),
-        (ops.cuda_bn_relu_global_avgpool, (x, *norm, 2, 0)),
-        (ops.cuda_bn_relu_global_avgpool_backward, (x[:2], x, *norm, 2, p, q, 0)),
+        (ops.cuda_append_features, (x.clone(), None, 1.0, x, *vectors, EPS, 0)),
+        (ops.cuda_finalise_gradient, (x.clone(), x.clone(), *vectors, None, 3.0, x, 0)),
+        (ops.cuda_bn_relu_maxpool, (x, *affine, (1, 3, 4), 0)),
+        (ops.cuda_bn_relu_maxpool_backward, (x[:4], argmax, x, *affine, (1, 3, 4), 0)),
+        (ops.cuda_bn_relu_global_avgpool, (x, *affine, 2, 0)),
+        (ops.cuda_bn_relu_global_avgpool_backward, (x[:2], x, *affine, 2, 0)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op, arguments, test_utils="test_schema")
@@ -317,9 +277,9 @@ def test_bitwise_the_same_over_ten_runs(dtype):
     for _ in range(10):
         _, statistics = empty_statistics(64, dtype)
         kernels.channel_statistics(case.x, statistics)
-        out, argmax = kernels.bn_relu_maxpool(case.x, case.norm, case.grid)
-        scaled, gradients = kernels.bn_relu_maxpool_backward(out, argmax, case.x, case.norm, case.grid)
-        results.append((*statistics, out, argmax, scaled, *gradients))
+        out, argmax = kernels.bn_relu_maxpool(case.x, case.affine, case.grid)
+        scaled, sums = kernels.bn_relu_maxpool_backward(out, argmax, case.x, case.affine, case.grid)
+        results.append((*statistics[:3], out, argmax, scaled, *sums))
     assert all(a.equal(b) for result in results[1:] for a, b in zip(result, results[0]))
 
 
@@ -335,7 +295,7 @@ def test_more_than_two_to_the_31_elements():
     assert out[-77:].equal(new) and out[:-77].eq(0).all()
     kernels.append_features(out, buffer[:, :32], None)
     assert buffer[-77:, :32].equal(new)
-    statistics = torch.empty(32), torch.empty(32)
+    _, statistics = empty_statistics(32, torch.bfloat16)
     kernels.channel_statistics(buffer[:, -32:], statistics)
     assert_statistics(statistics, out)
 
@@ -343,11 +303,11 @@ def test_more_than_two_to_the_31_elements():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs and streams")
 def test_captured_in_a_cuda_graph():
     case = Case((2, 14, 14), (64, 0, 128), torch.bfloat16)
-    statistics = torch.empty(64), torch.empty(64)
+    _, statistics = empty_statistics(64, torch.bfloat16)
 
     def run():
         kernels.channel_statistics(case.x, statistics)
-        return kernels.bn_relu_maxpool(case.x, case.norm, case.grid)[0]
+        return kernels.bn_relu_maxpool(case.x, case.affine, case.grid)[0]
 
     expected = run().clone()
     side = torch.cuda.Stream()
@@ -357,7 +317,7 @@ def test_captured_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
-    statistics[0].zero_()
+    statistics.mean.zero_()
     captured.zero_()
     graph.replay()
     torch.cuda.synchronize()

@@ -16,8 +16,7 @@ KERNELS = {
     "append_kernel": 16,
     "combine_statistics_kernel": 2,
     "finalise_kernel": 8,
-    "fold_kernel": 2,
-    "collect_kernel": 2,
+    "combine_sums_kernel": 2,
     "bn_relu_maxpool_kernel": 8,
     "bn_relu_pool_backward_kernel": 16,
     "bn_relu_global_avgpool_kernel": 8,
@@ -98,8 +97,8 @@ def test_the_library_needs_nothing_of_cuda_and_shows_none_of_its_runtime():
 def test_without_a_gpu_another_backend_serves_and_it_is_said_why():
     assert cuda.unavailable() == ("no CUDA device" if not torch.cuda.is_available() else None)
     assert not cuda.supports(torch.device("cpu"), torch.float32)
-    with pytest.raises(NotImplementedError, match="cuda_fold"):
-        torch.ops.densenet_fast.cuda_fold(torch.ones(3), torch.ones(3), None, None, 1e-5, 0)
+    with pytest.raises(NotImplementedError, match="cuda_bn_relu_global_avgpool"):
+        torch.ops.densenet_fast.cuda_bn_relu_global_avgpool(torch.ones(4, 3), *torch.ones(3, 3), 1, 0)
 
 
 def test_a_library_without_cuda_is_explained(monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 
-from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.affine import Affine, empty_statistics
 
 LAYERS = [
     # grid, C, B, k
@@ -69,18 +69,25 @@ class Layer:
         buffer, gradient = self.buffer.clone(), self.gradient.clone()
         f, g = buffer[:, : self.channels], gradient[:, : self.channels]
         z = self.empty_bottleneck()
-        statistics = backend.bn_relu_conv1x1(f, self.affine1, self.w1, None, z[:, 3:-2], True)
-        keep("1x1", z.clone(), statistics)
-        backend.bn_relu_conv1x1(f, self.affine1, self.w1, self.bias1, z[:, 3:-2], False)
-        keep("1x1 with bias", z)
+        statistics = empty_statistics(z, self.width, 1e-5)
+        backend.bn_relu_conv1x1(f, self.affine1, self.w1, None, z[:, 3:-2], statistics)
+        keep("1x1", z.clone(), statistics[:3])
+        backend.bn_relu_conv1x1(f, self.affine1, self.w1, self.bias1, z[:, 3:-2], None)
+        keep("1x1 with bias", z.clone())
+        backend.bn_relu_conv1x1(f, self.affine1, self.w1, self.bias1, z[:, 3:-2], None, self.affine2)
+        keep("1x1 normalised again", z)
         first = (self.dz, f, self.affine1, self.w1)
         keep("1x1 backward", *backend.bn_relu_conv1x1_backward(*first, g, True, True))
         keep("1x1 backward, sums", *backend.bn_relu_conv1x1_backward(*first, None, False, True))
         keep("1x1 backward, weight", *backend.bn_relu_conv1x1_backward(*first, None, True, False))
         second = (self.z, self.affine2, self.w2)
-        statistics = backend.bn_relu_conv3x3(*second, None, self.grid, buffer[:, self.new], None, 1.0, True)
-        keep("3x3", buffer.clone(), statistics)
-        backend.bn_relu_conv3x3(*second, self.bias2, self.grid, buffer[:, self.new], self.mask, 2.0, False)
+        statistics = empty_statistics(buffer, self.outputs, 1e-5)
+        backend.bn_relu_conv3x3(*second, None, self.grid, buffer[:, self.new], None, 1.0, statistics)
+        keep("3x3", buffer.clone(), statistics[:3])
+        rectified = (self.z.relu(), None, self.w2, None, self.grid)
+        backend.bn_relu_conv3x3(*rectified, buffer[:, self.new], None, 1.0, None)
+        keep("3x3 of what is rectified", buffer.clone())
+        backend.bn_relu_conv3x3(*second, self.bias2, self.grid, buffer[:, self.new], self.mask, 2.0, None)
         keep("3x3 with bias and mask", buffer)
         dy = gradient[:, self.new]
         scaled = self.empty_bottleneck()

@@ -10,6 +10,7 @@ import torch
 from backends.triton.cases import LAYERS, Layer
 from backends.triton.memory import watching
 from densenet_fast.backends import triton as backend
+from densenet_fast.backends.affine import empty_statistics
 from densenet_fast.backends.triton import config
 
 HALF = 2
@@ -33,9 +34,11 @@ def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
     f, z, y = (layer.rows * columns * HALF for columns in (layer.channels, width, outputs))
     device = config.Device(generation, 2)
     with config.assume(device), watching(monkeypatch) as traffic:
-        backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, torch.empty_like(layer.z), True)
+        out, statistics = torch.empty_like(layer.z), empty_statistics(layer.z, width, 1e-5)
+        backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, out, statistics)
         second = (layer.z, layer.affine2, layer.w2)
-        backend.bn_relu_conv3x3(*second, None, layer.grid, layer.buffer[:, layer.new], None, 1.0, True)
+        statistics = empty_statistics(layer.buffer, outputs, 1e-5)
+        backend.bn_relu_conv3x3(*second, None, layer.grid, layer.buffer[:, layer.new], None, 1.0, statistics)
         dy, g = layer.gradient[:, layer.new], layer.gradient[:, : layer.channels]
         backend.bn_relu_conv3x3_backward(dy, *second, layer.grid, torch.empty_like(layer.z), True)
         backend.bn_relu_conv1x1_backward(layer.dz, layer.features, layer.affine1, layer.w1, g, True, True)

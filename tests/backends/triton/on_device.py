@@ -11,6 +11,7 @@ from backends.triton.cases import LAYERS, Layer
 from densenet_fast import backends, functional
 from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
+from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.functional import BatchNorm, BNReLUConv
 from helpers import error, randomise, step, twin
@@ -74,18 +75,23 @@ def test_statistics_over_many_tiles():
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     z = torch.empty_like(x)
-    mean, var = backend.bn_relu_conv1x1(x, backends.affine.Affine(zeros, ones, zeros), weight, None, z, True)
+    statistics = empty_statistics(z, 3, 1e-5)
+    backend.bn_relu_conv1x1(x, Affine(zeros, ones, zeros), weight, None, z, statistics)
+    mean, var, rstd, _ = statistics
     torch.backends.cudnn.conv.fp32_precision = before
     true_var, true_mean = torch.var_mean(z.double(), 0, correction=0)
     assert z.equal(x) and error(mean, true_mean) < 1e-6 and error(var, true_var) < 1e-5
+    assert error(rstd, torch.rsqrt(var.double() + 1e-5)) < 1e-6
 
 
 def test_a_nan_stays_a_nan():
     layer = Layer((1, 4, 4), 8, 16, 4, torch.float32, DEVICE)
     layer.buffer[5, 3] = torch.nan
     z = torch.empty_like(layer.z)
-    mean, _ = backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, z, True)
-    assert z[5].isnan().all() and z[:5].isfinite().all() and z[6:].isfinite().all() and mean.isnan().all()
+    statistics = empty_statistics(z, 16, 1e-5)
+    backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, z, statistics)
+    assert z[5].isnan().all() and z[:5].isfinite().all() and z[6:].isfinite().all()
+    assert all(t.isnan().all() for t in statistics[:3])
 
 
 def test_wide_dropout_mask_of_any_strides(precision):
@@ -93,7 +99,7 @@ def test_wide_dropout_mask_of_any_strides(precision):
     results = []
     for mask in (layer.mask, layer.mask.to(memory_format=torch.channels_last)):
         out = layer.buffer[:, layer.new]
-        backend.bn_relu_conv3x3(layer.z, layer.affine2, layer.w2, None, layer.grid, out, mask, 3.0, False)
+        backend.bn_relu_conv3x3(layer.z, layer.affine2, layer.w2, None, layer.grid, out, mask, 3.0, None)
         results.append(out.clone())
     assert results[0].equal(results[1])
 
@@ -153,6 +159,28 @@ def test_launches_of_a_layer(precision):
         assert names == 3 * [*(["bn_relu_conv1x1"] * memory_efficient), *BACKWARD]
 
 
+VECTOR_WORK = {"_foreach_mul", "_foreach_mul_", "_foreach_add", "_foreach_add_", "_foreach_rsqrt_", "addcmul_", "rsqrt"}
+
+
+def test_vector_work_of_a_layer():
+    """Between the products a layer scales two normalisations forward and adds to P and Q twice backward; all else is
+    done once for the block, however deep."""
+
+    def counted(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = run()
+        names = [(event.key.removeprefix("aten::"), event.count) for event in profile.key_averages()]
+        return result, {name: count for name, count in names if name in VECTOR_WORK}
+
+    def operations(depth):
+        x, layers = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True), block(depth)
+        output, forward = counted(lambda: functional.dense_block(x, layers))
+        return forward, counted(lambda: output.backward(torch.ones_like(output)))[1]
+
+    for shallow, deep, layer in zip(operations(2), operations(5), ({"_foreach_mul": 2}, {"addcmul_": 4})):
+        assert {n: (deep[n] - shallow[n]) / 3 for n in deep if deep[n] != shallow[n]} == layer
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: interpreted programs run in one order")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_the_same_over_ten_runs(dtype):
@@ -169,8 +197,8 @@ def test_more_than_two_to_the_31_elements():
     layer = Layer((1, 1, 77), 64, 128, 32, torch.bfloat16, DEVICE)
     buffer[-77:, -64:] = layer.features
     z = torch.empty(rows, 128, dtype=torch.bfloat16, device=DEVICE)
-    backend.bn_relu_conv1x1(buffer[:, -64:], layer.affine1, layer.w1, None, z, False)
-    backend.bn_relu_conv1x1(layer.features.contiguous(), layer.affine1, layer.w1, None, layer.z, False)
+    backend.bn_relu_conv1x1(buffer[:, -64:], layer.affine1, layer.w1, None, z, None)
+    backend.bn_relu_conv1x1(layer.features.contiguous(), layer.affine1, layer.w1, None, layer.z, None)
     assert z[-77:].equal(layer.z)
 
 

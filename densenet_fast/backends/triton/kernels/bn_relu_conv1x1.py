@@ -1,4 +1,5 @@
-"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored.
+"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored; or, where they are known before,
+relu(bn2(Z)) in its place.
 
     Z[p, b] = sum_c relu((F[p, c] - mean_c) * scale_c + shift_c) * W1[b, c]  (+ bias_b)
 
@@ -20,6 +21,9 @@ def bn_relu_conv1x1(
     shift,  # [C]
     weight,  # [B, C]
     bias,  # [B]
+    then_mean,  # [B]
+    then_scale,  # [B]
+    then_shift,  # [B]
     z,  # [M, B], rows ld_z apart
     partials,  # [row tiles, 2, B] float32
     M,
@@ -35,6 +39,7 @@ def bn_relu_conv1x1(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     BIAS: tl.constexpr,
+    THEN: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -58,6 +63,9 @@ def bn_relu_conv1x1(
         total = tl.dot(bn_relu(features, m, s, t), w, total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+    if THEN:
+        m, s, t = load_affine(then_mean, then_scale, then_shift, columns, inside_columns)
+        total = bn_relu(total, m, s, t)
     stored = total.to(z.dtype.element_ty)
     valid = inside_rows[:, None] & inside_columns[None, :]
     tl.store(z + wide_rows[:, None] * ld_z + columns[None, :], stored, mask=valid)

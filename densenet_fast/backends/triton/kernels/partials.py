@@ -15,9 +15,11 @@ def combine_statistics(
     partials,  # [tiles, 2, n] float32: mean and M2 of each tile
     mean,  # [n]
     variance,  # [n]
+    rstd,  # [n]: 1 / sqrt(variance + eps)
     tiles,
     n,
     M,
+    eps,
     TILE_ROWS: tl.constexpr,
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -46,6 +48,7 @@ def combine_statistics(
     m2 = tl.sum(lane_m2 + count * deviation * deviation, 0)
     tl.store(mean + columns, overall, mask=inside)
     tl.store(variance + columns, m2 / M, mask=inside)
+    tl.store(rstd + columns, 1.0 / tl.sqrt_rn(m2 / M + eps), mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,255 @@
+// A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers with a
+// bottleneck, without biases or dropout, on two-dimensional images and in one process. Between two kernels it computes a few
+// short vectors, for which a call of torch's each would take longer than the kernels of a small layer.
+#include "bn_relu_conv1x1.h"
+#include "bn_relu_conv3x3.h"
+
+namespace densenet_fast {
+namespace {
+
+constexpr size_t kStageTensors = 6;  // weight, bias, running_mean, running_var, convolution's weight and bias; empty if absent
+
+const float* optional_vector(const Tensor& t, int64_t cols, const char* name) {
+  return t.numel() == 0 ? nullptr : vector(t, cols, name);
+}
+
+// y = (x - mean) * scale + shift with scale = weight * r
+struct Folded {
+  const float* mean;
+  std::vector<float> r, scale, shift;
+
+  Affine affine() const { return {mean, scale.data(), shift.data()}; }
+};
+
+// BN-ReLU-convolution; a frozen normalisation has running statistics and uses them
+struct Stage {
+  int64_t cols;
+  const float *weight, *bias, *running_mean, *running_var;
+  float eps;
+  const Tensor& conv;
+
+  Stage(const Tensor* tensors, double eps, int64_t cols)
+      : cols(cols),
+        weight(optional_vector(tensors[0], cols, "weight")),
+        bias(optional_vector(tensors[1], cols, "bias")),
+        running_mean(optional_vector(tensors[2], cols, "running_mean")),
+        running_var(optional_vector(tensors[3], cols, "running_var")),
+        eps(eps),
+        conv(tensors[4]) {
+    STD_TORCH_CHECK((running_mean == nullptr) == (running_var == nullptr), "running_mean: expected with running_var");
+    STD_TORCH_CHECK(conv.dim() == 4 && conv.size(1) == cols, "convolution: expected a weight of ", cols, " input channels");
+    STD_TORCH_CHECK(tensors[5].numel() == 0, "convolution: expected no bias");
+  }
+
+  bool frozen() const { return running_mean != nullptr; }
+
+  // `mean` and `var` are the batch's
+  Folded fold(const float* mean, const float* var) const {
+    Folded f = {frozen() ? running_mean : mean, zeros(cols), zeros(cols), zeros(cols)};
+    const float* v = frozen() ? running_var : var;
+    for (int64_t c = 0; c < cols; ++c) {
+      f.r[c] = 1.0f / std::sqrt(v[c] + eps);
+      f.scale[c] = weight ? weight[c] * f.r[c] : f.r[c];
+      f.shift[c] = bias ? bias[c] : 0.0f;
+    }
+    return f;
+  }
+};
+
+struct Layer {
+  Stage first, second;
+  int64_t start, bottleneck, growth;  // reads columns 0 ... start, writes start ... start + growth
+  int64_t packed;                     // where the statistics of its bottleneck stand, behind those of all columns
+};
+
+struct Block {
+  std::vector<Layer> layers;
+  int64_t columns, packed, widest = 0;
+
+  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels) : columns(in_channels) {
+    STD_TORCH_CHECK(eps.size() % 2 == 0 && tensors.size() == kStageTensors * eps.size(),
+                    "tensors: expected six for each of two stages a layer");
+    for (size_t i = 0; i < eps.size(); i += 2) {
+      const Tensor* first = &tensors[i * kStageTensors];
+      const Tensor* second = first + kStageTensors;
+      const int64_t bottleneck = first[4].size(0), growth = second[4].size(0);
+      layers.push_back({Stage(first, eps[i], columns), Stage(second, eps[i + 1], bottleneck), columns, bottleneck, growth, 0});
+      columns += growth;
+      widest = std::max(widest, bottleneck);
+    }
+    packed = columns;
+    for (Layer& layer : layers) {
+      layer.packed = packed;
+      packed += layer.bottleneck;
+    }
+  }
+
+  // Whether layer i or a later one normalises its input by the batch
+  bool normalised_by_batch(size_t i) const {
+    return std::any_of(layers.begin() + i, layers.end(), [](const Layer& layer) { return !layer.first.frozen(); });
+  }
+};
+
+float* output(const Tensor& t, int64_t size, const char* name) { return const_cast<float*>(vector(t, size, name)); }
+
+// A matrix within a buffer that is at least as large
+template <typename T>
+Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
+  return {static_cast<T*>(buffer.data_ptr()), rows, cols, cols};
+}
+
+// Fills columns in_channels ... of features; the first ones and their statistics are there. The bottlenecks are kept where there
+// is one for each layer.
+void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
+                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var) {
+  by_dtype(features, [&](auto zero) {
+    using T = decltype(zero);
+    const Block block(tensors, eps, in_channels);
+    const Matrix<T> f(features, "features");
+    STD_TORCH_CHECK(f.cols == block.columns, "features: expected ", block.columns, " columns, got ", f.cols);
+    const bool keep = !bottlenecks.empty();
+    STD_TORCH_CHECK(!keep || bottlenecks.size() == block.layers.size(), "bottlenecks: expected one for each layer");
+    float *m = output(mean, block.packed, "mean"), *v = output(var, block.packed, "var");
+    std::vector<float> rstd(block.packed);
+    const ImageTiles image(grid, f.rows);
+    const Tensor buffer = torch::stable::new_empty(features, {keep ? 0 : f.rows * block.widest});
+    for (size_t i = 0; i < block.layers.size(); ++i) {
+      const Layer& layer = block.layers[i];
+      const auto statistics_of = [&](int64_t first, float eps) {
+        return StatisticsOutput(m + first, v + first, rstd.data() + first, eps);
+      };
+      const Matrix<T> z = keep ? Matrix<T>(bottlenecks[i], "bottlenecks") : within<T>(buffer, f.rows, layer.bottleneck);
+      STD_TORCH_CHECK(z.rows == f.rows && z.cols == layer.bottleneck, "bottlenecks: expected [M, B]");
+      const Matrix<const T> inputs = f.columns(0, layer.start).readonly();
+      const Matrix<T> made = f.columns(layer.start, layer.growth);
+      const Weight<T> weight(layer.first.conv);
+      const Filters<T> filters(layer.second.conv);
+      const Folded first = layer.first.fold(m, v);
+      if (layer.second.frozen() && !keep) {
+        const Folded second = layer.second.fold(nullptr, nullptr);
+        const Affine then = second.affine();
+        conv1x1<T>(inputs, first.affine(), weight, nullptr, &then, z, nullptr);
+        conv3x3<T>(z.readonly(), nullptr, filters, nullptr, image, made);
+      } else {
+        const StatisticsOutput statistics = statistics_of(layer.packed, layer.second.eps);
+        conv1x1<T>(inputs, first.affine(), weight, nullptr, nullptr, z, layer.second.frozen() ? nullptr : &statistics);
+        const Folded second = layer.second.fold(m + layer.packed, v + layer.packed);
+        const Affine affine = second.affine();
+        conv3x3<T>(z.readonly(), &affine, filters, nullptr, image, made);
+      }
+      if (block.normalised_by_batch(i + 1)) column_statistics<T>(made.readonly(), statistics_of(layer.start, 0));
+    }
+  });
+}
+
+// The gradients of a stage's normalisation, and what it adds to P and Q unless it is frozen (2)
+void collect(const Stage& stage, const Folded& folded, const std::vector<float>& sums, const Tensor* gradients, float* p,
+             float* q) {
+  const float *sum_d = sums.data(), *sum_dx = sum_d + stage.cols;
+  float* grad_weight = stage.weight ? output(gradients[0], stage.cols, "grad_weight") : nullptr;
+  float* grad_bias = stage.bias ? output(gradients[1], stage.cols, "grad_bias") : nullptr;
+  for (int64_t c = 0; c < stage.cols; ++c) {
+    const float r = folded.r[c], s = folded.scale[c];
+    if (grad_weight) grad_weight[c] = r * sum_dx[c];
+    if (grad_bias) grad_bias[c] = sum_d[c];
+    if (stage.frozen()) continue;
+    p[c] -= s * sum_d[c];
+    q[c] -= 0.5f * s * r * r * sum_dx[c];
+  }
+}
+
+// (1) into out, where anything was normalised by the batch
+template <typename T>
+void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Matrix<T>& out) {
+  Tiles(grad.rows, 3 * grad.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+    through.apply(grad, first, n, out.row(first), out.ld);
+  });
+}
+
+// From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages. Without bottlenecks
+// it recomputes them.
+void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
+                          double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
+                          Tensor grad_x, std::vector<Tensor> gradients) {
+  by_dtype(features, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<T> result(grad_x, "grad_x");
+    const Block block(tensors, eps, result.cols);
+    const Matrix<const T> f(features, "features"), incoming(grad, "grad");
+    STD_TORCH_CHECK(f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
+                    "features, grad, grad_x: expected [M, C_total] twice and [M, C0]");
+    STD_TORCH_CHECK(bottlenecks.empty() || bottlenecks.size() == block.layers.size(),
+                    "bottlenecks: expected none or one for each layer");
+    STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
+    const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
+    std::vector<float> p(block.packed), q(block.packed);
+    const ImageTiles image(grid, f.rows);
+    const Tensor total = torch::stable::new_empty(features, {f.rows, f.cols});
+    const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
+    const Tensor again = torch::stable::new_empty(features, {bottlenecks.empty() ? f.rows * block.widest : 0});
+    const Matrix<T> g(total, "total");
+    Matrix<const T> source = incoming;  // where the gradient of F stands: the incoming one until the last layer has written G
+    for (size_t i = block.layers.size(); i-- > 0;) {
+      const Layer& layer = block.layers[i];
+      const int64_t packed = layer.packed;
+      const Tensor *of_first = &gradients[2 * i * kStageTensors], *of_second = of_first + kStageTensors;
+      const Folded first = layer.first.fold(m, v), second = layer.second.fold(m + packed, v + packed);
+      const Matrix<const T> inputs = f.columns(0, layer.start);
+      const Weight<T> weight(layer.first.conv);
+
+      Matrix<const T> dy = source.columns(layer.start, layer.growth);
+      if (block.normalised_by_batch(i + 1)) {
+        const int64_t c = layer.start;
+        const Matrix<T> target = g.columns(c, layer.growth);
+        finalise<T>({f.columns(c, layer.growth), m + c, p.data() + c, q.data() + c, count}, dy, target);
+        dy = target.readonly();
+      }
+
+      Matrix<T> z = within<T>(again, f.rows, layer.bottleneck);
+      if (bottlenecks.empty()) {
+        conv1x1<T>(inputs, first.affine(), weight, nullptr, nullptr, z, nullptr);
+      } else {
+        z = Matrix<T>(bottlenecks[i], "bottlenecks");
+        STD_TORCH_CHECK(z.rows == f.rows && z.cols == layer.bottleneck, "bottlenecks: expected [M, B]");
+      }
+      const Matrix<T> dz = within<T>(scaled, f.rows, layer.bottleneck);
+      std::vector<float> sums(2 * layer.bottleneck);
+      const FiltersGradient grad_filters(of_second[4]);
+      STD_TORCH_CHECK(of_second[4].size(0) == layer.growth && of_second[4].size(1) == layer.bottleneck,
+                      "gradients: expected the shapes of tensors");
+      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), image, &dz, sums.data(),
+                          &grad_filters);
+      collect(layer.second, second, sums, of_second, p.data() + packed, q.data() + packed);
+
+      ProductGradient<T> gradient = {dz.readonly(), {}};
+      if (!layer.second.frozen()) {
+        gradient.finalise.emplace(z.readonly(), m + packed, p.data() + packed, q.data() + packed, count);
+      }
+      sums.resize(2 * layer.start);
+      const Matrix<const T> before = source.columns(0, layer.start);
+      const Matrix<T> after = g.columns(0, layer.start);
+      const Tensor& grad_weight = of_first[4];
+      STD_TORCH_CHECK(grad_weight.numel() == layer.bottleneck * layer.start && grad_weight.is_contiguous() &&
+                          grad_weight.scalar_type() == ScalarType::Float,
+                      "gradients: expected [B, C, 1, 1], contiguous float32");
+      conv1x1_backward<T>(gradient, inputs, first.affine(), weight, &before, &after,
+                          static_cast<float*>(grad_weight.data_ptr()), sums.data());
+      collect(layer.first, first, sums, of_first, p.data(), q.data());
+      source = g.readonly();
+    }
+    const Matrix<const T> rest = source.columns(0, result.cols);
+    if (block.normalised_by_batch(0)) {
+      finalise<T>({f.columns(0, result.cols), m, p.data(), q.data(), count}, rest, result);
+    } else {
+      for (int64_t row = 0; row < rest.rows; ++row) std::copy_n(rest.row(row), rest.cols, result.row(row));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  m.impl("cpu_dense_block", TORCH_BOX(&densenet_fast::dense_block));
+  m.impl("cpu_dense_block_backward", TORCH_BOX(&densenet_fast::dense_block_backward));
+}
