@@ -45,7 +45,7 @@ class Arguments {
                     ": ", name, ": expected a matrix [", rows, ", ", cols, "] of adjacent columns, got ", shape(t));
     STD_TORCH_CHECK(t.scalar_type() == like_.scalar_type(), kernel_, ": ", name, ": dtype unlike the others'");
     const Matrix m{t.data_ptr(), rows, cols, t.stride(0)};
-    if (rows > 1 && m.ld % width_ != 0) width_ = 1;
+    if (rows > 1) fit(m.ld, 1);
     align(m.data, element_size(type_));
     return m;
   }
@@ -70,8 +70,7 @@ class Arguments {
     if (s.dims == 0) s.dims = 1, s.sizes[0] = 1, s.strides[0] = 0;
     if (wide) {
       align(s.data, element_size(type_));
-      for (int d = 0; d < s.dims; ++d)
-        if (s.strides[d] % width_ != 0) width_ = 1;
+      for (int d = 0; d < s.dims; ++d) fit(s.strides[d], 1);
     }
     return s;
   }
@@ -82,7 +81,7 @@ class Arguments {
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && t.is_contiguous() &&
                         t.scalar_type() == ScalarType::Byte,
                     kernel_, ": ", name, ": expected contiguous uint8 [", rows, ", ", cols, "], got ", shape(t));
-    if (cols % width_ != 0) width_ = 1;
+    fit(cols, 1);
     align(t.data_ptr(), 1);
     return static_cast<uint8_t*>(t.data_ptr());
   }
@@ -137,8 +136,11 @@ class Arguments {
     STD_TORCH_CHECK(t.is_cuda() == like_.is_cuda() && t.get_device_index() == like_.get_device_index(), kernel_, ": ",
                     name, ": expected all tensors on one device");
   }
-  void align(const void* data, int64_t size) {
-    if (reinterpret_cast<uintptr_t>(data) % (size * width_) != 0) width_ = 1;
+  void align(const void* data, int64_t size) { fit(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)), size); }
+  // Narrows accesses, from 16 bytes to 8 to one element, until `distance` is a multiple of them, in units of `size`
+  void fit(int64_t distance, int64_t size) {
+    while (width_ > 1 && distance % (size * width_) != 0)
+      width_ = width_ * element_size(type_) == 16 ? static_cast<int>(8 / element_size(type_)) : 1;
   }
 
   const char* kernel_;

@@ -249,23 +249,31 @@ __device__ inline S combine_tiles(int64_t tiles, Read read) {
   return sum[0];
 }
 
-// Calls f(T(), std::integral_constant<int, V>()) for the type and the width
+// Calls f(T(), Width<V>()) for the type and the width: 16 bytes, 8, or one element
 template <int V>
-struct Width {
-  static constexpr int value = V;
-};
+struct Width {};
+
+template <typename T, typename F>
+const char* by_width(int width, F f) {
+  constexpr int kWhole = 16 / sizeof(T), kHalf = 8 / sizeof(T);
+  if (width == kWhole) return f(T(), Width<kWhole>());
+  if constexpr (kHalf > 1) {
+    if (width == kHalf) return f(T(), Width<kHalf>());
+  }
+  return f(T(), Width<1>());
+}
 
 template <typename F>
 const char* by_type(Type type, int width, F f) {
   switch (type) {
     case Type::f32:
-      return width == 1 ? f(float(), Width<1>()) : f(float(), Width<4>());
+      return by_width<float>(width, f);
     case Type::f64:
-      return width == 1 ? f(double(), Width<1>()) : f(double(), Width<2>());
+      return by_width<double>(width, f);
     case Type::f16:
-      return width == 1 ? f(f16(), Width<1>()) : f(f16(), Width<8>());
+      return by_width<f16>(width, f);
     default:
-      return width == 1 ? f(bf16(), Width<1>()) : f(bf16(), Width<8>());
+      return by_width<bf16>(width, f);
   }
 }
 

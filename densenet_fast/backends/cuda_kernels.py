@@ -1,8 +1,8 @@
 """The kernels in CUDA C++ (csrc/cuda): what is bound by bandwidth, not by a product, for NVIDIA GPUs.
 
-float32, float64, float16 and bfloat16; each reads and writes its matrices once, 16 bytes at a time where addresses
-allow. Equal inputs give bitwise equal results, on every GPU the same: the division of rows and columns depends on the
-shape alone. Functions, arguments and results are those of ``aten``.
+float32, float64, float16 and bfloat16; each reads and writes its matrices once, 16 or 8 bytes at a time where
+addresses allow. Equal inputs give bitwise equal results, on every GPU the same: the division of rows and columns
+depends on the shape and the alignment alone. Functions, arguments and results are those of ``aten``.
 
 Where the library was built to emulate a GPU (tests/backends/cuda), the same kernels serve CPU tensors, slowly.
 """
