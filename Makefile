@@ -6,12 +6,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1; sys_platform == 'linux'
+# What convert() is tested with; without their dependencies, which their DenseNets do without.
+LIBRARIES ?= timm==1.0.31 monai==1.6.1
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
+  CLANG_FORMAT := clang-format
   INSTALLED := installed-in-active-environment
 else
   RUN := $(VENV)/bin/python
+  CLANG_FORMAT := $(VENV)/bin/clang-format
   INSTALLED := $(VENV)/.installed
 endif
 
@@ -26,6 +30,7 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
 # The backends for GPUs on one: results, then times. make gpu FLAGS=--dry-run walks the steps without one.
 gpu: $(INSTALLED)
@@ -55,7 +60,7 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile $(wildcard csrc/*.cpp csrc/
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet $(TORCH) "$(TRITON)" setuptools ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
-	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION)
+	$(RUN) -m pip install --quiet --no-deps $(TORCHVISION) $(LIBRARIES)
 	touch $@
 
 installed-in-active-environment:

@@ -199,6 +199,7 @@ setup(
         "gpu": ["triton>=3.6"],
         "test": [
             *TRAIN,
+            "clang-format==23.1.5",
             "ninja",
             "onnx",
             "onnxruntime",

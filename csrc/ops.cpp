@@ -1,4 +1,5 @@
-// The schemas of the compiled kernels. They work on matrices, in place where marked; densenet_fast/ops gives them autograd.
+// The schemas of the compiled kernels. They work on matrices, in place where marked; densenet_fast/ops gives them
+// autograd.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
@@ -19,16 +20,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
       "int[] grid) -> Tensor");
   m.def(
-      "cpu_bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
+      "cpu_bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor "
+      "weight, "
       "int[] grid, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_bn_relu_conv3x3(Tensor x, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, int[] grid, "
+      "cpu_bn_relu_conv3x3(Tensor x, Tensor? mean, Tensor? scale, Tensor? shift, Tensor weight, Tensor? bias, int[] "
+      "grid, "
       "Tensor(a!) out) -> ()");
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "int[] grid, Tensor(a!)? out, Tensor(b!)? grad_weight) -> Tensor");
-  m.def(
-      "cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> (Tensor, Tensor)");
+  m.def("cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> (Tensor, Tensor)");
   m.def(
       "cpu_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
       "int[] grid) -> (Tensor, Tensor)");
@@ -41,6 +43,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var) -> ()");
   m.def(
-      "cpu_dense_block_backward(Tensor grad, Tensor features, Tensor[] bottlenecks, Tensor mean, Tensor var, float count, "
+      "cpu_dense_block_backward(Tensor grad, Tensor features, Tensor[] bottlenecks, Tensor mean, Tensor var, float "
+      "count, "
       "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients) -> ()");
 }

@@ -4,6 +4,7 @@
 """
 
 from densenet_fast import functional, nn, reference
+from densenet_fast.conversion import convert, restore
 from densenet_fast.explain import explain
 from densenet_fast.models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from densenet_fast.nn.fusion import set_fused
@@ -12,6 +13,7 @@ from densenet_fast.version import __version__
 __all__ = [
     "DenseNet",
     "__version__",
+    "convert",
     "densenet121",
     "densenet161",
     "densenet169",
@@ -21,5 +23,6 @@ __all__ = [
     "functional",
     "nn",
     "reference",
+    "restore",
     "set_fused",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    from densenet_fast import bench
+    from densenet_fast.benchmarking import command as bench
     from densenet_fast.training.command import add_arguments, execute
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     if options.command == "bench":
-        return bench.execute(compare, options)
+        return bench.execute(compare, options, arguments[arguments.index("bench") + 1 :])
     given = vars(options)
     command = given.pop("command")
     if command == "train":

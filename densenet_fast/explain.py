@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from densenet_fast import conversion
 from densenet_fast.backends import select
+from densenet_fast.conversion import fused
 from densenet_fast.models import DenseNet, Features
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, fusion
 from densenet_fast.table import table
@@ -41,8 +43,11 @@ def explain(model: nn.Module) -> Report:
     """Lists the parts of ``model`` that may run fused: whether each does on ordinary input on its device, by which
     backend, and why not otherwise.
 
-    They are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem (from
-    ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it).
+    A dense block or transition of another library, or what resembles one, is listed too: converted
+    (:func:`densenet_fast.convert`), not converted yet, or left alone, and why.
+
+    The parts are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem
+    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it).
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -50,10 +55,13 @@ def explain(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report, heads = Report(), Report()
+    others = {id(part.module): part for part in conversion.survey(model)}
     for name, module in model.named_modules():
         kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
         if kind is not None:
             report.append(_part(name, kind.__name__, module, module.spatial_dims, module.obstacle()))
+        elif id(module) in others:
+            report.append(_other(name, others[id(module)]))
         elif isinstance(module, Features) and "norm0" in module._modules:
             report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle()))
         elif isinstance(module, DenseNet):
@@ -61,10 +69,23 @@ def explain(model: nn.Module) -> Report:
     return Report(report + heads)
 
 
+def _other(name: str, part: conversion.Part) -> ModuleReport:
+    """A part of another library's model."""
+    if part.layout is None:
+        return _row(name, part.kind, part.module, f"left alone: {part.reason}")
+    if not part.converted:
+        return _row(name, part.kind, part.module, "not converted; densenet_fast.convert(model) converts it")
+    return _part(name, part.kind, part.module, part.layout.dims, fused.obstacle(part.module, part.layout))
+
+
 def _part(name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None) -> ModuleReport:
+    dtype = next(module.parameters(), torch.empty(0)).dtype
+    example = torch.empty([1] * (dims + 2), dtype=dtype, device="meta")
+    return _row(name, kind, module, fusion.call_obstacle(example, dims) or obstacle or "")
+
+
+def _row(name: str, kind: str, module: nn.Module, reason: str) -> ModuleReport:
     parameter = next(module.parameters(), torch.empty(0))
-    example = torch.empty([1] * (dims + 2), dtype=parameter.dtype, device="meta")
-    reason = fusion.call_obstacle(example, dims) or obstacle or ""
     backend = "stock torch" if reason else select(parameter.device, parameter.dtype).name
     return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device))
 

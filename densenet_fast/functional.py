@@ -153,6 +153,8 @@ def dense_block(
     layers: Sequence[Sequence[BNReLUConv]],
     drop_rates: Sequence[float] | None = None,
     memory_efficient: bool = False,
+    *,
+    drop_channels: bool = False,
 ) -> Tensor:
     """A dense block: each layer reads x and all features made before it, and appends its own.
 
@@ -166,6 +168,7 @@ def dense_block(
         drop_rates: the rate at which each layer's new features are dropped, [len(layers)]; None for no dropout. Masks
             come from torch's default generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
         memory_efficient: whether to recompute the bottlenecks in the backward pass.
+        drop_channels: whether dropout takes whole channels of an image, as ``F.dropout2d`` does, instead of values.
 
     Returns:
         [N, C0 + sum of the layers' new channels, *spatial].
@@ -194,8 +197,7 @@ def dense_block(
     _check(len(rates) == len(layers), ValueError, "drop_rates", f"{len(layers)} rates", len(rates))
     _check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
     growths = [layer[-1].weight.shape[0] for layer in layers]
-    shapes = [(x.shape[0], k, *x.shape[2:]) if p > 0 else (0,) for k, p in zip(growths, rates)]
-    masks = [dropout_mask(x.new_empty(shape), p) if p > 0 else x.new_empty(0) for shape, p in zip(shapes, rates)]
+    masks = [_mask(x, k, p, drop_channels) for k, p in zip(growths, rates)]
     tensors, eps = pack([unit.stage() for unit in units], x)
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     features, _, mean, var, count = ops.dense_block(
@@ -211,6 +213,15 @@ def dense_block(
     )
     _update_running_statistics(norms, _packed_ranges(x.shape[1], layers), mean, var, count)
     return features
+
+
+def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
+    """A dropout mask [N, channels, *spatial] for features made from x; empty where nothing is dropped."""
+    if p == 0:
+        return x.new_empty(0)
+    spatial = x.shape[2:]
+    drawn = torch.Size([1] * len(spatial)) if whole_channels else spatial
+    return dropout_mask(x.new_empty(x.shape[0], channels, *drawn), p).expand(-1, -1, *spatial)
 
 
 def _packed_ranges(channels: int, layers: Sequence[Sequence[BNReLUConv]]) -> list[slice]:

@@ -32,14 +32,15 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    devices = {"cpu": f"{_processor()}, {torch.get_num_threads()} threads"}
+    devices = {"cpu": f"{processor()}, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
     return devices
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name and what torch uses of its instructions."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

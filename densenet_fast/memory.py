@@ -13,10 +13,12 @@ STATUS = Path("/proc/self/status")
 
 
 class MemoryUse(NamedTuple):
-    """Bytes: the highest use since the measurement began, and how much of it was added to the use at its beginning."""
+    """Bytes: the highest use since the measurement began, how much of it was added to the use at its beginning, and how
+    much torch's allocator added to what it holds of a GPU's memory (on the CPU, the same as ``added``)."""
 
     peak: int
     added: int
+    reserved: int
 
 
 class PeakMemory:
@@ -31,6 +33,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.baseline = torch.cuda.memory_allocated(device)
+            self.reserved_baseline = torch.cuda.memory_reserved(device)
         else:
             _reset_peak_resident()
             self.baseline = _peak_resident()
@@ -39,9 +42,11 @@ class PeakMemory:
         """The use so far."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = _peak_resident()
-        return MemoryUse(peak, max(0, peak - self.baseline))
+            reserved = torch.cuda.max_memory_reserved(self.device) - self.reserved_baseline
+            return MemoryUse(peak, peak - self.baseline, reserved)
+        peak = _peak_resident()
+        added = max(0, peak - self.baseline)
+        return MemoryUse(peak, added, added)
 
 
 def _reset_peak_resident() -> None:

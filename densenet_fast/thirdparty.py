@@ -26,3 +26,13 @@ def import_torchvision() -> ModuleType:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared_operators.append(library)
     return importlib.import_module("torchvision")
+
+
+def import_timm() -> ModuleType:
+    """timm, which imports torchvision.
+
+    Raises:
+        ModuleNotFoundError: it or torchvision is not installed.
+    """
+    import_torchvision()
+    return importlib.import_module("timm")

@@ -35,12 +35,18 @@ LEVELS = [
     ["nn.fusion"],
     ["nn.dense_block", "nn.bn_relu_conv1x1"],
     ["nn"],
-    ["models"],
+    ["conversion.layout"],
+    ["conversion.fused"],
+    ["conversion.probe"],
+    ["models", "conversion"],
     ["explain"],
     [""],
-    ["info", "training", "bench"],
+    ["info", "training"],
+    ["benchmarking"],
     ["__main__"],
 ]
+PACKAGES = ("training", "benchmarking")
+"""Commands, each a level of its own."""
 
 
 def module_name(path):
@@ -48,7 +54,7 @@ def module_name(path):
 
 
 def level(name):
-    name = "training" if name.startswith("training") else name
+    name = next((package for package in PACKAGES if name.startswith(package)), name)
     return next(i for i, names in enumerate(LEVELS) if name in names)
 
 
@@ -76,7 +82,7 @@ def test_no_import_runs_upwards():
     for path in files:
         own = level(module_name(path))
         for name in imports(path):
-            same_package = name.startswith("training") and module_name(path).startswith("training")
+            same_package = any(name.startswith(p) and module_name(path).startswith(p) for p in PACKAGES)
             assert level(name) < own or same_package, f"{module_name(path)} imports {name or 'the package'}"
 
 
@@ -85,10 +91,11 @@ def test_files_are_short():
         assert len(path.read_text().splitlines()) <= 600, path
 
 
-def test_importing_the_package_imports_neither_torchvision_nor_the_training_command():
+def test_importing_the_package_imports_neither_torchvision_nor_the_commands():
     code = (
         "import sys, densenet_fast; "
-        "print([m for m in ('torchvision', 'sklearn', 'matplotlib', 'densenet_fast.training') if m in sys.modules])"
+        "unwanted = ('torchvision', 'sklearn', 'matplotlib', 'densenet_fast.training', 'densenet_fast.benchmarking'); "
+        "print([m for m in unwanted if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

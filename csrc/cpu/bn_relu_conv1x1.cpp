@@ -4,8 +4,8 @@
 namespace densenet_fast {
 namespace {
 
-// out = relu(y) @ weight^T + bias, with its statistics if they are given places; normalised by `then` and rectified if that
-// is given
+// out = relu(y) @ weight^T + bias, with its statistics if they are given places; normalised by `then` and rectified if
+// that is given
 void bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, std::optional<Tensor> bias,
                      Tensor out, std::optional<Tensor> out_mean, std::optional<Tensor> out_var,
                      std::optional<Tensor> out_rstd, double eps, std::optional<Tensor> then_mean,
@@ -29,8 +29,8 @@ void bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
 }
 
 // With z, grad is first completed by what reaches z through its batch statistics (1).
-// D = (grad @ weight) * (y > 0):  grad_x = source + scale * D, by default grad_x's own values,  dW = grad^T @ relu(y),  sum D,
-// sum D * (x - mean)
+// D = (grad @ weight) * (y > 0):  grad_x = source + scale * D, by default grad_x's own values,  dW = grad^T @ relu(y),
+// sum D, sum D * (x - mean)
 std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift,
                                                     Tensor weight, std::optional<Tensor> grad_x, bool need_weight,
                                                     bool need_sums, std::optional<Tensor> z,

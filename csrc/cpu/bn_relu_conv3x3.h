@@ -1,5 +1,5 @@
-// BN-ReLU-Conv3x3 of two-dimensional images, forward and backward, by minimal filtering (winograd.h): a batch of 2x2 tiles is
-// normalised and transformed into scratch, multiplied, and transformed back while it is in cache.
+// BN-ReLU-Conv3x3 of two-dimensional images, forward and backward, by minimal filtering (winograd.h): a batch of 2x2
+// tiles is normalised and transformed into scratch, multiplied, and transformed back while it is in cache.
 #pragma once
 
 #include "tiles.h"
@@ -81,11 +81,11 @@ struct Transformed {
   const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
 };
 
-constexpr int64_t kForwardTiles = 28, kBackwardTiles = 84;
+constexpr int64_t kForwardTiles = 28, kBackwardTiles = 112;
 constexpr int64_t kSumDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
-// [k, B, 3, 3], its taps evenly spaced (contiguous or channels last), of the matrices' dtype or float32, which is rounded as it
-// is transformed
+// [k, B, 3, 3], its taps evenly spaced (contiguous or channels last), of the matrices' dtype or float32, which is
+// rounded as it is transformed
 template <typename T>
 struct Filters {
   int64_t out_channels, in_channels;
@@ -109,7 +109,8 @@ struct Filters {
     return {t.stride(1), t.stride(0), t.stride(3)};
   }
 
-  // Transformed panels: their columns are the output channels, and the depth the input channels; or, turned, the other way round
+  // Transformed panels: their columns are the output channels, and the depth the input channels; or, turned, the other
+  // way round
   void transform(const Panels& panels, bool turned) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
     const int64_t depth = turned ? out_channels : in_channels;
@@ -166,8 +167,7 @@ void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& f
           }
         }
       }
-      kernel.winograd_output(products.get(), products_ld, n, out.cols, bias,
-                             inside.of(image, out, first, n));
+      kernel.winograd_output(products.get(), products_ld, n, out.cols, bias, inside.of(image, out, first, n));
     }
   });
 }
@@ -190,8 +190,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
     const Transformed<T> dy(out ? largest : 0, grad.cols, false), ady(need_weight ? largest : 0, grad.cols, true);
     const Transformed<T> v(need_weight ? largest : 0, 32, true);
     const auto products = scratch<float>(out ? 16 * largest * 32 : 0);
-    Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest), x_inside(2, 0, largest),
-        next(2, 0, largest);
+    Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest),
+        x_inside(2, 0, largest), next(2, 0, largest);
     Pixels<T> out_inside(2, 0, largest);
     Accumulator& du_part = du[chunk];
     if (need_weight) du_part.reset(16 * grad.cols * weights.padded());
@@ -204,8 +204,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
       const T* const* x4 = x_inside.of(image, x, first, n);
       next.of(image, x, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
       if (out) {
-        kernel.winograd_input(dy_around.of(image, grad, first, n), 0, n, grad.cols, nullptr,
-                              dy.tiles());
+        kernel.winograd_input(dy_around.of(image, grad, first, n), 0, n, grad.cols, nullptr, dy.tiles());
         to = out_inside.of(image, *out, first, n);
       }
       if (need_weight) {
@@ -226,8 +225,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
               kernel.product({dy.at(i), dy.words, 1}, weights.operand(p, i), n, width, weights.steps,
                              products.get() + i * n * width, width, false);
             }
-            kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, to,
-                                           sum_d + c, sum_dx + c);
+            kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, to, sum_d + c,
+                                           sum_dx + c);
           }
           if (need_weight) {
             kernel.winograd_input(x16, c, n, weights.valid(p), &columns, v.tiles());

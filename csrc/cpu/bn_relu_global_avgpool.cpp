@@ -7,7 +7,8 @@ namespace {
 constexpr int64_t kBlock = 64;  // pixels summed by themselves, so that rounding does not grow with their number
 
 int64_t pixels(int64_t rows, int64_t images) {
-  STD_TORCH_CHECK(images > 0 && rows > 0 && rows % images == 0, "images: expected a divisor of ", rows, ", got ", images);
+  STD_TORCH_CHECK(images > 0 && rows > 0 && rows % images == 0, "images: expected a divisor of ", rows, ", got ",
+                  images);
   return rows / images;
 }
 

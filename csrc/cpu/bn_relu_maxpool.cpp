@@ -9,7 +9,8 @@ constexpr int64_t kTileLines = 32;
 // Lines of the image and of the maxima; the other spatial dimensions are x and y, of size 1 where they are missing
 struct Pooling {
   int64_t batch, sizes[2], pooled[2], width, pooled_width;
-  int centre = 0;  // place of a window's middle along the missing dimensions: positions count from 0 along the given ones
+  int centre =
+      0;  // place of a window's middle along the missing dimensions: positions count from 0 along the given ones
 
   Pooling(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), width(grid.back()) {
     const int64_t dims = grid.size() - 1;
@@ -75,8 +76,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
   });
 }
 
-// From the gradient of the maxima: D, the sum of those that a pixel is the maximum of, where y > 0; scale * D [M, C], and
-// (sum D, sum D * (x - mean)). Each pixel gathers from the outputs that read it, so that no two threads write one.
+// From the gradient of the maxima: D, the sum of those that a pixel is the maximum of, where y > 0; scale * D [M, C],
+// and (sum D, sum D * (x - mean)). Each pixel gathers from the outputs that read it, so that no two threads write one.
 std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale,
                                                     Tensor shift, std::vector<int64_t> grid) {
   // [M', C] twice, [M, C], [C] each
@@ -85,7 +86,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
     const Matrix<const T> g(grad, "grad"), m(x, "x");
     const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
-    STD_TORCH_CHECK(g.rows == pooling.outputs() * pooling.pooled_width && g.cols == m.cols, "grad: expected the shape of the maxima");
+    STD_TORCH_CHECK(g.rows == pooling.outputs() * pooling.pooled_width && g.cols == m.cols,
+                    "grad: expected the shape of the maxima");
     STD_TORCH_CHECK(argmax.dim() == 2 && argmax.size(0) == g.rows && argmax.size(1) == g.cols &&
                         argmax.is_contiguous() && argmax.scalar_type() == ScalarType::Byte,
                     "argmax: expected uint8 of the shape of the maxima, contiguous");
@@ -105,8 +107,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
         });
         const int64_t row = line * pooling.width;
         sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-          pool_kernels_of<T>().mask_max(readers, g.ld, m.row(row), m.ld, pooling.width, m.cols, a, result.row(row), sum_d,
-                                        sum_dx);
+          pool_kernels_of<T>().mask_max(readers, g.ld, m.row(row), m.ld, pooling.width, m.cols, a, result.row(row),
+                                        sum_d, sum_dx);
         });
       }
     });

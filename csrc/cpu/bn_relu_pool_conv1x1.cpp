@@ -1,5 +1,5 @@
-// The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the convolution are
-// linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
+// The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the
+// convolution are linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
 #include "products.h"
 
 namespace densenet_fast {
@@ -44,7 +44,8 @@ struct Pooling {
     for (int64_t i = 0; i < windows[0]; ++i)
       for (int64_t j = 0; j < windows[1]; ++j)
         for (int64_t k = 0; k < windows[2]; ++k)
-          *rows++ = ((n * sizes[0] + windows[0] * x + i) * sizes[1] + windows[1] * y + j) * sizes[2] + windows[2] * z + k;
+          *rows++ =
+              ((n * sizes[0] + windows[0] * x + i) * sizes[1] + windows[1] * y + j) * sizes[2] + windows[2] * z + k;
   }
 
   bool drops_rows() const { return outputs * window != inputs; }
@@ -91,15 +92,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     if (pooling.drops_rows()) torch::stable::zero_(scaled);
     Tensor grad_weight = need_weight ? new_floats(x, {w.rows, w.cols}) : nothing(x);
     Tensor sums = need_input ? new_floats(x, {2, w.cols}) : nothing(x);
-    multiply_backward<T>(
-        {g, {}}, w, need_weight ? floats_of(grad_weight) : nullptr, need_input ? floats_of(sums) : nullptr,
-        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a, int64_t width,
-            float* sum_d, float* sum_dx) {
-          const auto sources = pooling.sources(m, row, rows);
-          const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
-          kernels_of<T>().mask_windows(grad_a, width, sources.data(), c, rows, pooling.window, cols, affine_x.from(c),
-                                       results.data(), a, width, sum_d, sum_dx);
-        });
+    multiply_backward<T>({g, {}}, w, need_weight ? floats_of(grad_weight) : nullptr,
+                         need_input ? floats_of(sums) : nullptr,
+                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a,
+                             int64_t width, float* sum_d, float* sum_dx) {
+                           const auto sources = pooling.sources(m, row, rows);
+                           const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
+                           kernels_of<T>().mask_windows(grad_a, width, sources.data(), c, rows, pooling.window, cols,
+                                                        affine_x.from(c), results.data(), a, width, sum_d, sum_dx);
+                         });
     return std::tuple<Tensor, Tensor, Tensor>(scaled, grad_weight, sums);
   });
 }

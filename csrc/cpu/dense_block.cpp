@@ -1,13 +1,14 @@
-// A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers with a
-// bottleneck, without biases or dropout, on two-dimensional images and in one process. Between two kernels it computes a few
-// short vectors, for which a call of torch's each would take longer than the kernels of a small layer.
+// A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers
+// with a bottleneck, without biases or dropout, on two-dimensional images and in one process. Between two kernels it
+// computes a few short vectors, for which a call of torch's each would take longer than the kernels of a small layer.
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
 
 namespace densenet_fast {
 namespace {
 
-constexpr size_t kStageTensors = 6;  // weight, bias, running_mean, running_var, convolution's weight and bias; empty if absent
+// weight, bias, running_mean, running_var, the convolution's weight and bias; empty if absent
+constexpr size_t kStageTensors = 6;
 
 const float* optional_vector(const Tensor& t, int64_t cols, const char* name) {
   return t.numel() == 0 ? nullptr : vector(t, cols, name);
@@ -37,7 +38,8 @@ struct Stage {
         eps(eps),
         conv(tensors[4]) {
     STD_TORCH_CHECK((running_mean == nullptr) == (running_var == nullptr), "running_mean: expected with running_var");
-    STD_TORCH_CHECK(conv.dim() == 4 && conv.size(1) == cols, "convolution: expected a weight of ", cols, " input channels");
+    STD_TORCH_CHECK(conv.dim() == 4 && conv.size(1) == cols, "convolution: expected a weight of ", cols,
+                    " input channels");
     STD_TORCH_CHECK(tensors[5].numel() == 0, "convolution: expected no bias");
   }
 
@@ -66,14 +68,16 @@ struct Block {
   std::vector<Layer> layers;
   int64_t columns, packed, widest = 0;
 
-  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels) : columns(in_channels) {
+  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels)
+      : columns(in_channels) {
     STD_TORCH_CHECK(eps.size() % 2 == 0 && tensors.size() == kStageTensors * eps.size(),
                     "tensors: expected six for each of two stages a layer");
     for (size_t i = 0; i < eps.size(); i += 2) {
       const Tensor* first = &tensors[i * kStageTensors];
       const Tensor* second = first + kStageTensors;
       const int64_t bottleneck = first[4].size(0), growth = second[4].size(0);
-      layers.push_back({Stage(first, eps[i], columns), Stage(second, eps[i + 1], bottleneck), columns, bottleneck, growth, 0});
+      layers.push_back(
+          {Stage(first, eps[i], columns), Stage(second, eps[i + 1], bottleneck), columns, bottleneck, growth, 0});
       columns += growth;
       widest = std::max(widest, bottleneck);
     }
@@ -98,8 +102,8 @@ Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
   return {static_cast<T*>(buffer.data_ptr()), rows, cols, cols};
 }
 
-// Fills columns in_channels ... of features; the first ones and their statistics are there. The bottlenecks are kept where there
-// is one for each layer.
+// Fills columns in_channels ... of features; the first ones and their statistics are there. The bottlenecks are kept
+// where there is one for each layer.
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
                  std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var) {
   by_dtype(features, [&](auto zero) {
@@ -143,8 +147,8 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
 }
 
 // The gradients of a stage's normalisation, and what it adds to P and Q unless it is frozen (2)
-void collect(const Stage& stage, const Folded& folded, const std::vector<float>& sums, const Tensor* gradients, float* p,
-             float* q) {
+void collect(const Stage& stage, const Folded& folded, const std::vector<float>& sums, const Tensor* gradients,
+             float* p, float* q) {
   const float *sum_d = sums.data(), *sum_dx = sum_d + stage.cols;
   float* grad_weight = stage.weight ? output(gradients[0], stage.cols, "grad_weight") : nullptr;
   float* grad_bias = stage.bias ? output(gradients[1], stage.cols, "grad_bias") : nullptr;
@@ -166,8 +170,8 @@ void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Mat
   });
 }
 
-// From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages. Without bottlenecks
-// it recomputes them.
+// From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages. Without
+// bottlenecks it recomputes them.
 void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
                           double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
                           Tensor grad_x, std::vector<Tensor> gradients) {
@@ -176,8 +180,9 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
     const Matrix<T> result(grad_x, "grad_x");
     const Block block(tensors, eps, result.cols);
     const Matrix<const T> f(features, "features"), incoming(grad, "grad");
-    STD_TORCH_CHECK(f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
-                    "features, grad, grad_x: expected [M, C_total] twice and [M, C0]");
+    STD_TORCH_CHECK(
+        f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
+        "features, grad, grad_x: expected [M, C_total] twice and [M, C0]");
     STD_TORCH_CHECK(bottlenecks.empty() || bottlenecks.size() == block.layers.size(),
                     "bottlenecks: expected none or one for each layer");
     STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
@@ -188,7 +193,8 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
     const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
     const Tensor again = torch::stable::new_empty(features, {bottlenecks.empty() ? f.rows * block.widest : 0});
     const Matrix<T> g(total, "total");
-    Matrix<const T> source = incoming;  // where the gradient of F stands: the incoming one until the last layer has written G
+    Matrix<const T> source =
+        incoming;  // where the gradient of F stands: the incoming one until the last layer has written G
     for (size_t i = block.layers.size(); i-- > 0;) {
       const Layer& layer = block.layers[i];
       const int64_t packed = layer.packed;

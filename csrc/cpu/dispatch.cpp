@@ -9,7 +9,7 @@
 
 namespace densenet_fast {
 
-#define DECLARE(name)                  \
+#define DECLARE(name)                    \
   extern const KernelTable table_##name; \
   extern const PoolKernelTable pool_table_##name;
 
@@ -40,7 +40,8 @@ InstructionSet best(const char* limit) {
 #endif
   if (limit == nullptr || !std::strcmp(limit, "default")) return {table_default, pool_table_default};
   throw std::runtime_error(std::string("DENSENET_FAST_CPU: expected default, avx2, avx512 or avx512_bf16, as far as "
-                                       "this processor has them, got ") + limit);
+                                       "this processor has them, got ") +
+                           limit);
 }
 
 const InstructionSet& chosen() {

@@ -20,20 +20,21 @@ struct Affine {
   Affine from(int64_t col) const { return {mean + col, scale + col, shift + col}; }
 };
 
-// A matrix of 32-bit words, each a float or two bf16 that are adjacent in the direction that a product sums over ("steps")
+// A matrix of 32-bit words, each a float or two bf16 that are adjacent in the direction that a product sums over
+// ("steps")
 struct Operand {
   const uint32_t* words;
   int64_t row, step;  // distance from row to row (unused for a panel, whose columns are adjacent) and from step to step
 };
 
-// Distances in elements between filters of neighbouring input channels (which a product sums over), of neighbouring output
-// channels, and between a filter's taps
+// Distances in elements between filters of neighbouring input channels (which a product sums over), of neighbouring
+// output channels, and between a filter's taps
 struct FilterStrides {
   int64_t in, out, tap;
 };
 
-// The 16 values of each tile, [16, tiles, columns] from `position` to position and `row` to row in elements; if paired, bf16
-// of two tiles share a word
+// The 16 values of each tile, [16, tiles, columns] from `position` to position and `row` to row in elements; if paired,
+// bf16 of two tiles share a word
 template <typename T>
 struct TransformedTiles {
   T* data;
@@ -48,10 +49,10 @@ struct Kernels {
   // mean = column means, m2 = sums of squared deviations from them
   void (*statistics)(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2);
   // D = grad * (y > 0): sum_d += sum D, sum_dx += sum D * (x - mean), out = scale * D; out may be grad
-  void (*mask)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out,
-               int64_t out_ld, float* sum_d, float* sum_dx);
-  // the same, with total [rows, cols] = source + scale * D unless null and a = relu(y) unless null, as a panel whose steps
-  // are rows; with no grad, a alone; source may be total
+  void (*mask)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine,
+               T* out, int64_t out_ld, float* sum_d, float* sum_dx);
+  // the same, with total [rows, cols] = source + scale * D unless null and a = relu(y) unless null, as a panel whose
+  // steps are rows; with no grad, a alone; source may be total
   void (*mask_accumulate)(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                           Affine affine, const T* source, int64_t source_ld, T* total, int64_t total_ld, uint32_t* a,
                           int64_t a_width, float* sum_d, float* sum_dx);
@@ -78,10 +79,10 @@ struct Kernels {
   void (*product)(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld,
                   bool accumulate);
   // winograd.h
-  void (*winograd_weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
-                          uint32_t* out, int64_t position);
-  void (*winograd_weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
-                                 bool turned, uint32_t* out, int64_t position);
+  void (*winograd_weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
+                          bool turned, uint32_t* out, int64_t position);
+  void (*winograd_weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols,
+                                 int64_t width, bool turned, uint32_t* out, int64_t position);
   void (*winograd_input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
                          TransformedTiles<T> out);
   void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);

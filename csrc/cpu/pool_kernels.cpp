@@ -1,4 +1,5 @@
-// The kernels of the stem and the head, compiled once for each instruction set with TABLE set to its name (see vectors.h).
+// The kernels of the stem and the head, compiled once for each instruction set with TABLE set to its name (see
+// vectors.h).
 //
 //   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
 #include "pool_kernels.h"
@@ -80,8 +81,8 @@ void bn_relu_total(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine af
 }
 
 template <typename T>
-void mask_average(const T* grad, float factor, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out,
-                  float* sum_d, float* sum_dx) {
+void mask_average(const T* grad, float factor, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine,
+                  T* out, float* sum_d, float* sum_dx) {
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c), share = factor * load<N>(grad + c);

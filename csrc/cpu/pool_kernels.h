@@ -5,9 +5,9 @@
 
 namespace densenet_fast {
 
-// A maximum over windows of 3 at distance 2, padded by 1, works on lines: the pixels that follow each other along the last
-// dimension. Output o of a line reads the pixels u = 2 * o - 1 + i, i = 0, 1, 2, that exist in each of up to nine lines; a
-// position in its window is i plus the line's `place`.
+// A maximum over windows of 3 at distance 2, padded by 1, works on lines: the pixels that follow each other along the
+// last dimension. Output o of a line reads the pixels u = 2 * o - 1 + i, i = 0, 1, 2, that exist in each of up to nine
+// lines; a position in its window is i plus the line's `place`.
 template <typename T>
 struct Lines {
   static constexpr int kMost = 9;
@@ -24,8 +24,8 @@ struct Readers : Lines<T> {
 
 template <typename T>
 struct PoolKernels {
-  // one output line, [(width + 1) / 2, cols]: out = maximum of relu(y) over the window, argmax = its position: the first of
-  // equals, a NaN before all numbers; both contiguous
+  // one output line, [(width + 1) / 2, cols]: out = maximum of relu(y) over the window, argmax = its position: the
+  // first of equals, a NaN before all numbers; both contiguous
   void (*bn_relu_max)(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, Affine affine, T* out,
                       uint8_t* argmax);
   // one line of pixels, [width, cols]: D = (sum of the gradients of the outputs whose maximum it is) * (y > 0):

@@ -1,5 +1,5 @@
-// The product of a row tile with a panel of at most 32 columns: registers hold a block of the result, and each step adds one
-// outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
+// The product of a row tile with a panel of at most 32 columns: registers hold a block of the result, and each step
+// adds one outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
 #pragma once
 
 #include "vectors.h"
@@ -50,8 +50,8 @@ inline Floats add_product<bf16>(Floats sum, uint32_t a, WordLanes b) {
 #endif
 }
 
-// Every loop over the sums is unrolled, or they would live in memory. What is accumulated on is added last, so that rounding
-// grows with the number of calls and not with all steps.
+// Every loop over the sums is unrolled, or they would live in memory. What is accumulated on is added last, so that
+// rounding grows with the number of calls and not with all steps.
 template <typename T, int ROWS, int VECTORS, bool ACCUMULATE>
 void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld) {
   Floats sum[ROWS][VECTORS];

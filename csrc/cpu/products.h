@@ -1,5 +1,5 @@
-// A normalised matrix times a weight, row tile by row tile, and the backward pass: shared by the convolutions of one pixel and
-// the transitions, which differ in what they do to a tile before (or, backward, after) its product.
+// A normalised matrix times a weight, row tile by row tile, and the backward pass: shared by the convolutions of one
+// pixel and the transitions, which differ in what they do to a tile before (or, backward, after) its product.
 #pragma once
 
 #include "tiles.h"
@@ -17,7 +17,8 @@ Tiles backward_tiles(int64_t rows) {
   return Tiles(rows, kTileRows * kPerWord<T>, 16);
 }
 
-// A weight [B, C] or [B, C, 1, ...] with adjacent columns, of the matrices' dtype or float32, which is rounded as it is packed
+// A weight [B, C] or [B, C, 1, ...] with adjacent columns, of the matrices' dtype or float32, which is rounded as it is
+// packed
 template <typename T>
 struct Weight {
   int64_t rows, cols, ld;
@@ -54,11 +55,11 @@ struct Weight {
   }
 };
 
-// out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out unless
-// null; normalise(row, rows, column, columns, values, ld) writes that part of a
+// out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out
+// unless null; normalise(row, rows, column, columns, values, ld) writes that part of a
 template <typename T, typename Normalise>
-void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out,
-              const Tiles& tiles, TileStatistics* statistics, Normalise normalise) {
+void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out, const Tiles& tiles,
+              TileStatistics* statistics, Normalise normalise) {
   const Kernels<T>& kernel = kernels_of<T>();
   const Panels weights(weight.rows, steps_of<T>(weight.cols));
   weight.pack(weights, false);
@@ -87,15 +88,17 @@ void multiply(const Weight<T>& weight, const float* bias, const Affine* then, co
   });
 }
 
-// The gradient of a product as it is stored: complete, or to be completed by what reaches its x through batch statistics (1)
+// The gradient of a product as it is stored: complete, or to be completed by what reaches its x through batch
+// statistics (1)
 template <typename T>
 struct ProductGradient {
   Matrix<const T> stored;
   std::optional<Finalise<T>> finalise;
 };
 
-// The gradient of weight, float32 [B, C], from that of the product, and the sums over the rows [2, C] of what mask makes of
-// the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or null, a as a panel or null, width of both, sum_d, sum_dx)
+// The gradient of weight, float32 [B, C], from that of the product, and the sums over the rows [2, C] of what mask
+// makes of the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or null, a as a panel or
+// null, width of both, sum_d, sum_dx)
 template <typename T, typename Mask>
 void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weight, float* grad_weight, float* sums,
                        Mask mask) {

@@ -48,7 +48,8 @@ void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean,
   });
 }
 
-// calls row(r) for each row in turn and stores what it returns, unless out is null, as columns of a panel whose steps are rows
+// calls row(r) for each row in turn and stores what it returns, unless out is null, as columns of a panel whose steps
+// are rows
 template <int N, typename T, typename F>
 inline void to_panel(int64_t rows, uint32_t* out, int64_t width, F row) {
   if constexpr (sizeof(T) == 4) {

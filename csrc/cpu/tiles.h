@@ -1,5 +1,5 @@
-// What the ops of the CPU backend share: matrices over torch's tensors, the division of the rows among torch's threads and
-// into tiles that stay in cache, and the sums and statistics of tiles.
+// What the ops of the CPU backend share: matrices over torch's tensors, the division of the rows among torch's threads
+// and into tiles that stay in cache, and the sums and statistics of tiles.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -120,8 +120,8 @@ inline float* floats_of(Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 inline std::vector<float> zeros(int64_t count) { return std::vector<float>(count, 0.0f); }
 
-// `rows` divided evenly into one chunk per thread, and each chunk into tiles whose scratch stays in the core's cache. The
-// division, and with it every rounding, depends on nothing but the shape and the number of threads.
+// `rows` divided evenly into one chunk per thread, and each chunk into tiles whose scratch stays in the core's cache.
+// The division, and with it every rounding, depends on nothing but the shape and the number of threads.
 struct Tiles {
   int64_t rows, chunks, per_chunk;
 
@@ -158,8 +158,8 @@ struct Tiles {
   }
 };
 
-// (sum D, sum D * (x - mean)) of one chunk of tiles: each tile's by itself, then added, so that rounding does not grow with
-// the number of rows
+// (sum D, sum D * (x - mean)) of one chunk of tiles: each tile's by itself, then added, so that rounding does not grow
+// with the number of rows
 struct ColumnSums {
   int64_t cols = 0;
   std::vector<float> sums, tile;

@@ -1,6 +1,6 @@
-// Vectors of floats, and loads and stores between them and float32 or bfloat16, for the sources that are compiled once per
-// instruction set. Such a source includes no header with inline code of others: it would be compiled for this instruction
-// set and might run on a processor without it.
+// Vectors of floats, and loads and stores between them and float32 or bfloat16, for the sources that are compiled once
+// per instruction set. Such a source includes no header with inline code of others: it would be compiled for this
+// instruction set and might run on a processor without it.
 #pragma once
 
 #if defined(__AVX2__)
@@ -88,8 +88,9 @@ template <int N>
 inline typename Lanes<N>::words pair(floats<N> low, floats<N> high) {
 #if defined(__AVX512BF16__)
   if constexpr (N == 16) {
-    alignas(64) static constexpr uint16_t interleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr uint16_t interleaved[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     return (typename Lanes<N>::words)_mm512_permutexvar_epi16(_mm512_load_si512(interleaved), both);
   }
@@ -97,7 +98,8 @@ inline typename Lanes<N>::words pair(floats<N> low, floats<N> high) {
   return round_bits<N>(low) | round_bits<N>(high) << 16;
 }
 
-// Bytes become words and back by way of halves: GCC converts a vector in one instruction between neighbouring widths alone.
+// Bytes become words and back by way of halves: GCC converts a vector in one instruction between neighbouring widths
+// alone.
 template <int N>
 inline ints<N> load(const uint8_t* p) {
   typename Lanes<N>::bytes bytes;

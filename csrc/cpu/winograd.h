@@ -1,11 +1,11 @@
 // The 3x3 convolution by minimal filtering, F(2x2, 3x3) of Winograd 1980 as in Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks" (https://arxiv.org/abs/1509.09308): 16 products per channel where the definition takes 36.
-// For a tile of 2x2 outputs y, the 4x4 inputs d around it and a filter g, all per pair of channels,
+// Convolutional Neural Networks" (https://arxiv.org/abs/1509.09308): 16 products per channel where the definition
+// takes 36. For a tile of 2x2 outputs y, the 4x4 inputs d around it and a filter g, all per pair of channels,
 //
 //   y = A^T [(G g G^T) . (B^T d B)] A      dg = G^T [(A dy A^T) . (B^T d B)] G
 //
-// and dd is y for dy as the input, with g turned by 180 degrees. The 16 products are summed over channels (for dg, over tiles)
-// as matrix products, one for each position.
+// and dd is y for dy as the input, with g turned by 180 degrees. The 16 products are summed over channels (for dg, over
+// tiles) as matrix products, one for each position.
 #pragma once
 
 #include "product.h"
@@ -28,8 +28,8 @@ inline void input_line(V d0, V d1, V d2, V d3, V* out, int stride) {
   out[3 * stride] = d1 - d3;
 }
 
-// transform<N>(c) makes a function f(tile, emit), called in the order of the tiles, that emits (i, value) for each of the 16
-// values of a tile at columns c, c + 1, ...; stores them to out
+// transform<N>(c) makes a function f(tile, emit), called in the order of the tiles, that emits (i, value) for each of
+// the 16 values of a tile at columns c, c + 1, ...; stores them to out
 template <typename T, typename F>
 inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out, F transform) {
   columns(cols, [&]<int N>(int64_t c) {
@@ -164,8 +164,8 @@ void winograd_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, co
 
 // D = (A^T m A) * (y > 0) at the pixels of x: out = scale * D, sum_d += sum D, sum_dx += sum D * (x - mean)
 template <typename T>
-void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x,
-                             int64_t offset, Affine affine, T* const* out, float* sum_d, float* sum_dx) {
+void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
+                             Affine affine, T* const* out, float* sum_d, float* sum_dx) {
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
@@ -214,7 +214,8 @@ void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int
         const bool adjacent = strides.out == 1 && c + 16 <= cols;
         if (inside && !adjacent) {
           for (int64_t j = 0; j < 16 && c + j < cols; ++j) {
-            for (int i = 0; i < 9; ++i) taps[turned ? 8 - i : i][j] = load<1>(first + j * strides.out + i * strides.tap)[0];
+            for (int i = 0; i < 9; ++i)
+              taps[turned ? 8 - i : i][j] = load<1>(first + j * strides.out + i * strides.tap)[0];
           }
         }
         V g[9], rows[12];

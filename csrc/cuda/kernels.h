@@ -44,7 +44,7 @@ struct Tiling {
 };
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;          // rows of a lane that are read at once
+constexpr int kUnroll = 4;  // rows of a lane that are read at once
 constexpr int kReductionBlocks = 1024;
 constexpr int kElementwiseBlocks = 4096;
 
@@ -55,10 +55,10 @@ Tiling tiling(int64_t rows, int64_t cols, int width, int64_t blocks);
 // of what was stored; without an out, of the source
 struct Append {
   Strided source;
-  Strided mask;     // of bytes; without data, nothing is dropped
+  Strided mask;  // of bytes; without data, nothing is dropped
   double keep_scale;
-  Matrix out;       // its data may be null
-  void* partials;   // or null
+  Matrix out;      // its data may be null
+  void* partials;  // or null
   Tiling tiling;
   int width;
   bool transposed;  // the source's rows, not its columns, are adjacent

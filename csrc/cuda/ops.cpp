@@ -26,15 +26,20 @@ void append_features(Tensor source, Optional mask, double keep_scale, Optional o
   p.source = arguments.strided(source, "source", source.scalar_type(), source.size(1) == 1 || source.stride(1) == 1);
   p.transposed = p.source.column != 1;
   if (mask) {
-    STD_TORCH_CHECK(mask->dim() == source.dim() && std::equal(mask->sizes().begin(), mask->sizes().end(),
-                                                              source.sizes().begin()),
-                    "append_features: mask: expected ", shape(source), ", got ", shape(*mask));
+    STD_TORCH_CHECK(
+        mask->dim() == source.dim() && std::equal(mask->sizes().begin(), mask->sizes().end(), source.sizes().begin()),
+        "append_features: mask: expected ", shape(source), ", got ", shape(*mask));
     p.mask = arguments.strided(*mask, "mask", ScalarType::Bool, false);
   }
   p.keep_scale = keep_scale;
   p.out = out ? arguments.matrix(*out, "out", rows, cols) : Matrix{nullptr, rows, cols, 0};
-  CombineStatistics combine{nullptr, arguments.vector(mean, "mean", cols), arguments.vector(var, "var", cols),
-                            arguments.vector(rstd, "rstd", cols), eps, rows, cols};
+  CombineStatistics combine{nullptr,
+                            arguments.vector(mean, "mean", cols),
+                            arguments.vector(var, "var", cols),
+                            arguments.vector(rstd, "rstd", cols),
+                            eps,
+                            rows,
+                            cols};
   p.width = arguments.width();
   combine.tiling = p.tiling = tiling(rows, cols, p.width, mean ? kReductionBlocks : kElementwiseBlocks);
   if (!mean) return arguments.launched(append(p, arguments.type(), arguments.stream()));
@@ -56,9 +61,9 @@ void finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p_, Tensor q, 
   p.p = arguments.vector(p_, "p", p.x.cols);
   p.q = arguments.vector(q, "q", p.x.cols);
   if (count) {
-    STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Double &&
-                        count->is_cuda() == x.is_cuda(),
-                    "finalise_gradient: count: expected one float64 value on x's device, got ", shape(*count));
+    STD_TORCH_CHECK(
+        count->numel() == 1 && count->scalar_type() == ScalarType::Double && count->is_cuda() == x.is_cuda(),
+        "finalise_gradient: count: expected one float64 value on x's device, got ", shape(*count));
     p.count_tensor = static_cast<const double*>(count->data_ptr());
   }
   p.count = rows;
@@ -85,9 +90,7 @@ Pooling pooling(const std::vector<int64_t>& grid, int64_t rows) {
   return p;
 }
 
-int64_t pooled_rows(const Pooling& p, int64_t images) {
-  return images * p.pooled[0] * p.pooled[1] * p.pooled[2];
-}
+int64_t pooled_rows(const Pooling& p, int64_t images) { return images * p.pooled[0] * p.pooled[1] * p.pooled[2]; }
 
 // Maxima of relu(y) and their positions in their windows, [M', C] each, of x [M, C]
 std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift,
@@ -186,13 +189,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cuda_finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, Tensor? count, float rows, "
       "Tensor(a!) out, int stream) -> ()");
   m.def("cuda_bn_relu_maxpool(Tensor x, " AFFINE ", int[] grid, int stream) -> (Tensor, Tensor)");
-  m.def(
-      "cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE
-      ", int[] grid, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE
+        ", int[] grid, int stream) -> (Tensor, Tensor, Tensor)");
   m.def("cuda_bn_relu_global_avgpool(Tensor x, " AFFINE ", int images, int stream) -> Tensor");
-  m.def(
-      "cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " AFFINE
-      ", int images, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " AFFINE
+        ", int images, int stream) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {

@@ -35,7 +35,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxP
   if (at.valid <= 0) return;
   AffineColumn<A> affine[V];
   load_affine(affine, p.affine, at);
-  const int(&sizes)[3] = p.pooling.sizes;
+  const int (&sizes)[3] = p.pooling.sizes;
   for (int64_t r = at.first + at.y; r < at.last; r += at.lanes) {
     const Coordinates o(p.pooling.pooled, r);
     A best[V];
@@ -82,7 +82,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxP
 template <typename T, int V, typename A>
 __device__ void gather_maxima(const PoolBackward& p, const Place& at, int64_t r, A (&total)[V]) {
   const Coordinates u(p.pooling.sizes, r);
-  const int(&pooled)[3] = p.pooling.pooled;
+  const int (&pooled)[3] = p.pooling.pooled;
   for (int a = u.u[0] / 2; a <= (u.u[0] + 1) / 2 && a < pooled[0]; ++a)
     for (int b = u.u[1] / 2; b <= (u.u[1] + 1) / 2 && b < pooled[1]; ++b)
       for (int c = u.u[2] / 2; c <= (u.u[2] + 1) / 2 && c < pooled[2]; ++c) {

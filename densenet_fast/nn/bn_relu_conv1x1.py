@@ -64,22 +64,14 @@ class Transition(reference.Transition):
         """Why its children cannot run as one op, or None."""
         if list(self._modules) != ["norm", "relu", "conv", "pool"]:
             return f"its children are {', '.join(self._modules)}"
-        if not _halves(self.pool, self.spatial_dims) or fusion.has_hooks(self.pool):
-            return f"pool is not a plain average over 2: {self.pool}"
-        return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
+        return (
+            fusion.hook_obstacle(self, "pool")
+            or fusion.average_pool_obstacle(self, "pool", self.spatial_dims)
+            or fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
             return super().forward(x)
         unit = fusion.unit(self, "norm", "conv")
         return functional.bn_relu_conv1x1_avgpool(x, *unit)
-
-
-def _halves(pool: nn.Module, dims: int) -> bool:
-    """Whether ``pool`` averages over windows of 2 without padding, dropping an odd last row or column."""
-    if type(pool) is not reference.AVERAGE_POOLS[dims]:
-        return False
-    sizes = [[size] * dims if isinstance(size, int) else list(size) for size in (pool.kernel_size, pool.stride)]
-    padding = {pool.padding} if isinstance(pool.padding, int) else set(pool.padding)
-    divisor = getattr(pool, "divisor_override", None)
-    return all(s in ([2] * dims, [2]) for s in sizes) and padding == {0} and not pool.ceil_mode and divisor is None

@@ -66,18 +66,31 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def child(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at ``path`` below ``module`` ("norm1", "layers.norm1"), or None."""
+    if path in module._modules:
+        return module._modules[path]
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
 def structural_obstacle(module: nn.Module, norm: str, relu: str, conv: str, kernel: int) -> str | None:
     """Why the children ``norm``, ``relu``, ``conv`` of ``module`` are not a plain BN-ReLU-convolution, or None."""
-    reason = hook_obstacle(module, norm, relu, conv)
+    reason = hook_obstacle(module, norm, relu, conv) or convolution_obstacle(module, conv, kernel)
     if reason is not None:
         return reason
-    convolve = getattr(module, conv)
+    return norm_obstacle(module, norm, DIMENSIONS[type(child(module, conv))]) or relu_obstacle(module, relu)
+
+
+def convolution_obstacle(module: nn.Module, conv: str, kernel: int) -> str | None:
+    """Why the child ``conv`` of ``module`` is not a plain convolution over ``kernel`` in all dimensions, or None."""
+    convolve = child(module, conv)
     dims = DIMENSIONS.get(type(convolve))
     if dims is None:
         return f"{conv} is a {type(convolve).__name__}, not a convolution"
-    reason = norm_obstacle(module, norm, dims) or relu_obstacle(module, relu)
-    if reason is not None:
-        return reason
     plain = (
         convolve.kernel_size == (kernel,) * dims
         and convolve.stride == (1,) * dims
@@ -92,17 +105,17 @@ def structural_obstacle(module: nn.Module, norm: str, relu: str, conv: str, kern
 def hook_obstacle(module: nn.Module, *names: str) -> str | None:
     """Which of the children ``names`` of ``module`` is missing or has a hook, or None."""
     for name in names:
-        child = getattr(module, name, None)
-        if not isinstance(child, nn.Module):
+        part = child(module, name)
+        if part is None:
             return f"{name} is missing"
-        if has_hooks(child):
+        if has_hooks(part):
             return f"{name} has a hook or a forward of its own"
     return None
 
 
 def norm_obstacle(module: nn.Module, norm: str, dims: int) -> str | None:
     """Why the child ``norm`` of ``module`` is not a batch normalisation of ``dims`` spatial dimensions, or None."""
-    kind = type(getattr(module, norm))
+    kind = type(child(module, norm))
     if kind in (reference.BATCH_NORMS[dims], *SYNC_BATCH_NORMS):
         return None
     return f"{norm} is a {kind.__name__}, not a batch normalisation of {dims} dimensions"
@@ -110,18 +123,30 @@ def norm_obstacle(module: nn.Module, norm: str, dims: int) -> str | None:
 
 def relu_obstacle(module: nn.Module, relu: str) -> str | None:
     """Why the child ``relu`` of ``module`` is not a ReLU, or None."""
-    kind = type(getattr(module, relu))
+    kind = type(child(module, relu))
     return None if kind is nn.ReLU else f"{relu} is a {kind.__name__}, not a ReLU"
 
 
 def max_pool_obstacle(module: nn.Module, pool: str) -> str | None:
     """Why the child ``pool`` of ``module`` is not a maximum over 3x3 windows at distance 2, padded by 1, or None."""
-    child = getattr(module, pool)
-    if type(child) is nn.MaxPool2d and not child.return_indices and not child.ceil_mode:
-        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in _window(child)]
+    part = child(module, pool)
+    if type(part) is nn.MaxPool2d and not part.return_indices and not part.ceil_mode:
+        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in _window(part)]
         if sizes == [(3, 3), (2, 2), (1, 1), (1, 1)]:
             return None
-    return f"{pool} is not a plain maximum over 3x3 windows of stride 2: {child}"
+    return f"{pool} is not a plain maximum over 3x3 windows of stride 2: {part}"
+
+
+def average_pool_obstacle(module: nn.Module, pool: str, dims: int) -> str | None:
+    """Why the child ``pool`` of ``module`` is not a mean over windows of 2 that drops an odd last row, or None."""
+    part = child(module, pool)
+    if type(part) is reference.AVERAGE_POOLS[dims]:
+        sizes = [[size] * dims if isinstance(size, int) else list(size) for size in (part.kernel_size, part.stride)]
+        padding = {part.padding} if isinstance(part.padding, int) else set(part.padding)
+        divisor = getattr(part, "divisor_override", None)
+        if all(s in ([2] * dims, [2]) for s in sizes) and padding == {0} and not part.ceil_mode and divisor is None:
+            return None
+    return f"{pool} is not a plain average over 2: {part}"
 
 
 def _window(pool: nn.MaxPool2d) -> tuple[int | Sequence[int], ...]:
@@ -169,8 +194,8 @@ def refuse_scripting(module: nn.Module) -> nn.Module:
 
 def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
     """The tensors of the children ``norm`` and ``conv`` of ``module`` as the functional ops take them."""
-    convolve = getattr(module, conv)
-    return functional.BNReLUConv(batch_norm(getattr(module, norm)), convolve.weight, convolve.bias)
+    convolve = child(module, conv)
+    return functional.BNReLUConv(batch_norm(child(module, norm)), convolve.weight, convolve.bias)
 
 
 def batch_norm(normalise: nn.Module) -> functional.BatchNorm:

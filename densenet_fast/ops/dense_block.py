@@ -152,11 +152,10 @@ def dense_block(
     own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
     backend.append_features(x, features[:, : plan.starts[0]], own)
     synchronise(own, rows, group)
-    count = global_count(rows, x, group)
     if plan.walked_by(backend, x.dtype, group):
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if save_bottlenecks]
         backend.dense_block(features, plan.starts[0], tensors, eps, plan.grid, bottlenecks, packed)
-        return image, bottlenecks, mean, packed.var, count
+        return image, bottlenecks, mean, packed.var, global_count(rows, x, group)
     weights = convolutions(plan.stages, x.dtype)
     frozen = [j for j, stage in enumerate(plan.stages) if stage.frozen]
     known = dict(zip(frozen, affines([plan.stages[j] for j in frozen], [packed] * len(frozen)))) if frozen else {}
@@ -186,7 +185,7 @@ def dense_block(
         out = features[:, plan.new(i)]
         backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, mask, plan.keep_scales[i], own)
         synchronise(own, rows, group)
-    return image, bottlenecks, mean, packed.var, count
+    return image, bottlenecks, mean, packed.var, global_count(rows, x, group)
 
 
 @dense_block.register_fake

@@ -1,0 +1,46 @@
+"""What the scripts here share: their flags, and the files of a figure."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name, sentence
+from densenet_fast.benchmarking.results import write_csv
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 1 << 30
+
+
+def parser_of(script: str, description: str) -> argparse.ArgumentParser:
+    """With the flags that every measuring script has."""
+    parser = argparse.ArgumentParser(prog=f"python benchmarks/{script}.py", description=description.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="files go to DIR/<device>")
+    return parser
+
+
+class Figure:
+    """One figure's files, under the conditions it is made in."""
+
+    def __init__(self, script: str, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        self.script, self.conditions = script, conditions(options.device)
+        self.device = device_name(options.device)
+        self.folder = options.out / folder_name(options.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / f"{self.script}.{suffix}"
+
+    def write(self, title: str, rows: list[dict[str, Any]], text: str) -> None:
+        """The rows as CSV; ``text`` on the screen and as Markdown."""
+        write_csv(self.path("csv"), [{**row, **self.conditions} for row in rows])
+        command = shlex.join([f"python benchmarks/{self.script}.py", *sys.argv[1:]]).replace("'", "")
+        heading = f"{title}, on {self.device}"
+        print(f"{heading}\n\n{text}\n")
+        self.path("md").write_text(f"# {heading}\n\n`{command}`\n\n{sentence(self.conditions)}\n\n{text}\n")

@@ -1,0 +1,118 @@
+"""Who is measured: the plain DenseNet, torchvision's, timm's and ours, eager and compiled, in two memory layouts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import densenet_fast
+from densenet_fast import reference
+from densenet_fast.benchmarking.networks import architecture
+from densenet_fast.thirdparty import import_timm, import_torchvision
+
+__all__ = ["COMPETITORS", "LAYOUTS", "Entry", "available"]
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Arguments = dict[str, Any]
+
+
+def _torchvision(arguments: Arguments, memory_efficient: bool = False) -> nn.Module:
+    small, arguments = _split(arguments)
+    model = import_torchvision().models.DenseNet(**arguments, memory_efficient=memory_efficient)
+    return _with_small_stem(model, arguments) if small else model
+
+
+def _timm(arguments: Arguments) -> nn.Module:
+    small, arguments = _split(arguments)
+    if arguments["num_init_features"] != 2 * arguments["growth_rate"]:
+        raise ValueError("timm's stem has 2 * growth_rate features")
+    options = {key: value for key, value in arguments.items() if key != "num_init_features"}
+    model = import_timm().models.densenet.DenseNet(**options)
+    return _with_small_stem(model, arguments) if small else model
+
+
+def _split(arguments: Arguments) -> tuple[bool, Arguments]:
+    return arguments.get("small_inputs", False), {k: v for k, v in arguments.items() if k != "small_inputs"}
+
+
+def _with_small_stem(model: nn.Module, arguments: Arguments) -> nn.Module:
+    """``model`` with the paper's stem for small images, one 3x3 convolution, in place of that for ImageNet."""
+    parts = {name: part for name, part in model.features.named_children() if name not in ("norm0", "relu0", "pool0")}
+    parts["conv0"] = nn.Conv2d(3, arguments["num_init_features"], 3, padding=1, bias=False)
+    for name in [name for name, _ in model.features.named_children()]:
+        delattr(model.features, name)
+    for name, part in parts.items():
+        model.features.add_module(name, part)
+    return model
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """An implementation: how it is built, what readers call it, and whether ``torch.compile`` runs it."""
+
+    build: Callable[[Arguments], nn.Module]
+    label: str
+    compiled: bool = False
+
+
+def _ours(arguments: Arguments, memory_efficient: bool = False) -> nn.Module:
+    return densenet_fast.DenseNet(**arguments, memory_efficient=memory_efficient)
+
+
+COMPETITORS = {
+    "reference": Competitor(lambda arguments: reference.DenseNet(**arguments), "reference"),
+    "torchvision": Competitor(_torchvision, "torchvision"),
+    "torchvision-me": Competitor(lambda arguments: _torchvision(arguments, True), "torchvision memory_efficient"),
+    "timm": Competitor(_timm, "timm"),
+    "compile": Competitor(_torchvision, "torchvision torch.compile", compiled=True),
+    "ours": Competitor(_ours, "densenet_fast"),
+    "ours-me": Competitor(lambda arguments: _ours(arguments, True), "densenet_fast memory_efficient"),
+    "ours-compile": Competitor(_ours, "densenet_fast torch.compile", compiled=True),
+}
+"""By the name that the command line gives them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A competitor in one memory layout, for one network."""
+
+    competitor: str
+    layout: str
+    network: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.competitor}, {self.layout}"
+
+    @property
+    def compiled(self) -> bool:
+        return COMPETITORS[self.competitor].compiled
+
+    def model(self, device: torch.device, train: bool) -> nn.Module:
+        """Built, not compiled; its weights are those of every other competitor."""
+        arguments = architecture(self.network)
+        torch.manual_seed(0)
+        weights = reference.DenseNet(**arguments).state_dict()
+        model = COMPETITORS[self.competitor].build(arguments)
+        model.load_state_dict(weights)
+        return model.to(device=device, memory_format=LAYOUTS[self.layout]).train(train)
+
+    def images(self, batch: int, size: int, device: torch.device) -> Tensor:
+        """[batch, 3, size, size] in the entry's layout; the same for every competitor."""
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+        return images.to(device).to(memory_format=LAYOUTS[self.layout])
+
+
+def available(names: Sequence[str], network: str) -> tuple[list[str], dict[str, str]]:
+    """Those of ``names`` that can be built for ``network`` here, and of the others why not."""
+    usable, left_out = [], {}
+    for name in names:
+        try:
+            COMPETITORS[name].build(architecture(network))
+            usable.append(name)
+        except (ImportError, AttributeError, ValueError, TypeError, RuntimeError) as error:
+            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return usable, left_out

@@ -1,0 +1,35 @@
+"""The networks that are measured, by name: the paper's, for ImageNet and for CIFAR."""
+
+import re
+from typing import Any
+
+from densenet_fast.reference import ARCHITECTURES
+
+__all__ = ["KNOWN", "architecture"]
+
+KNOWN = f"{', '.join(ARCHITECTURES)} or densenet_bc<L>, the paper's DenseNet-BC of depth L = 40, 46, 52, ... for CIFAR"
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The arguments of :class:`densenet_fast.reference.DenseNet` for the network called ``name``.
+
+    ``densenet_bc100`` is the paper's DenseNet-BC (L = 100, k = 12) for images of 32x32; any other depth L with
+    L - 4 divisible by 6 is called likewise.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]._asdict()
+    match = re.fullmatch(r"densenet_bc(\d+)", name)
+    depth = int(match[1]) if match else 0
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"model: expected {KNOWN}, got {name}")
+    layers = (depth - 4) // 6  # of two convolutions each, in three blocks; the stem, two transitions and the head are 4
+    return {
+        "growth_rate": 12,
+        "block_config": (layers,) * 3,
+        "num_init_features": 24,
+        "num_classes": 10,
+        "small_inputs": True,
+    }

@@ -1,0 +1,17 @@
+"""A progress bar on stderr."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+__all__ = ["progress"]
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """``items``, with a bar called ``what``; without one where tqdm is not installed, as in a bare checkout."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iter(items)
+    return iter(tqdm(items, desc=what, total=total, leave=False))

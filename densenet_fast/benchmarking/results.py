@@ -1,0 +1,118 @@
+"""The rows of a benchmark: ratios, CSV, the table in Markdown."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from densenet_fast.benchmarking.competitors import COMPETITORS
+from densenet_fast.benchmarking.memory import Memory
+from densenet_fast.benchmarking.times import Timing
+from densenet_fast.table import table
+
+__all__ = ["best_rows", "bench_rows", "bench_table", "write_csv"]
+
+MIB = 1 << 20
+
+Row = dict[str, object]
+
+
+def bench_rows(
+    timings: Sequence[Timing], memories: Sequence[Memory | None], setting: Row, baseline: str, conditions: Row
+) -> list[Row]:
+    """One row an entry and batch: its figures, their ratios to the baseline's best layout, its conditions.
+
+    Args:
+        timings: of every entry and batch.
+        memories: theirs; None where it was not measured.
+        setting: columns that all rows share (the network, the mode, ...).
+        baseline: the competitor whose figures are 1.
+        conditions: device, versions, commit, date.
+    """
+    rows: list[Row] = []
+    for timing, memory in zip(timings, memories, strict=True):
+        measured = bool(timing.seconds) and not timing.failure
+        median = timing.quantile(0.5) if measured else None
+        known = memory is not None and not memory.failure
+        rows.append(
+            {
+                **setting,
+                "batch": timing.batch,
+                "competitor": timing.entry.competitor,
+                "layout": timing.entry.layout,
+                "median_s": median,
+                "p20_s": timing.quantile(0.2) if measured else None,
+                "p80_s": timing.quantile(0.8) if measured else None,
+                "repeats": len(timing.seconds),
+                "images_per_s": timing.batch / median if measured else None,
+                "speed_ratio": None,
+                "peak_mib": memory.added / MIB if known else None,
+                "reserved_mib": memory.reserved / MIB if known else None,
+                "memory_ratio": None,
+                "failure": timing.failure or (memory.failure if memory else ""),
+                **conditions,
+            }
+        )
+    same_batch = setting["batches"] != "max"
+    for row in rows:
+        peers = [r for r in rows if r["competitor"] == baseline and (r["batch"] == row["batch"] or not same_batch)]
+        speeds = [r["images_per_s"] for r in peers if r["images_per_s"]]
+        peaks = [r["peak_mib"] for r in peers if r["peak_mib"]]
+        if speeds and row["images_per_s"]:
+            row["speed_ratio"] = row["images_per_s"] / max(speeds)
+        if peaks and row["peak_mib"] is not None:
+            row["memory_ratio"] = row["peak_mib"] / min(peaks)
+    return rows
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """One row a competitor and batch: that of its faster layout, with the memory of the layout that needs less."""
+    groups: dict[tuple[object, object], list[Row]] = {}
+    for row in rows:
+        group = row["competitor"] if row.get("batches") == "max" else row["batch"]
+        groups.setdefault((group, row["competitor"]), []).append(row)
+    best = []
+    for group in groups.values():
+        fastest = dict(max(group, key=lambda r: r["images_per_s"] or 0))
+        known = [r for r in group if r["peak_mib"] is not None]
+        if known:
+            least = min(known, key=lambda r: r["peak_mib"])
+            fastest |= {key: least[key] for key in ("peak_mib", "reserved_mib", "memory_ratio")}
+        best.append(fastest)
+    return best
+
+
+def bench_table(rows: Sequence[Row], baseline: str) -> str:
+    """The rows for a reader."""
+    header = ["implementation", "layout", "batch", "ms", "20 - 80 %", "images/s"]
+    header += [f"speed, {baseline} 1", "peak MiB", f"memory, {baseline} 1"]
+    cells = []
+    for row in rows:
+        times = [row["median_s"], row["p20_s"], row["p80_s"]]
+        median, low, high = (_number(t and 1e3 * t, 1) for t in times)
+        cells.append(
+            (
+                COMPETITORS[row["competitor"]].label,
+                row["layout"],
+                row["batch"],
+                row["failure"] if row["median_s"] is None else median,
+                f"{low} - {high}",
+                _number(row["images_per_s"], 1),
+                _number(row["speed_ratio"], 2, "x"),
+                _number(row["peak_mib"], 0),
+                _number(row["memory_ratio"], 2),
+            )
+        )
+    return table(header, cells)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Columns in the order of the first row; a missing value is empty."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def _number(value: object, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"

@@ -1,0 +1,112 @@
+"""One training step or inference of a competitor, and the proof that all compute the same."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densenet_fast.benchmarking.competitors import Entry
+
+__all__ = ["DTYPES", "Disagreement", "agree", "compiled_agrees", "step", "without_tf32"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = 1e-2
+"""Relative error in float32 below which two implementations agree: their kernels sum in other orders, and the last
+block's normalisations, over few pixels, magnify that."""
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Disagreement(RuntimeError):
+    """A competitor computes something else."""
+
+
+def step(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: Sequence[Tensor] = ()) -> Tensor:
+    """A training step without the optimizer's, or inference; returns the logits when the device is done.
+
+    Args:
+        run: the model, or what ``torch.compile`` made of it.
+        images: [N, 3, H, W].
+        dtype: autocast's, float32 for none.
+        train: whether to run the backward pass.
+        parameters: whose gradients are dropped before.
+    """
+    with torch.set_grad_enabled(train), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        logits = run(images)
+    if train:
+        for parameter in parameters:
+            parameter.grad = None
+        labels = torch.arange(len(images), device=images.device) % logits.shape[1]
+        F.cross_entropy(logits.float(), labels).backward()
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return logits
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 products and convolutions in full float32: TF32 alone makes errors that look like disagreement."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before):
+            setting.fp32_precision = precision
+
+
+def agree(entries: Sequence[Entry], train: bool, device: torch.device, size: int = 64) -> None:
+    """Compares logits and gradients of the eager ``entries`` on a small batch in float32.
+
+    Raises:
+        Disagreement: one of them is not the first one's, to ``TOLERANCE``.
+    """
+    expected: list[Tensor] | None = None
+    with without_tf32():
+        for entry in entries:
+            model = entry.model(device, train)
+            got = _results(model, model, entry.images(4, size, device), torch.float32, train)
+            expected = expected or got
+            for what, error in _errors(got, expected).items():
+                if not error < TOLERANCE:
+                    raise Disagreement(
+                        f"{entry.name}: its {what} differ from those of {entries[0].name} by {error:.1e}"
+                    )
+
+
+def compiled_agrees(entry: Entry, model: nn.Module, run: Run, images: Tensor, dtype: torch.dtype, train: bool) -> None:
+    """Compares ``run``, made of ``model`` by ``torch.compile``, with ``model`` on the batch that will be timed.
+
+    Raises:
+        Disagreement: its error against float32 is above twice the error of ``model`` in ``dtype``, plus ``TOLERANCE``.
+    """
+    with without_tf32():
+        truth = _results(model, model, images, torch.float32, train)
+    eager = _errors(_results(model, model, images, dtype, train), truth)
+    compiled = _errors(_results(run, model, images, dtype, train), truth)
+    for what, error in compiled.items():
+        if not error < 2 * eager[what] + TOLERANCE:
+            raise Disagreement(
+                f"{entry.name}: its {what} are off by {error:.1e}, the eager model's by {eager[what]:.1e}"
+            )
+
+
+def _results(run: Run, model: nn.Module, images: Tensor, dtype: torch.dtype, train: bool) -> list[Tensor]:
+    parameters = dict(model.named_parameters())
+    results = [step(run, images, dtype, train, list(parameters.values())).detach().float()]
+    if train:
+        results.append(torch.cat([parameters[name].grad.flatten() for name in sorted(parameters)]))
+    for parameter in parameters.values():
+        parameter.grad = None
+    return results
+
+
+def _errors(got: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
+    return {
+        what: ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+        for what, a, b in zip(("logits", "gradients"), got, expected)
+    }

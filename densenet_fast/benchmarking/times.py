@@ -1,0 +1,107 @@
+"""Times of steps, interleaved: every competitor has its turn in every round, and a drift of the machine hits all."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast.benchmarking.competitors import Entry
+from densenet_fast.benchmarking.progress import progress
+from densenet_fast.benchmarking.steps import Disagreement, Run, compiled_agrees, step
+
+__all__ = ["Timing", "measure_times"]
+
+LEAST_REPEATS = 2
+WARM_UPS = {"cpu": 1, "cuda": 3}
+"""Steps before the first that counts, by the type of device; the last of them tells how long one takes."""
+
+
+@dataclass
+class Timing:
+    """Seconds of each step of an entry on ``batch`` images; ``failure`` says why there are none."""
+
+    entry: Entry
+    batch: int
+    seconds: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    def quantile(self, q: float) -> float:
+        """Linear between the two nearest."""
+        ordered = sorted(self.seconds)
+        place = q * (len(ordered) - 1)
+        low = int(place)
+        return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+class _Contestant:
+    """A competitor with its model and its images."""
+
+    def __init__(self, timing: Timing, size: int, dtype: torch.dtype, train: bool, device: torch.device) -> None:
+        self.timing, self.dtype, self.train = timing, dtype, train
+        self.model: nn.Module = timing.entry.model(device, train)
+        self.parameters = list(self.model.parameters())
+        self.images: Tensor = timing.entry.images(timing.batch, size, device)
+        self.run: Run = self.model
+        if timing.entry.compiled:
+            self.run = torch.compile(self.model)
+            compiled_agrees(timing.entry, self.model, self.run, self.images, dtype, train)
+        self.estimate = [self.turn() for _ in range(WARM_UPS[device.type])][-1]
+
+    def turn(self) -> float:
+        """Seconds of one step."""
+        start = time.perf_counter()
+        step(self.run, self.images, self.dtype, self.train, self.parameters)
+        seconds = time.perf_counter() - start
+        for parameter in self.parameters:
+            parameter.grad = None  # the others need the room
+        return seconds
+
+
+def measure_times(
+    turns: Sequence[tuple[Entry, int]],
+    size: int,
+    dtype: torch.dtype,
+    train: bool,
+    device: torch.device,
+    repeats: int,
+    seconds: float,
+) -> list[Timing]:
+    """Times ``repeats`` steps of each (entry, batch) after warming up; one that would need more than its share of
+    ``seconds`` gets fewer, though never below two.
+
+    Raises:
+        Disagreement: what ``torch.compile`` made computes something else.
+    """
+    timings = [Timing(entry, batch) for entry, batch in turns]
+    contestants = []
+    for timing in progress(timings, "warming up"):
+        with _failures_noted(timing):
+            contestants.append(_Contestant(timing, size, dtype, train, device))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    share = seconds / max(1, len(contestants))
+    for i in progress(range(repeats), "rounds"):
+        for contestant in contestants:
+            due = max(LEAST_REPEATS, int(min(repeats, share / contestant.estimate)))
+            if i < due and not contestant.timing.failure:
+                with _failures_noted(contestant.timing):
+                    contestant.timing.seconds.append(contestant.turn())
+    return timings
+
+
+@contextmanager
+def _failures_noted(timing: Timing) -> Iterator[None]:
+    """Memory that runs out, or a compiler that fails, ends one competitor's part, not the measurement."""
+    try:
+        yield
+    except Disagreement:
+        raise
+    except (torch.OutOfMemoryError, MemoryError):
+        timing.failure = "out of memory"
+    except RuntimeError as error:
+        if not timing.entry.compiled:
+            raise
+        timing.failure = f"cannot be compiled: {error}".splitlines()[0]

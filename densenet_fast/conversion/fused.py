@@ -1,0 +1,209 @@
+"""What a converted module does when called: one op where it can, its own class's forward where it cannot.
+
+A converted module's class is a subclass of its own, made here, that differs in ``forward``; pickles and copies make it
+again from the original class.
+"""
+
+import copyreg
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from densenet_fast import functional
+from densenet_fast.conversion.layout import (
+    CHANNEL_DROPOUTS,
+    RECOMPUTATION_FLAGS,
+    STATE,
+    BlockLayout,
+    Layer,
+    Layout,
+    TransitionLayout,
+    obstacle,
+)
+from densenet_fast.nn import fusion
+from densenet_fast.ops.stage import autocast_dtype
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Converted(nn.Module):
+    """Mixed into a converted module's class, before the class it had."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if reduced[0] is not copyreg.__newobj__:
+            raise TypeError(
+                f"densenet_fast.restore() the model first: {type(self).__name__} pickles in a way of its own"
+            )
+        return _new, (own_class(self), mixin(self)), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls first.
+
+        Raises:
+            NotImplementedError: always, and says what to use instead.
+        """
+        raise NotImplementedError(
+            "torch.jit.script: expected stock modules, got a converted model, whose fused ops have no TorchScript; "
+            "script densenet_fast.restore(model) or densenet_fast.reference's network, or use "
+            "torch.jit.trace(model, args), torch.export.export(model, args) or "
+            "torch.onnx.export(model, args, dynamo=True)"
+        )
+
+
+class Fused(Converted):
+    """A dense block or a transition."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layout = self.__dict__.get(STATE)
+        if layout is None or kwargs or len(args) != 1 or call_obstacle(args[0], layout) or obstacle(self, layout):
+            return super().forward(*args, **kwargs)
+        return run(self, args[0], contiguous=_is_contiguous(args[0]))
+
+
+class FusedSequential(Converted):
+    """A Sequential of blocks and transitions: between two that both run as ops, feature maps stay channels last; behind
+    the last they have the memory format that the first one's input had."""
+
+    def forward(self, input: Any) -> Any:
+        modules, contiguous = list(self._modules.values()), None
+        fused = bool(modules) and _runs_fused(modules[0], input)
+        for module, follower in zip(modules, [*modules[1:], None]):
+            if not fused:
+                input = module(input)
+                fused = _runs_fused(follower, input)
+                continue
+            if contiguous is None:
+                contiguous = _is_contiguous(input)
+            fused = _runs_fused(follower, input)
+            input = run(module, input, contiguous=contiguous and not fused)
+            if not fused:
+                contiguous = None
+        return input
+
+
+def _runs_fused(module: nn.Module | None, x: Any) -> bool:
+    """Whether calling ``module`` on ``x`` is nothing but :func:`run`."""
+    layout = module.__dict__.get(STATE) if isinstance(module, Fused) else None
+    if layout is None or fusion.has_hooks(module):
+        return False
+    return call_obstacle(x, layout) is None and obstacle(module, layout) is None
+
+
+def run(module: nn.Module, x: Tensor, *, contiguous: bool) -> Tensor:
+    """``module`` as one op on ``x``; the result contiguous or else channels last in memory."""
+    if _overrides_functions(x):
+        return handle_torch_function(_run_plain, (x,), module, x, contiguous)
+    return _run(module, x, contiguous)
+
+
+def _run_plain(module: nn.Module, x: Tensor, contiguous: bool) -> Tensor:
+    return _run(module, Tensor.as_subclass(x, Tensor), contiguous)
+
+
+def _run(module: nn.Module, x: Tensor, contiguous: bool) -> Tensor:
+    out = apply(module, module.__dict__[STATE], x)
+    return out.contiguous() if contiguous else out
+
+
+def apply(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
+    """The op that ``layout`` says ``module`` is, with the module's tensors, modes and rates as they are now."""
+    if isinstance(layout, TransitionLayout):
+        unit = fusion.unit(module, layout.unit.norm, layout.unit.conv)
+        return functional.bn_relu_conv1x1_avgpool(x, *unit)
+    rates, whole_channels = [], []
+    for layer in layout.layers:
+        rate, channels = _dropout(module, layer)
+        rates.append(rate)
+        whole_channels.append(channels)
+    return functional.dense_block(
+        x,
+        [[fusion.unit(module, unit.norm, unit.conv) for unit in layer.units] for layer in layout.layers],
+        rates,
+        _recomputes(module, layout),
+        drop_channels=any(whole_channels),
+    )
+
+
+def _dropout(block: nn.Module, layer: Layer) -> tuple[float, bool]:
+    """The rate at which ``layer`` drops its new features now, and whether it drops whole channels."""
+    if layer.dropout is not None:
+        dropout = fusion.child(block, layer.dropout)
+        return (dropout.p if dropout.training else 0.0), type(dropout) in CHANNEL_DROPOUTS
+    holder = fusion.child(block, layer.path)
+    rate = getattr(holder, layer.drop_rate) if layer.drop_rate is not None and holder.training else 0.0
+    return max(float(rate), 0.0), False
+
+
+def _recomputes(block: nn.Module, layout: BlockLayout) -> bool:
+    """Whether the block or one of its layers asks for its bottleneck to be recomputed in the backward pass."""
+    holders = [block, *(fusion.child(block, layer.path) for layer in layout.layers)]
+    return any(holder.__dict__.get(flag) for holder in holders for flag in RECOMPUTATION_FLAGS)
+
+
+def call_obstacle(x: Any, layout: Layout) -> str | None:
+    """Why a call with ``x`` cannot run as one op whatever the module's structure, or None."""
+    reason = fusion.call_obstacle(x, layout.dims)
+    if reason is not None:
+        return reason
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
+        return None
+    if x.dtype != dtype:
+        return f"under autocast stock keeps what is in {x.dtype}"
+    if isinstance(layout, TransitionLayout) and layout.dims == 3 and x.device.type == "cpu":
+        return "under autocast on CPUs stock pools volumes in float32"
+    return None
+
+
+def _overrides_functions(x: Tensor) -> bool:
+    """Whether ``x`` is of a subclass that wants to see what is called on it."""
+    return not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter) and has_torch_function_unary(x)
+
+
+def _is_contiguous(x: Tensor) -> bool:
+    """Whether stock would return contiguous memory for ``x``."""
+    last = CHANNELS_LAST.get(x.dim())
+    return x.is_contiguous() or last is None or not x.is_contiguous(memory_format=last)
+
+
+def change_class(module: nn.Module, mixed_in: type[Converted], layout: Layout | None = None) -> None:
+    """Makes ``module`` a converted one, in place."""
+    module.__class__ = _subclass(mixed_in, type(module))
+    if layout is not None:
+        vars(module)[STATE] = layout
+
+
+def revert(module: nn.Module) -> None:
+    """Gives a converted module its own class back, in place."""
+    module.__class__ = own_class(module)
+    vars(module).pop(STATE, None)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a converted module had."""
+    return type(module).__bases__[1]
+
+
+def mixin(module: nn.Module) -> type[Converted]:
+    """What makes its class a converted module's."""
+    return type(module).__bases__[0]
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether its class was made here, and has not been changed since."""
+    return isinstance(module, Converted) and mixin(module) in (Fused, FusedSequential)
+
+
+@functools.cache
+def _subclass(mixed_in: type[Converted], own: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own)(own.__name__, (mixed_in, own), names)
+
+
+def _new(own: type[nn.Module], mixed_in: type[Converted]) -> nn.Module:
+    made = _subclass(mixed_in, own)
+    return made.__new__(made)

@@ -1,0 +1,167 @@
+"""The benchmark command, on something tiny."""
+
+import csv
+import functools
+import importlib.util
+
+import pytest
+import torch
+
+from densenet_fast.__main__ import main
+from densenet_fast.benchmarking import competitors, memory, steps
+from densenet_fast.benchmarking.competitors import COMPETITORS, LAYOUTS, Competitor, Entry
+from densenet_fast.benchmarking.memory import Memory
+from densenet_fast.benchmarking.steps import Disagreement, agree
+
+TINY = ["bench", "--model", "densenet_bc10", "--batch", "3", "--size", "16", "--repeats", "2", "--threads", "1"]
+INSTALLED = [name for name in COMPETITORS if name != "timm" or importlib.util.find_spec("timm")]
+COLUMNS = """
+    network mode batches size dtype batch competitor layout median_s p20_s p80_s repeats images_per_s speed_ratio
+    peak_mib reserved_mib memory_ratio failure date commit device driver threads backend os python torch cuda
+    torchvision timm triton densenet_fast
+""".split()
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """A folder for results; nothing is compiled but traced, and memory is not measured but 1 MiB."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(memory, "measure", lambda job: Memory(added=1 << 20, reserved=1 << 20))
+    return tmp_path
+
+
+def rows_of(out):
+    (path,) = out.rglob("*.csv")
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("mode", [["--train"], ["--infer", "--dtype", "bf16"]])
+def test_every_competitor_end_to_end(mode, out, capsys):
+    assert main([*TINY, *mode, "--against", ",".join(COMPETITORS), "--out", str(out)]) == 0
+    rows = rows_of(out)
+    assert list(rows[0]) == COLUMNS
+    assert [(row["competitor"], row["layout"]) for row in rows] == [
+        (n, layout) for n in INSTALLED for layout in LAYOUTS
+    ]
+    for row in rows:
+        assert row["failure"] == "" and row["mode"] == mode[0][2:] and int(row["repeats"]) == 2
+        assert 0 < float(row["p20_s"]) <= float(row["median_s"]) <= float(row["p80_s"])
+        assert float(row["images_per_s"]) == pytest.approx(3 / float(row["median_s"]), rel=1e-4)
+        assert float(row["peak_mib"]) == 1 and float(row["memory_ratio"]) == 1
+        assert row["torch"] == torch.__version__ and row["device"] and row["date"]
+    assert max(float(row["speed_ratio"]) for row in rows if row["competitor"] == "torchvision") == 1
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table[1:]] == [COMPETITORS[name].label for name in INSTALLED]
+    (markdown,), (picture,) = out.rglob("*.md"), out.rglob("*.png")
+    assert table[-1] in markdown.read_text() and "commit" in markdown.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_batches_and_the_faster_layouts_memory(out):
+    flags = ["--batch", "1,2", "--against", "reference", "--memory", "faster", "--out", str(out)]
+    assert main([*TINY, *flags]) == 0
+    rows = rows_of(out)
+    assert [row["batch"] for row in rows] == ["1"] * 6 + ["2"] * 6
+    with_memory = [row for row in rows if row["peak_mib"]]
+    assert {(row["competitor"], row["batch"]) for row in with_memory} == {
+        (name, batch) for name in ("reference", "ours", "ours-me") for batch in "12"
+    }
+
+
+def test_the_largest_batch_of_each(out, monkeypatch):
+    needs = {"reference": 4, "ours": 2, "ours-me": 1}
+
+    def measure(job):
+        return Memory(added=job.batch * needs[job.competitor] << 20)
+
+    monkeypatch.setattr("densenet_fast.benchmarking.command.largest_batch.__defaults__", (measure,))
+    flags = ["--batch", "max", "--memory-budget", str(12 / 1024), "--against", "reference", "--memory", "none"]
+    assert main([*TINY, *flags, "--out", str(out)]) == 0
+    assert {row["competitor"]: row["batch"] for row in rows_of(out)} == {"reference": "3", "ours": "6", "ours-me": "12"}
+
+
+def test_a_competitor_that_cannot_be_imported_is_named(out, monkeypatch, capsys):
+    def missing(arguments):
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    monkeypatch.setitem(competitors.COMPETITORS, "timm", Competitor(missing, "timm"))
+    assert main([*TINY, "--against", "reference,timm", "--memory", "none", "--out", str(out)]) == 0
+    streams = capsys.readouterr()
+    assert "timm is left out: ModuleNotFoundError: No module named 'timm'" in streams.err
+    assert "timm is left out" in streams.out and {row["competitor"] for row in rows_of(out)} == {
+        "reference",
+        "ours",
+        "ours-me",
+    }
+
+
+def test_a_competitor_that_cannot_be_compiled_is_named(out, monkeypatch):
+    def broken(model):
+        def run(images):
+            raise RuntimeError("no compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert main([*TINY, "--against", "torchvision,compile", "--out", str(out)]) == 0
+    for row in rows_of(out):
+        failed = row["competitor"] == "compile"
+        assert row["failure"] == ("cannot be compiled: no compiler" if failed else "")
+        assert (row["median_s"] == "") == failed
+
+
+def test_disagreement_is_not_timed(out, monkeypatch, capsys):
+    def wrong(arguments):
+        model = COMPETITORS["reference"].build(arguments)
+        model.features.denseblock1.denselayer1.norm1.eps = 1.0
+        return model
+
+    monkeypatch.setitem(competitors.COMPETITORS, "timm", Competitor(wrong, "timm"))
+    with pytest.raises(Disagreement, match="timm, contiguous: its logits differ from those of reference"):
+        main([*TINY, "--against", "reference,timm", "--out", str(out)])
+    assert "|" not in capsys.readouterr().out and not list(out.rglob("*.csv"))
+
+
+def test_what_compiling_made_is_compared_on_the_batch_that_is_timed(out, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: lambda images: model(images) * 1.1)
+    with pytest.raises(Disagreement, match="ours-compile, contiguous: its logits are off by 1.0e-01"):
+        main([*TINY, "--against", "ours-compile", "--out", str(out)])
+
+
+def test_tf32_is_off_while_results_are_compared_and_as_it_was_behind(monkeypatch):
+    seen = []
+
+    def spy(*args, **kwargs):
+        seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        return original(*args, **kwargs)
+
+    original = steps.step
+    monkeypatch.setattr(steps, "step", spy)
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        agree([Entry("reference", "contiguous", "densenet_bc10")], False, torch.device("cpu"), 16)
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision == before[1]
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before[0]
+    assert set(seen) == {("ieee", "ieee")}
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--batch", "0"], "--batch"),
+        (["--size", "7"], "--size"),
+        (["--model", "densenet_bc41"], "--model"),
+        (["--against", "nobody"], "--against"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--floor", "--infer"], "--floor"),
+        (["--profile", "--batch", "max"], "--profile"),
+    ],
+)
+def test_bad_arguments(flags, named, capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main([*TINY, "--out", str(tmp_path), *flags])
+    assert caught.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
