@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from densenet_fast import backends
-from densenet_fast.backends import aten, triton
+from densenet_fast.backends import aten, cuda, cuda_kernels, extension, triton
 
 ROOT = Path(backends.__file__).parents[2]
 
@@ -52,10 +52,11 @@ def test_info_tells_of_the_interpreter():
 @pytest.fixture
 def asked_anew():
     """Forgets what was found out about the machine, before and after."""
-    for function in (triton.unavailable, triton._obstacle):
+    functions = (triton.unavailable, triton._obstacle, cuda_kernels.unavailable, cuda_kernels._obstacle)
+    for function in functions:
         function.cache_clear()
     yield
-    for function in (triton.unavailable, triton._obstacle):
+    for function in functions:
         function.cache_clear()
 
 
@@ -79,14 +80,22 @@ def test_reasons(monkeypatch, asked_anew):
     assert "not installed" in triton.unavailable()
 
 
-def test_each_device_is_served_by_what_it_can_run(monkeypatch, asked_anew):
+@pytest.mark.parametrize("with_cuda", [True, False])
+def test_each_device_is_served_by_what_it_can_run(monkeypatch, asked_anew, with_cuda):
+    """Where the library holds no kernels in CUDA C++, Triton's serve, and it is said what is missing."""
+    warnings = set()
+    monkeypatch.setattr(backends, "_warn", warnings.add)
+    monkeypatch.setattr(extension, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_kernels, "_built", lambda: with_cuda)
+    monkeypatch.setattr(cuda_kernels, "emulated", lambda: False)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.version, "hip", None)
     gpus(monkeypatch, (9, 0), (7, 0))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert backends.select(torch.device("cuda"), dtype) is triton
+        assert backends.select(torch.device("cuda"), dtype) is (cuda if with_cuda else triton)
         assert backends.select(torch.device("cuda:1"), dtype) is aten
-    assert backends.select(torch.device("cuda:0"), torch.float64) is aten
+    assert backends.select(torch.device("cuda:0"), torch.float64) is (cuda if with_cuda else aten)
+    assert bool(warnings) != with_cuda and all("cuda backend" in w and "without CUDA" in w for w in warnings)
     assert "cuda:1 has compute capability 7.0" in triton.describe()
 
 
