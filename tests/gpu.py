@@ -96,7 +96,14 @@ def cuda_sanitizers() -> list[Step]:
     # Every tensor an allocation of its own, with bounds
     uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     return [
-        Step(f"CUDA C++: compute-sanitizer {tool}", [*uncached, "--tool", tool, *flags, *tests], None, 300, "pytest")
+        Step(
+            f"CUDA C++: compute-sanitizer {tool}",
+            [*uncached, "--tool", tool, *flags, *tests],
+            [*tests, "--collect-only", "-q"] if tool == "memcheck" else None,
+            300,
+            "pytest",
+            emulated=True,
+        )
         for tool, flags in tools.items()
     ]
 
