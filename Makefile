@@ -19,7 +19,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test lint gpu sanitize clean installed-in-active-environment
+.PHONY: demo test lint gpu versions sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -32,19 +32,28 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
-# The Triton backend on a GPU: its results, then its times. make gpu FLAGS=--dry-run walks the steps without one.
+# The backends for GPUs on one: results, then times. make gpu FLAGS=--dry-run walks the steps without one.
 gpu: $(INSTALLED)
 	$(RUN) tests/gpu.py $(FLAGS)
 
-# The kernel tests with the compiled kernels under the address and undefined-behaviour sanitizers.
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+# The installed library under other versions of torch, in environments of their own (some gigabytes each).
+VERSIONS ?= 2.11.0 2.13.0 newest
+versions: $(INSTALLED)
+	$(RUN) tests/load_library.py $(VERSIONS)
+
+# The kernel tests with the compiled kernels, and those in CUDA C++ emulated, under the address and undefined-behaviour
+# sanitizers.
+SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)"
 sanitize: $(INSTALLED)
-	CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py --quiet build_ext --build-temp build/sanitize \
-		--build-lib build/sanitized
-	DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-		$(RUN) -m pytest tests/backends/test_kernels.py tests/backends/test_pool_kernels.py \
-		tests/backends/test_extension.py tests/ops/test_walk.py -k "cpu- or threads or arguments or walks"
+	DENSENET_FAST_CUDA=0 CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py --quiet build_ext \
+		--build-temp build/sanitize --build-lib build/sanitized
+	DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so $(SANITIZED) $(RUN) -m pytest \
+		tests/backends/test_kernels.py tests/backends/test_pool_kernels.py tests/backends/test_extension.py \
+		tests/ops/test_walk.py -k "cpu- or threads or arguments or walks"
+	if library=$$(SANITIZE=1 $(RUN) tests/backends/cuda/emulation.py); then \
+		DENSENET_FAST_LIBRARY=$$library $(SANITIZED) $(RUN) -m pytest tests/backends/cuda/on_device.py; fi
 
 clean:
 	rm -rf $(or $(VENV),build) build runs *.egg-info

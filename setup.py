@@ -1,7 +1,9 @@
 """Metadata of densenet_fast, and the build of its extension.
 
 One shared library serves every Python and every torch from 2.11 on. Ninja builds it; without a compiler, ninja or torch
-the package installs without it and says so.
+the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds CUDA kernels too,
+for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES; DENSENET_FAST_CUDA=0 leaves
+them out. Their runtime is linked in, so the library loads where there is no CUDA.
 """
 
 import os
@@ -40,11 +42,54 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
+CUDA_SOURCES = ("ops", "tiling")
+CUDA_KERNELS = ("statistics", "gradients", "pooling")
+CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 
 
 def find(program: str) -> str | None:
     """Its path; beside this Python, as in a virtual environment that is not activated, or on PATH."""
     return shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler's path, unless the CUDA kernels are to be left out."""
+    if os.environ.get("DENSENET_FAST_CUDA", "1") in ("", "0"):
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return next(filter(None, (shutil.which(str(Path(home, "bin/nvcc"))) for home in homes)), None) or find("nvcc")
+
+
+def gpu_code(nvcc: str) -> list[str]:
+    """What nvcc is to generate code for: machine code of every architecture, and PTX of the newest for those to come.
+
+    Raises:
+        SystemExit: TORCH_CUDA_ARCH_LIST cannot be read.
+    """
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
+    if not wanted:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        wanted = [f"{a[:-1]}.{a[-1]}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+        wanted[-1] += "+PTX"
+    flags = []
+    for entry in wanted:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as '8.0;9.0+PTX', got {entry!r}")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_libraries(nvcc: str) -> str:
+    """The flags that link CUDA's runtime statically, its symbols hidden: torch may bring a runtime of its own."""
+    source = HERE / "csrc/cuda" / f"{CUDA_KERNELS[0]}.cu"
+    steps = subprocess.run([nvcc, "--dryrun", "-c", source, "-o", os.devnull], capture_output=True, text=True).stderr
+    folders = re.findall(r'"(-L[^"]+)"', "".join(line for line in steps.splitlines() if "LIBRARIES=" in line))
+    return " ".join([*folders, "-lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,libcudart_static.a"])
 
 
 class BuildLibrary(build_ext):
@@ -62,9 +107,10 @@ class BuildLibrary(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(self.ninja(build))
         if subprocess.run([find("ninja"), "-C", str(build)]).returncode:
+            without_cuda = "DENSENET_FAST_CUDA=0 pip install ... without the CUDA kernels, " if find_nvcc() else ""
             raise SystemExit(
                 "densenet_fast: the compiled kernels did not build (the compiler's message is above); "
-                "DENSENET_FAST_PURE=1 pip install ... installs without them"
+                f"{without_cuda}DENSENET_FAST_PURE=1 pip install ... installs without them"
             )
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,17 +147,31 @@ class BuildLibrary(build_ext):
             for kernels in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
         ]
+        nvcc, ldflags = find_nvcc(), os.environ.get("LDFLAGS", "")
+        kernels = CUDA_KERNELS if nvcc else ()
+        if nvcc:
+            objects += [(f"cuda_{name}", f"cuda/{name}", "") for name in CUDA_SOURCES]
+            ldflags = f"{cuda_libraries(nvcc)} {ldflags}"
         lines = [
             f"flags = {FLAGS} -isystem {home / 'include'} {os.environ.get('CXXFLAGS', '')}",
-            f"ldflags = -L{home / 'lib'} -ltorch_cpu -ltorch {os.environ.get('LDFLAGS', '')}",
+            f"ldflags = -L{home / 'lib'} -ltorch_cpu -ltorch {ldflags}",
             f"rule compile\n  command = {self.compiler_name()} -MMD -MF $out.d $flags $more -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
             f"rule link\n  command = {self.compiler_name()} -shared $in -o $out $ldflags",
             "  description = link $out",
         ]
+        if nvcc:
+            lines += [
+                f"rule cuda\n  command = {nvcc} -ccbin {self.compiler_name()} -MD -MF $out.d {CUDA_FLAGS} "
+                f"{' '.join(gpu_code(nvcc))} -c $in -o $out",
+                "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
+            ]
+        for name in kernels:
+            lines.append(f"build cuda_{name}.o: cuda {HERE.resolve() / 'csrc/cuda' / name}.cu")
         for name, source, more in objects:
             lines.append(f"build {name}.o: compile {HERE.resolve() / 'csrc' / source}.cpp\n  more = {more}")
-        lines.append(f"build {LIBRARY}: link {' '.join(f'{name}.o' for name, _, _ in objects)}\ndefault {LIBRARY}\n")
+        linked = [f"{name}.o" for name, _, _ in objects] + [f"cuda_{name}.o" for name in kernels]
+        lines.append(f"build {LIBRARY}: link {' '.join(linked)}\ndefault {LIBRARY}\n")
         return "\n".join(lines)
 
 

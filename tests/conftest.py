@@ -1,10 +1,12 @@
 """What every test runs under."""
 
 import os
+import shutil
 
 import pytest
 import torch
 
+from densenet_fast.backends import extension
 from densenet_fast.thirdparty import import_torchvision
 
 DEVICE = os.environ.get("DENSENET_FAST_TEST_DEVICE", "cpu")
@@ -15,6 +17,21 @@ if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+NO_LIBRARY = not extension.LIBRARY.is_file() and shutil.which(os.environ.get("CXX", "c++")) is None
+"""Whether the compiled kernels are missing for want of a compiler; missing for another reason they fail tests."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "library: needs the compiled kernels")
+    if NO_LIBRARY:
+        config.addinivalue_line("filterwarnings", "ignore:densenet_fast. slower without its cpu backend")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if NO_LIBRARY and item.get_closest_marker("library"):
+            item.add_marker(pytest.mark.skip(reason="no compiled kernels: no C++ compiler was found"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """``make gpu``: everything there is to learn on a GPU, step by step, in one folder, and one table at the end.
 
 python3 tests/gpu.py             builds in place, tests, then measures: at most 9 minutes
-python3 tests/gpu.py --dry-run   the same steps without a GPU: tests in Triton's interpreter, benchmarks on the CPU
+python3 tests/gpu.py --dry-run   the same steps without a GPU: tests in Triton's interpreter and with the kernels
+                                 in CUDA C++ emulated, benchmarks on the CPU
 
 Needs this checkout, python3 with torch, and for the tests pytest; what is not there is named and left out. The log of
 each step, the tables, CSV files and pictures, and the GPU, driver and versions go to ``--out``.
@@ -22,20 +23,25 @@ from typing import NamedTuple
 
 import torch
 
+from backends.cuda import emulation
+
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
 TRITON = "tests/backends/triton"
+CUDA = "tests/backends/cuda"
 
 
 class Step(NamedTuple):
     """A command that may take ``seconds``; ``dry`` is what takes its place without a GPU, None where there is nothing
-    to run; without the module ``needs`` it is left out."""
+    to run, and ``emulated`` whether that runs on the emulated kernels in CUDA C++; without the module ``needs`` it is
+    left out."""
 
     name: str
     command: list[str]
     dry: list[str] | None
     seconds: float
     needs: str = "torch"
+    emulated: bool = False
 
 
 def steps(out: Path) -> list[Step]:
@@ -54,9 +60,51 @@ def steps(out: Path) -> list[Step]:
         Step("results, reproducibility, graphs", results, results, 90, "pytest"),
         Step("every access of the kernels", [], [*PYTEST, f"{TRITON}/in_interpreter.py"], 240, "pytest"),
         Step("every kernel against float64", [*kernels, "triton-"], [*kernels, few], 90, "pytest"),
+        *cuda_kernels(),
         *benchmarks(out),
         Step("the ops", [*ops, "not bad_input"], [*ops, few_ops], 120, "pytest"),
         Step("the table's rows, measured", tuner, [*tuner, "--dry-run"], 300),
+        *cuda_sanitizers(),
+    ]
+
+
+def cuda_kernels() -> list[Step]:
+    """The kernels in CUDA C++: their results, and the bandwidth that each reaches against a device copy."""
+    own = [*PYTEST, f"{CUDA}/on_device.py"]
+    all_backends = [*PYTEST, "tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py", "-k"]
+    few = "cuda- and pool and float32 and not conv1x1 and not 33 and not 50"
+    bandwidth = [sys.executable, "benchmarks/kernel_bandwidth.py"]
+    return [
+        Step("CUDA C++: results, reproducibility, graphs", own, own, 90, "pytest", emulated=True),
+        Step(
+            "CUDA C++: every kernel against float64", [*all_backends, "cuda-"], [*all_backends, few], 90, "pytest", True
+        ),
+        Step("CUDA C++: bandwidth, bfloat16", bandwidth, [*bandwidth, "--dry-run"], 60, emulated=True),
+    ]
+
+
+def cuda_sanitizers() -> list[Step]:
+    """Small tests of the kernels in CUDA C++ under compute-sanitizer, where they take a hundred times as long."""
+    tools = {
+        "memcheck": ["--leak-check", "no"],
+        "racecheck": ["--racecheck-report", "all"],
+        "initcheck": [],
+        "synccheck": [],
+    }
+    small = "bfloat16 and not runs and not many_rows and not 40 and not 288 and not 300"
+    tests = [*PYTEST, f"{CUDA}/on_device.py", "-k", small]
+    # Every tensor an allocation of its own, with bounds
+    uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
+    return [
+        Step(
+            f"CUDA C++: compute-sanitizer {tool}",
+            [*uncached, "--tool", tool, *flags, *tests],
+            [*tests, "--collect-only", "-q"] if tool == "memcheck" else None,
+            300,
+            "pytest",
+            emulated=True,
+        )
+        for tool, flags in tools.items()
     ]
 
 
@@ -135,7 +183,7 @@ def conditions(device: str) -> str:
 def main() -> int:
     """Runs the steps and returns 0 if all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU: in Triton's interpreter")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: interpreted and emulated")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the results (runs/gpu)")
     parser.add_argument("--minutes", type=float, help="for all steps together (9; dry: none)")
     parser.add_argument("--only", default="", metavar="WORD", help="the steps whose name has WORD")
@@ -161,15 +209,19 @@ def main() -> int:
         print(f"\n== {step.name}: {' '.join(command)}", flush=True)
         start = time.perf_counter()
         limit = min(float("inf") if dry else step.seconds, end - start)
+        emulate = dry and step.emulated
         if importlib.util.find_spec(step.needs) is None:
             state = f"LEFT OUT: {step.needs} is not installed"
+        elif emulate and emulation.find_nvcc() is None:
+            state = "LEFT OUT: nvcc was not found"
         elif limit <= 0:
             state = "LEFT OUT: the time is up"
         else:
             log = out / f"{i:02}_{re.sub('[^a-z0-9]+', '_', step.name.lower())}.log"
-            state = run(command, environment, log, min(limit, threading.TIMEOUT_MAX))
+            own = emulation.environment(emulation.build()) if emulate else {}
+            state = run(command, environment | own, log, min(limit, threading.TIMEOUT_MAX))
         passed = passed and state == "passed"
-        rows.append(f"{step.name:40} {time.perf_counter() - start:7.1f} s  {state}")
+        rows.append(f"{step.name:44} {time.perf_counter() - start:7.1f} s  {state}")
     summary = "\n".join([conditions("cpu" if dry else "cuda"), "", *rows])
     (out / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}\n\nin {out}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import densenet_fast
@@ -16,12 +17,13 @@ TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob(
 LEVELS = [
     ["version", "reference", "table", "thirdparty", "memory", "backends.affine", "backends.layout"],
     ["backends.spatial", "backends.extension"],
-    ["backends.aten", "backends.cpu"],
+    ["backends.aten", "backends.cpu", "backends.cuda_kernels"],
     ["backends.triton.config", "backends.triton.kernels", "backends.triton.kernels.pieces"],
     ["backends.triton.launch", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],
     ["backends.triton.shared"],
     ["backends.triton.conv1x1", "backends.triton.conv3x3", "backends.triton.transition"],
     ["backends.triton"],
+    ["backends.cuda"],
     ["backends.triton.tune"],
     ["backends"],
     ["ops.stage"],
@@ -99,10 +101,16 @@ def test_importing_the_package_imports_neither_torchvision_nor_the_commands():
     assert output.strip() == "[]"
 
 
+@pytest.mark.library
+def test_info_tells_which_kernels_serve():
+    report = info.report()
+    assert re.search(r"cpu +\| float32, bfloat16 +\| cpu ", report) and re.search(r"float16, float64 +\| aten ", report)
+    assert "available: C++" in report
+
+
 def test_info_tells_this_machine():
     report = info.report()
     assert torch.__version__ in report and densenet_fast.__version__ in report
     assert f"{torch.get_num_threads()} threads" in report
     assert ("cuda:0" in report) == torch.cuda.is_available()
-    assert re.search(r"cpu +\| float32, bfloat16 +\| cpu ", report) and re.search(r"float16, float64 +\| aten ", report)
-    assert "available: C++" in report and "available: torch operations" in report
+    assert "available: torch operations" in report

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import torch
 
-from densenet_fast.backends import aten, cpu, triton
+from densenet_fast.backends import aten, cpu, cuda, triton
 
-BACKENDS: tuple[ModuleType, ...] = (triton, cpu, aten)
+BACKENDS: tuple[ModuleType, ...] = (cuda, triton, cpu, aten)
 """All backends, the preferred one first."""
 
 

@@ -28,11 +28,13 @@ def run(code_or_arguments, **environment):
     )
 
 
+@pytest.mark.library
 def test_library_is_built():
     assert extension.unavailable() is None
     assert cpu.describe().removeprefix("C++, ") in INSTRUCTION_SETS
 
 
+@pytest.mark.library
 def test_library_needs_no_cpp_symbol_of_torch_and_no_python():
     symbols = subprocess.run(["nm", "-D", "--undefined-only", extension.LIBRARY], capture_output=True, text=True)
     names = [line.split()[-1] for line in symbols.stdout.splitlines()]
@@ -40,6 +42,7 @@ def test_library_needs_no_cpp_symbol_of_torch_and_no_python():
     assert not [name for name in names if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "Py", "_Py"))]
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_kernels_of_every_instruction_set(instruction_set):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -59,6 +62,7 @@ def test_kernels_of_every_instruction_set(instruction_set):
     assert name.stdout.strip() == f"C++, {instruction_set}"
 
 
+@pytest.mark.library
 def test_unknown_instruction_set_is_refused():
     code = "from densenet_fast.backends import cpu; print(cpu.unavailable() or cpu.describe())"
     result = run(["-c", code], DENSENET_FAST_CPU="mmx")
@@ -67,6 +71,7 @@ def test_unknown_instruction_set_is_refused():
     )
 
 
+@pytest.mark.library
 def test_wrong_arguments_raise():
     assert cpu.unavailable() is None
     x, vector, weight = torch.randn(4, 3), torch.randn(3), torch.randn(2, 3)
@@ -111,6 +116,7 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_global_avgpool_backward(torch.randn(3, 3), x, *affine)
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("rows", [1, 15, 16, 33, 100, 4099])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(rows, threads):
@@ -136,6 +142,7 @@ def test_any_number_of_threads(rows, threads):
         assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-5
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("grid", [(1, 3, 5), (2, 40, 7), (7, 23, 40), (300, 9)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_pooling_with_any_number_of_threads(grid, threads):

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def supported(backend, dtype):
-    if not backend.supports(torch.device("cpu"), dtype):
+    if not backend.supports(torch.get_default_device(), dtype):
         pytest.skip(f"{backend.name} leaves {dtype} to another backend")
 
 

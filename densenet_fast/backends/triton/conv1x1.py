@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
-from densenet_fast.backends.aten import finalise_gradient
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu_conv1x1 import bn_relu_conv1x1 as conv1x1_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_conv1x1_backward import (
@@ -16,6 +15,7 @@ from densenet_fast.backends.triton.shared import (
     adjacent,
     combine_statistics,
     dot_precision,
+    finalise_gradient,
     float32,
     sum_partials,
     tiles_of,

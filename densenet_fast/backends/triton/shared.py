@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.affine import Statistics
+from densenet_fast.backends import aten, cuda_kernels
+from densenet_fast.backends.affine import Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels import partials as kernels
 from densenet_fast.backends.triton.launch import launch
@@ -50,6 +51,12 @@ def sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         COLUMNS=tile.columns,
     )
     return first, rest
+
+
+def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
+    """``aten``'s, by a kernel in CUDA C++ where there is one."""
+    own = cuda_kernels if cuda_kernels.serve(grad) else aten
+    return own.finalise_gradient(grad, through, out)
 
 
 def adjacent(matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 processes of their own; and what the backend says of itself."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from densenet_fast import backends
-from densenet_fast.backends import aten, triton
+from densenet_fast.backends import aten, cuda, cuda_kernels, extension, triton
 
 ROOT = Path(backends.__file__).parents[2]
 
@@ -46,16 +47,17 @@ def test_triton_is_not_imported_with_the_package():
 
 def test_info_tells_of_the_interpreter():
     output = run("-m", "densenet_fast", "info", TRITON_INTERPRET="1").stdout
-    assert "interpreted" in output and "float32, float16 | triton" in output
+    assert "interpreted" in output and re.search(r"float32, float16 +\| triton", output)
 
 
 @pytest.fixture
 def asked_anew():
     """Forgets what was found out about the machine, before and after."""
-    for function in (triton.unavailable, triton._obstacle):
+    functions = (triton.unavailable, triton._obstacle, cuda_kernels.unavailable, cuda_kernels._obstacle)
+    for function in functions:
         function.cache_clear()
     yield
-    for function in (triton.unavailable, triton._obstacle):
+    for function in functions:
         function.cache_clear()
 
 
@@ -79,14 +81,22 @@ def test_reasons(monkeypatch, asked_anew):
     assert "not installed" in triton.unavailable()
 
 
-def test_each_device_is_served_by_what_it_can_run(monkeypatch, asked_anew):
+@pytest.mark.parametrize("with_cuda", [True, False])
+def test_each_device_is_served_by_what_it_can_run(monkeypatch, asked_anew, with_cuda):
+    """Where the library holds no kernels in CUDA C++, Triton's serve, and it is said what is missing."""
+    warnings = set()
+    monkeypatch.setattr(backends, "_warn", warnings.add)
+    monkeypatch.setattr(extension, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_kernels, "_built", lambda: with_cuda)
+    monkeypatch.setattr(cuda_kernels, "emulated", lambda: False)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.version, "hip", None)
     gpus(monkeypatch, (9, 0), (7, 0))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert backends.select(torch.device("cuda"), dtype) is triton
+        assert backends.select(torch.device("cuda"), dtype) is (cuda if with_cuda else triton)
         assert backends.select(torch.device("cuda:1"), dtype) is aten
-    assert backends.select(torch.device("cuda:0"), torch.float64) is aten
+    assert backends.select(torch.device("cuda:0"), torch.float64) is (cuda if with_cuda else aten)
+    assert bool(warnings) != with_cuda and all("cuda backend" in w and "without CUDA" in w for w in warnings)
     assert "cuda:1 has compute capability 7.0" in triton.describe()
 
 

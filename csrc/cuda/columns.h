@@ -1,0 +1,291 @@
+// What the kernels share: a lane's adjacent columns, the affine of columns, sums and moments of a block's lanes.
+//
+// Lane (x, y) of a block owns `width` adjacent columns and reads rows y, y + Y, ... of the block's tile. Partial
+// results are combined in a fixed order: a lane's rows, the lanes of a block, the tiles. Same inputs, bitwise same
+// results.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "device.h"
+#include "kernels.h"
+
+namespace densenet_fast::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+template <typename T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulated = typename Accumulation<T>::type;
+
+template <int BYTES>
+struct Bits;
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<4> {
+  using type = unsigned;
+};
+template <>
+struct Bits<2> {
+  using type = unsigned short;
+};
+template <>
+struct Bits<1> {
+  using type = unsigned char;
+};
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(f16 v) { return __half2float(v); }
+__device__ inline float widen(bf16 v) { return __bfloat162float(v); }
+__device__ inline int widen(unsigned char v) { return v; }
+
+template <typename T>
+__device__ inline T narrow(Accumulated<T> v) {
+  return v;
+}
+template <>
+__device__ inline f16 narrow<f16>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline bf16 narrow<bf16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// Adjacent values as memory holds them; beyond the first `valid` (at least 1), zeros that are neither read nor written
+template <typename T, int V>
+struct Pack {
+  T values[V];
+
+  __device__ void load(const T* from, int valid) {
+    using Word = typename Bits<sizeof(T) * V>::type;
+    if (valid >= V) {
+      const Word word = *reinterpret_cast<const Word*>(from);
+      __builtin_memcpy(static_cast<void*>(values), &word, sizeof(word));
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] = i < valid ? from[i] : T();
+    }
+  }
+
+  __device__ void store(T* to, int valid) const {
+    using Word = typename Bits<sizeof(T) * V>::type;
+    if (valid >= V) {
+      Word word;
+      __builtin_memcpy(&word, values, sizeof(word));
+      *reinterpret_cast<Word*>(to) = word;
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i)
+        if (i < valid) to[i] = values[i];
+    }
+  }
+};
+
+template <typename T>
+__device__ inline T* row(const Matrix& m, int64_t r, int64_t col) {
+  return static_cast<T*>(m.data) + r * m.ld + col;
+}
+
+// a = quotient * divisor + remainder; 32-bit where that suffices, which is several times faster
+__device__ inline int64_t divide(int64_t a, int64_t divisor, int64_t& remainder) {
+  int64_t quotient;
+  if ((a | divisor) >> 32 == 0) {
+    quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(divisor);
+  } else {
+    quotient = a / divisor;
+  }
+  remainder = a - quotient * divisor;
+  return quotient;
+}
+
+// Elements from the first row to row r
+__device__ inline int64_t offset(const Strided& s, int64_t r) {
+  int64_t elements = 0;
+#pragma unroll
+  for (int d = 3; d > 0; --d) {
+    if (d >= s.dims) continue;
+    int64_t index;
+    r = divide(r, s.sizes[d], index);
+    elements += index * s.strides[d];
+  }
+  return elements + r * s.strides[0];
+}
+
+// Where a thread works: its columns, and the rows of its block's tile
+struct Place {
+  int x, y, lanes;      // lane, and lanes along y
+  int64_t tile, col;    // the first of its columns
+  int valid;            // columns from there on that there are, not more than its width; not positive for an idle lane
+  int64_t first, last;  // rows
+
+  __device__ Place(const Tiling& t, int64_t rows, int64_t cols, int width)
+      : x(threadIdx.x), y(threadIdx.y), lanes(t.y), tile(blockIdx.x) {
+    col = (static_cast<int64_t>(blockIdx.y) * t.x + x) * width;
+    valid = cols - col < width ? static_cast<int>(cols - col) : width;
+    first = tile * t.tile_rows;
+    last = first + t.tile_rows < rows ? first + t.tile_rows : rows;
+  }
+
+  // Its rows among the kUnroll that start with row r; r goes from first + y on by stride()
+  __device__ int rows_from(int64_t r) const {
+    int n = 0;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) n += r + i * lanes < last;
+    return n;
+  }
+  __device__ int64_t stride() const { return static_cast<int64_t>(kUnroll) * lanes; }
+};
+
+// One column's affine: y = (x - mean) * scale + shift
+template <typename A>
+struct AffineColumn {
+  A mean, scale, shift;
+
+  __device__ A operator()(A x) const { return (x - mean) * scale + shift; }
+};
+
+// A lane's columns
+template <typename A, int V>
+__device__ inline void load_affine(AffineColumn<A> (&columns)[V], const Affine& affine, const Place& at) {
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (i < at.valid) {
+      const int64_t col = at.col + i;
+      columns[i] = {static_cast<const A*>(affine.mean)[col], static_cast<const A*>(affine.scale)[col],
+                    static_cast<const A*>(affine.shift)[col]};
+    }
+}
+
+// relu as stock's: a NaN stays one
+template <typename A>
+__device__ inline A relu(A y) {
+  return y <= 0 ? A(0) : y;
+}
+
+// Count, mean and centred second moment of some values
+template <typename A>
+struct Moments {
+  A count = 0, mean = 0, m2 = 0;
+
+  // Welford's update; `share` is 1 / (count + 1)
+  __device__ void add(A value, A share) {
+    count += 1;
+    const A delta = value - mean;
+    mean += delta * share;
+    m2 += delta * (value - mean);
+  }
+
+  // Chan, Golub and LeVeque's
+  __device__ void add(const Moments& other) {
+    if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
+    const A total = count + other.count, share = other.count / total, delta = other.mean - mean;
+    mean += delta * share;
+    m2 += other.m2 + delta * delta * (count * share);
+    count = total;
+  }
+};
+
+template <typename A>
+struct Pair {
+  A first = 0, second = 0;
+
+  __device__ void add(const Pair& other) {
+    first += other.first;
+    second += other.second;
+  }
+};
+
+// Combines what the lanes of a block hold for their columns into those of lane y = 0, halving the lanes step by step; S
+// is Moments or Pair. `memory` has room for every thread's.
+template <typename S, int V>
+__device__ inline void combine_lanes(S (&sums)[V], S* memory, int x, int y, int x_lanes, int y_lanes) {
+  for (int n = y_lanes; n > 1;) {
+    const int half = (n + 1) / 2;
+    __syncthreads();
+    if (y >= half && y < n) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) memory[(i * y_lanes + y) * x_lanes + x] = sums[i];
+    }
+    __syncthreads();
+    if (y + half < n) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) sums[i].add(memory[(i * y_lanes + y + half) * x_lanes + x]);
+    }
+    n = half;
+  }
+}
+
+// f(first, second) by the first lane of a block that combines, in order, what `tiles` tiles left for 8 columns; 32
+// lanes of 8 columns, read(tile) returns S
+constexpr int kCombineColumns = 8, kCombineLanes = 32;
+
+template <typename S, typename Read>
+__device__ inline S combine_tiles(int64_t tiles, Read read) {
+  S sum[1];
+  for (int64_t t = threadIdx.y; t < tiles; t += kCombineLanes) sum[0].add(read(t));
+  combine_lanes(sum, static_cast<S*>(shared_memory()), threadIdx.x, threadIdx.y, kCombineColumns, kCombineLanes);
+  return sum[0];
+}
+
+// Calls f(T(), Width<V>()) for the type and the width: 16 bytes, 8, or one element
+template <int V>
+struct Width {};
+
+template <typename T, typename F>
+const char* by_width(int width, F f) {
+  constexpr int kWhole = 16 / sizeof(T), kHalf = 8 / sizeof(T);
+  if (width == kWhole) return f(T(), Width<kWhole>());
+  if constexpr (kHalf > 1) {
+    if (width == kHalf) return f(T(), Width<kHalf>());
+  }
+  return f(T(), Width<1>());
+}
+
+template <typename F>
+const char* by_type(Type type, int width, F f) {
+  switch (type) {
+    case Type::f32:
+      return by_width<float>(width, f);
+    case Type::f64:
+      return by_width<double>(width, f);
+    case Type::f16:
+      return by_width<f16>(width, f);
+    default:
+      return by_width<bf16>(width, f);
+  }
+}
+
+template <typename F>
+const char* by_accumulation(Type type, F f) {
+  return type == Type::f64 ? f(double()) : f(float());
+}
+
+inline dim3 blocks(const Tiling& t) { return dim3(static_cast<unsigned>(t.tiles), t.column_blocks); }
+inline dim3 threads(const Tiling& t) { return dim3(t.x, t.y); }
+inline dim3 combining_blocks(int64_t cols) {
+  return dim3(static_cast<unsigned>((cols + kCombineColumns - 1) / kCombineColumns));
+}
+
+}  // namespace densenet_fast::cuda

@@ -1,0 +1,31 @@
+// What differs between a GPU and the emulation that tests the kernels on CPUs: launches and shared memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+namespace densenet_fast::cuda {
+
+__device__ inline void* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
+// What went wrong, or null
+template <typename Params>
+const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                   const Params& params) {
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace densenet_fast::cuda
+
+#else
+#include "emulator.h"
+#endif

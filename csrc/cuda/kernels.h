@@ -1,0 +1,132 @@
+// The kernels of the CUDA backend as plain functions on pointers: what is bound by bandwidth, not by a product. Each
+// launches on `stream`, a cudaStream_t of the current device, and returns what went wrong, or null. No torch and no
+// CUDA in this file.
+//
+// A matrix has one row per pixel and adjacent columns, `ld` elements from row to row. Statistics, sums and an affine's
+// vectors are of the accumulation type: double for double, float for the rest.
+#pragma once
+
+#include <cstdint>
+
+namespace densenet_fast::cuda {
+
+enum class Type { f32, f64, f16, bf16 };
+
+struct Matrix {  // [rows, cols]
+  void* data;
+  int64_t rows, cols, ld;
+};
+
+// Rows of up to four dimensions, the first one slowest, whose columns are `column` elements apart
+struct Strided {
+  void* data;
+  int dims;
+  int64_t sizes[4], strides[4], column;
+};
+
+// y = (x - mean) * scale + shift, [cols] each
+struct Affine {
+  const void *mean, *scale, *shift;
+};
+
+// Pixels of a batch of images, and the maxima over windows of 3 at distance 2, padded by 1. A missing dimension has
+// size 1, and positions in a window count from 0 along the given ones: `centre` is the place of its middle along the
+// missing ones.
+struct Pooling {
+  int sizes[3], pooled[3], centre;
+};
+
+// Rows divided into `tiles` of `tile_rows`, whose partial results are combined in the order of the tiles, and columns
+// into blocks of x lanes; y rows at a time. Depends on nothing but the shape.
+struct Tiling {
+  int64_t tiles, tile_rows;
+  int x, y, column_blocks;
+};
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;  // rows of a lane that are read at once
+constexpr int kReductionBlocks = 1024;
+constexpr int kElementwiseBlocks = 4096;
+
+// For `width` adjacent columns a lane, in at most about `blocks` blocks
+Tiling tiling(int64_t rows, int64_t cols, int width, int64_t blocks);
+
+// out = source * (mask ? keep_scale : 0), and partials [tiles, 2, cols] = mean and centred second moment of each tile
+// of what was stored; without an out, of the source
+struct Append {
+  Strided source;
+  Strided mask;  // of bytes; without data, nothing is dropped
+  double keep_scale;
+  Matrix out;      // its data may be null
+  void* partials;  // or null
+  Tiling tiling;
+  int width;
+  bool transposed;  // the source's rows, not its columns, are adjacent
+};
+const char* append(const Append& p, Type type, void* stream);
+
+// mean, biased variance and rstd = 1 / sqrt(var + eps) [cols] of all tiles
+struct CombineStatistics {
+  const void* partials;
+  void *mean, *var, *rstd;
+  double eps;
+  int64_t rows, cols;
+  Tiling tiling;
+};
+const char* combine_statistics(const CombineStatistics& p, Type type, void* stream);
+
+// out = grad + (p + 2 * q * (x - mean)) / count
+struct Finalise {
+  Matrix grad, x, out;         // out may be grad
+  const void *mean, *p, *q;    // [cols]
+  const double* count_tensor;  // on the device; or null:
+  double count;
+  Tiling tiling;
+  int width;
+};
+const char* finalise(const Finalise& p, Type type, void* stream);
+
+// sum_d, sum_dx [cols] = the sums of all tiles
+struct CombineSums {
+  const void* partials;  // [tiles, 2, cols]
+  void *sum_d, *sum_dx;
+  int64_t tiles, cols;
+};
+const char* combine_sums(const CombineSums& p, Type type, void* stream);
+
+// out = maxima of relu(y), argmax = their positions in their windows, both contiguous
+struct MaxPool {
+  Matrix x, out;
+  uint8_t* argmax;
+  Affine affine;
+  Pooling pooling;
+  Tiling tiling;
+  int width;
+};
+const char* bn_relu_maxpool(const MaxPool& p, Type type, void* stream);
+
+// D = (sum of the gradients of the outputs that a pixel is the maximum of, or its image's gradient / pixels) * (y > 0):
+// out = scale * D, partials [tiles, 2, cols] = sum D, sum D * (x - mean)
+struct PoolBackward {
+  Matrix grad, x, out;
+  const uint8_t* argmax;  // or null, for the mean over an image
+  Affine affine;
+  Pooling pooling;
+  int64_t pixels;
+  void* partials;
+  Tiling tiling;
+  int width;
+};
+const char* bn_relu_pool_backward(const PoolBackward& p, Type type, void* stream);
+
+// out = means of relu(y) over the pixels of each image
+struct AveragePool {
+  Matrix x, out;
+  Affine affine;
+  int64_t pixels;
+  Tiling tiling;
+  int width;
+};
+const char* bn_relu_global_avgpool(const AveragePool& p, Type type, void* stream);
+
+}  // namespace densenet_fast::cuda

@@ -1,0 +1,206 @@
+// The ops of the CUDA backend: schemas, and from tensors to launches. `stream` is the address of a cudaStream_t of x's
+// device, passed in because a CPU-only torch has no function to ask for the current one.
+#include <algorithm>
+#include <tuple>
+
+#include "arguments.h"
+
+#ifndef DENSENET_FAST_DEVICE
+#define DENSENET_FAST_DEVICE CUDA  // CPU where the kernels are emulated
+#endif
+
+namespace densenet_fast::cuda {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// out [M, k] = source [N, k, *spatial] * (mask ? keep_scale : 0), and mean, var and rstd [k] of what was stored;
+// without an out, of the source
+void append_features(Tensor source, Optional mask, double keep_scale, Optional out, Optional mean, Optional var,
+                     Optional rstd, double eps, int64_t stream) {
+  Arguments arguments("append_features", source, stream);
+  const int64_t cols = source.size(1), rows = source.numel() / cols;
+  STD_TORCH_CHECK(mean.has_value() == var.has_value() && mean.has_value() == rstd.has_value(),
+                  "append_features: mean, var and rstd: expected all or none");
+  Append p{};
+  p.source = arguments.strided(source, "source", source.scalar_type(), source.size(1) == 1 || source.stride(1) == 1);
+  p.transposed = p.source.column != 1;
+  if (mask) {
+    STD_TORCH_CHECK(
+        mask->dim() == source.dim() && std::equal(mask->sizes().begin(), mask->sizes().end(), source.sizes().begin()),
+        "append_features: mask: expected ", shape(source), ", got ", shape(*mask));
+    p.mask = arguments.strided(*mask, "mask", ScalarType::Bool, false);
+  }
+  p.keep_scale = keep_scale;
+  p.out = out ? arguments.matrix(*out, "out", rows, cols) : Matrix{nullptr, rows, cols, 0};
+  CombineStatistics combine{nullptr,
+                            arguments.vector(mean, "mean", cols),
+                            arguments.vector(var, "var", cols),
+                            arguments.vector(rstd, "rstd", cols),
+                            eps,
+                            rows,
+                            cols};
+  p.width = arguments.width();
+  combine.tiling = p.tiling = tiling(rows, cols, p.width, mean ? kReductionBlocks : kElementwiseBlocks);
+  if (!mean) return arguments.launched(append(p, arguments.type(), arguments.stream()));
+  const Tensor partials = arguments.partials(p.tiling, cols);
+  combine.partials = p.partials = partials.data_ptr();
+  arguments.launched(append(p, arguments.type(), arguments.stream()));
+  arguments.launched(combine_statistics(combine, arguments.type(), arguments.stream()));
+}
+
+// out = grad + (p + 2 * q * (x - mean)) / count, [M, n]; count [] float64 on the device, or null for `rows`
+void finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p_, Tensor q, Optional count, double rows, Tensor out,
+                       int64_t stream) {
+  Arguments arguments("finalise_gradient", x, stream);
+  Finalise p{};
+  p.x = arguments.matrix(x, "x");
+  p.grad = arguments.matrix(grad, "grad", p.x.rows, p.x.cols);
+  p.out = arguments.matrix(out, "out", p.x.rows, p.x.cols);
+  p.mean = arguments.vector(mean, "mean", p.x.cols);
+  p.p = arguments.vector(p_, "p", p.x.cols);
+  p.q = arguments.vector(q, "q", p.x.cols);
+  if (count) {
+    STD_TORCH_CHECK(
+        count->numel() == 1 && count->scalar_type() == ScalarType::Double && count->is_cuda() == x.is_cuda(),
+        "finalise_gradient: count: expected one float64 value on x's device, got ", shape(*count));
+    p.count_tensor = static_cast<const double*>(count->data_ptr());
+  }
+  p.count = rows;
+  p.width = arguments.width();
+  p.tiling = tiling(p.x.rows, p.x.cols, p.width, kElementwiseBlocks);
+  arguments.launched(finalise(p, arguments.type(), arguments.stream()));
+}
+
+Pooling pooling(const std::vector<int64_t>& grid, int64_t rows) {
+  const int64_t dims = static_cast<int64_t>(grid.size()) - 1;
+  STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes, got ", dims);
+  Pooling p{};
+  int64_t product = grid[0];
+  for (int i = 0; i < 3; ++i) {
+    const bool given = i + dims >= 3;
+    const int64_t size = given ? grid[i + dims - 2] : 1;
+    STD_TORCH_CHECK(size > 0 && size <= INT32_MAX - 2, "grid: expected positive sizes, got ", size);
+    p.sizes[i] = static_cast<int>(size);
+    p.pooled[i] = (p.sizes[i] + 1) / 2;
+    if (!given) p.centre += i == 0 ? 9 : 3;
+    product *= size;
+  }
+  STD_TORCH_CHECK(product == rows, "grid: expected the product ", rows, ", got ", product);
+  return p;
+}
+
+int64_t pooled_rows(const Pooling& p, int64_t images) { return images * p.pooled[0] * p.pooled[1] * p.pooled[2]; }
+
+// Maxima of relu(y) and their positions in their windows, [M', C] each, of x [M, C]
+std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift,
+                                            std::vector<int64_t> grid, int64_t stream) {
+  Arguments arguments("bn_relu_maxpool", x, stream);
+  MaxPool p{};
+  p.x = arguments.matrix(x, "x");
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
+  p.pooling = pooling(grid, p.x.rows);
+  const int64_t rows = pooled_rows(p.pooling, grid[0]);
+  Tensor out = arguments.new_matrix(rows, p.x.cols);
+  Tensor argmax = torch::stable::new_empty(x, {rows, p.x.cols}, ScalarType::Byte);
+  p.out = arguments.matrix(out, "out");
+  p.argmax = arguments.bytes(argmax, "argmax", rows, p.x.cols);
+  p.width = arguments.width();
+  p.tiling = tiling(rows, p.x.cols, p.width, kElementwiseBlocks);
+  arguments.launched(bn_relu_maxpool(p, arguments.type(), arguments.stream()));
+  return {out, argmax};
+}
+
+// scale * D [M, C], sum D and sum D * (x - mean), [C] each
+std::tuple<Tensor, Tensor, Tensor> pool_backward(Arguments& arguments, PoolBackward p) {
+  Tensor out = arguments.new_matrix(p.x.rows, p.x.cols);
+  Tensor sum_d = arguments.new_vector(p.x.cols), sum_dx = arguments.new_vector(p.x.cols);
+  p.out = arguments.matrix(out, "out");
+  p.width = arguments.width();
+  p.tiling = tiling(p.x.rows, p.x.cols, p.width, kReductionBlocks);
+  const Tensor partials = arguments.partials(p.tiling, p.x.cols);
+  p.partials = partials.data_ptr();
+  arguments.launched(bn_relu_pool_backward(p, arguments.type(), arguments.stream()));
+  const CombineSums combine{p.partials, sum_d.data_ptr(), sum_dx.data_ptr(), p.tiling.tiles, p.x.cols};
+  arguments.launched(combine_sums(combine, arguments.type(), arguments.stream()));
+  return {out, sum_d, sum_dx};
+}
+
+// From grad and argmax [M', C]
+std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean,
+                                                            Tensor scale, Tensor shift, std::vector<int64_t> grid,
+                                                            int64_t stream) {
+  Arguments arguments("bn_relu_maxpool_backward", x, stream);
+  PoolBackward p{};
+  p.x = arguments.matrix(x, "x");
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
+  p.pooling = pooling(grid, p.x.rows);
+  const int64_t rows = pooled_rows(p.pooling, grid[0]);
+  p.grad = arguments.matrix(grad, "grad", rows, p.x.cols);
+  p.argmax = arguments.bytes(argmax, "argmax", rows, p.x.cols);
+  return pool_backward(arguments, p);
+}
+
+int64_t pixels_of(const Tensor& x, int64_t images) {
+  STD_TORCH_CHECK(images > 0 && x.dim() == 2 && x.size(0) % images == 0, "images: expected a divisor of x's rows, got ",
+                  images, " for ", shape(x));
+  return x.size(0) / images;
+}
+
+// Means of relu(y) over each image's pixels, [N, C], of x [M, C]
+Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift, int64_t images, int64_t stream) {
+  Arguments arguments("bn_relu_global_avgpool", x, stream);
+  AveragePool p{};
+  p.x = arguments.matrix(x, "x");
+  p.pixels = pixels_of(x, images);
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
+  Tensor out = arguments.new_matrix(images, p.x.cols);
+  p.out = arguments.matrix(out, "out");
+  p.width = arguments.width();
+  p.tiling = tiling(p.pixels, p.x.cols, p.width, 1);
+  p.tiling.tiles = images;
+  p.tiling.tile_rows = p.pixels;
+  arguments.launched(bn_relu_global_avgpool(p, arguments.type(), arguments.stream()));
+  return out;
+}
+
+// From grad [N, C]
+std::tuple<Tensor, Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale,
+                                                                   Tensor shift, int64_t images, int64_t stream) {
+  Arguments arguments("bn_relu_global_avgpool_backward", x, stream);
+  PoolBackward p{};
+  p.x = arguments.matrix(x, "x");
+  p.pixels = pixels_of(x, images);
+  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
+  p.grad = arguments.matrix(grad, "grad", images, p.x.cols);
+  return pool_backward(arguments, p);
+}
+
+}  // namespace
+}  // namespace densenet_fast::cuda
+
+#define AFFINE "Tensor mean, Tensor scale, Tensor shift"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
+  m.def(
+      "cuda_append_features(Tensor source, Tensor? mask, float keep_scale, Tensor(a!)? out, Tensor(b!)? mean, "
+      "Tensor(c!)? var, Tensor(d!)? rstd, float eps, int stream) -> ()");
+  m.def(
+      "cuda_finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, Tensor? count, float rows, "
+      "Tensor(a!) out, int stream) -> ()");
+  m.def("cuda_bn_relu_maxpool(Tensor x, " AFFINE ", int[] grid, int stream) -> (Tensor, Tensor)");
+  m.def("cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE
+        ", int[] grid, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_relu_global_avgpool(Tensor x, " AFFINE ", int images, int stream) -> Tensor");
+  m.def("cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " AFFINE
+        ", int images, int stream) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {
+  m.impl("cuda_append_features", TORCH_BOX(&densenet_fast::cuda::append_features));
+  m.impl("cuda_finalise_gradient", TORCH_BOX(&densenet_fast::cuda::finalise_gradient));
+  m.impl("cuda_bn_relu_maxpool", TORCH_BOX(&densenet_fast::cuda::bn_relu_maxpool_));
+  m.impl("cuda_bn_relu_maxpool_backward", TORCH_BOX(&densenet_fast::cuda::bn_relu_maxpool_backward));
+  m.impl("cuda_bn_relu_global_avgpool", TORCH_BOX(&densenet_fast::cuda::bn_relu_global_avgpool_));
+  m.impl("cuda_bn_relu_global_avgpool_backward", TORCH_BOX(&densenet_fast::cuda::bn_relu_global_avgpool_backward));
+}

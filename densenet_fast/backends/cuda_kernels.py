@@ -1,0 +1,122 @@
+"""The kernels in CUDA C++ (csrc/cuda): what is bound by bandwidth, not by a product, for NVIDIA GPUs.
+
+float32, float64, float16 and bfloat16; each reads and writes its matrices once, 16 or 8 bytes at a time where
+addresses allow. Equal inputs give bitwise equal results, on every GPU the same: the division of rows and columns
+depends on the shape and the alignment alone. Functions, arguments and results are those of ``aten``.
+
+Where the library was built to emulate a GPU (tests/backends/cuda), the same kernels serve CPU tensors, slowly.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends import extension
+from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
+
+Sums = tuple[Tensor, Tensor]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MINIMUM_CAPABILITY = (7, 5)
+
+kernels = torch.ops.densenet_fast
+
+
+def emulated() -> bool:
+    """Whether the loaded library runs the kernels on CPU tensors."""
+    return _built() and torch._C._dispatch_has_kernel_for_dispatch_key("densenet_fast::cuda_append_features", "CPU")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why these kernels cannot run here, or None."""
+    if extension.unavailable() is not None:
+        return extension.unavailable()
+    if not _built():
+        return "the compiled kernels were built without CUDA (pip install --no-build-isolation . with nvcc on PATH)"
+    if emulated():
+        return None
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    obstacles = [_obstacle(i) for i in range(torch.cuda.device_count())]
+    return None if None in obstacles else "; ".join(obstacles)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for ``dtype`` on ``device``."""
+    if dtype not in DTYPES:
+        return False
+    if device.type == "cpu":
+        return unavailable() is None and emulated()
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return _obstacle(torch.cuda.current_device() if device.index is None else device.index) is None
+
+
+def serve(x: Tensor) -> bool:
+    """Whether these kernels are to be used for x."""
+    return supports(x.device, x.dtype) and unavailable() is None
+
+
+def _built() -> bool:
+    return extension.unavailable() is None and hasattr(kernels, "cuda_append_features")
+
+
+@functools.cache
+def _obstacle(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MINIMUM_CAPABILITY:
+        return None
+    return "cuda:{} has compute capability {}.{}, below {}.{}".format(index, *capability, *MINIMUM_CAPABILITY)
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def channel_statistics(x: Tensor, out: Statistics) -> None:
+    kernels.cuda_append_features(_adjacent(x), None, 1.0, None, *out, _stream(x))
+
+
+def append_features(
+    new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
+) -> None:
+    """``aten``'s, and with a dropout mask [N, k, *spatial], of any strides, new * mask * keep_scale."""
+    vectors = statistics or (None, None, None, 0.0)
+    kernels.cuda_append_features(new, mask, keep_scale, out, *vectors, _stream(out))
+
+
+def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
+    *given, count = through
+    count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
+    kernels.cuda_finalise_gradient(_adjacent(grad), *given, count, rows, out, _stream(out))
+    return out
+
+
+def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, _stream(x))
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Sums]:
+    scaled, *sums = kernels.cuda_bn_relu_maxpool_backward(_adjacent(grad), argmax, x, *affine, grid, _stream(x))
+    return scaled, tuple(sums)
+
+
+def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+    return kernels.cuda_bn_relu_global_avgpool(x, *affine, grid[0], _stream(x))
+
+
+def bn_relu_global_avgpool_backward(
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
+) -> tuple[Tensor, Sums]:
+    scaled, *sums = kernels.cuda_bn_relu_global_avgpool_backward(_adjacent(grad), x, *affine, grid[0], _stream(x))
+    return scaled, tuple(sums)
+
+
+def _adjacent(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
