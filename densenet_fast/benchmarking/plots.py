@@ -115,7 +115,7 @@ def bench_bars(path: Path, title: str, rows: Sequence[Row], baseline: str) -> No
         for axes, (label, value, ratio) in zip(all_axes, panels):
             lengths = [row[value] or 0.0 for row in rows]
             drawn = axes.barh(range(len(rows)), lengths, 0.72, color=[INK.get(row["competitor"], GREY) for row in rows])
-            labels = ["-" if row[value] is None else f"{row[value]:.3g} ({row[ratio] or 1:.2f})" for row in rows]
+            labels = ["-" if row[value] is None else f"{_short(row[value])} ({row[ratio] or 1:.2f})" for row in rows]
             axes.bar_label(drawn, labels, padding=3, fontsize=9)
             axes.set_xlabel(label)
             axes.set_xlim(0, 1.5 * max([*lengths, 1e-9]))
@@ -124,6 +124,10 @@ def bench_bars(path: Path, title: str, rows: Sequence[Row], baseline: str) -> No
         all_axes[0].invert_yaxis()
 
     draw(path, (8, 1.6 + 0.42 * len(rows)), paint)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def floor_bars(path: Path, title: str, lines: Sequence[Any]) -> None:
