@@ -220,7 +220,7 @@ def main() -> int:
             log = out / f"{i:02}_{re.sub('[^a-z0-9]+', '_', step.name.lower())}.log"
             own = emulation.environment(emulation.build()) if emulate else {}
             state = run(command, environment | own, log, min(limit, threading.TIMEOUT_MAX))
-        passed = passed and state == "passed"
+        passed = passed and (state == "passed" or dry and state.startswith("LEFT OUT"))
         rows.append(f"{step.name:44} {time.perf_counter() - start:7.1f} s  {state}")
     summary = "\n".join([conditions("cpu" if dry else "cuda"), "", *rows])
     (out / "summary.txt").write_text(summary + "\n")
