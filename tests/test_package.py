@@ -16,7 +16,7 @@ ROOT = Path(densenet_fast.__file__).parent
 TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
 LEVELS = [
     ["version", "reference", "table", "thirdparty", "memory", "backends.affine", "backends.layout"],
-    ["backends.spatial", "backends.extension"],
+    ["backends.spatial", "backends.extension", "backends.nvidia"],
     ["backends.aten", "backends.cpu", "backends.cuda_kernels"],
     ["backends.triton.config", "backends.triton.kernels", "backends.triton.kernels.pieces"],
     ["backends.triton.launch", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],

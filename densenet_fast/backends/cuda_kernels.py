@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import extension
+from densenet_fast.backends import extension, nvidia
 from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
 
 Sums = tuple[Tensor, Tensor]
@@ -37,12 +37,7 @@ def unavailable() -> str | None:
         return "the compiled kernels were built without CUDA (pip install --no-build-isolation . with nvcc on PATH)"
     if emulated():
         return None
-    if torch.version.hip:
-        return "its kernels are for NVIDIA GPUs"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    obstacles = [_obstacle(i) for i in range(torch.cuda.device_count())]
-    return None if None in obstacles else "; ".join(obstacles)
+    return nvidia.unavailable(MINIMUM_CAPABILITY)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -51,9 +46,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if device.type == "cpu":
         return unavailable() is None and emulated()
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return _obstacle(torch.cuda.current_device() if device.index is None else device.index) is None
+    return nvidia.serves(device, MINIMUM_CAPABILITY)
 
 
 def serve(x: Tensor) -> bool:
@@ -63,14 +56,6 @@ def serve(x: Tensor) -> bool:
 
 def _built() -> bool:
     return extension.unavailable() is None and hasattr(kernels, "cuda_append_features")
-
-
-@functools.cache
-def _obstacle(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= MINIMUM_CAPABILITY:
-        return None
-    return "cuda:{} has compute capability {}.{}, below {}.{}".format(index, *capability, *MINIMUM_CAPABILITY)
 
 
 def _stream(x: Tensor) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from densenet_fast.backends import nvidia
 from densenet_fast.backends.aten import (
     append_features,
     bn_relu_global_avgpool,
@@ -73,21 +74,14 @@ def unavailable() -> str | None:
         return "triton is not installed (pip install 'densenet_fast[gpu]')"
     if interpreted():
         return None
-    if torch.version.hip:
-        return "its kernels are for NVIDIA GPUs"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    obstacles = [_obstacle(i) for i in range(torch.cuda.device_count())]
-    return None if None in obstacles else "; ".join(obstacles)
+    return nvidia.unavailable(MINIMUM_CAPABILITY)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this backend has kernels for ``dtype`` on ``device``."""
     if device.type == "cpu":
         return interpreted() and dtype in (torch.float32, torch.float16)
-    if device.type != "cuda" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False
-    return _obstacle(torch.cuda.current_device() if device.index is None else device.index) is None
+    return dtype in (torch.float32, torch.float16, torch.bfloat16) and nvidia.serves(device, MINIMUM_CAPABILITY)
 
 
 def describe() -> str:
@@ -95,15 +89,7 @@ def describe() -> str:
     version = f"Triton {importlib.metadata.version('triton')}"
     if interpreted():
         return f"{version}, interpreted"
-    return "; ".join([version, *filter(None, map(_obstacle, range(torch.cuda.device_count())))])
-
-
-@functools.cache
-def _obstacle(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= MINIMUM_CAPABILITY:
-        return None
-    return "cuda:{} has compute capability {}.{}, below {}.{}".format(index, *capability, *MINIMUM_CAPABILITY)
+    return "; ".join([version, *filter(None, nvidia.obstacles(MINIMUM_CAPABILITY))])
 
 
 def __getattr__(attribute: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from densenet_fast import backends
-from densenet_fast.backends import aten, cuda, cuda_kernels, extension, triton
+from densenet_fast.backends import aten, cuda, cuda_kernels, extension, nvidia, triton
 
 ROOT = Path(backends.__file__).parents[2]
 
@@ -53,7 +53,7 @@ def test_info_tells_of_the_interpreter():
 @pytest.fixture
 def asked_anew():
     """Forgets what was found out about the machine, before and after."""
-    functions = (triton.unavailable, triton._obstacle, cuda_kernels.unavailable, cuda_kernels._obstacle)
+    functions = (triton.unavailable, cuda_kernels.unavailable, nvidia.obstacle)
     for function in functions:
         function.cache_clear()
     yield

@@ -1,0 +1,36 @@
+"""Which NVIDIA GPUs kernels of a minimum compute capability can run on."""
+
+import functools
+
+import torch
+
+
+@functools.cache
+def obstacle(index: int, minimum: tuple[int, int]) -> str | None:
+    """Why GPU ``index`` is not one of them, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= minimum:
+        return None
+    return "cuda:{} has compute capability {}.{}, below {}.{}".format(index, *capability, *minimum)
+
+
+def obstacles(minimum: tuple[int, int]) -> list[str | None]:
+    """:func:`obstacle` of every GPU."""
+    return [obstacle(i, minimum) for i in range(torch.cuda.device_count())]
+
+
+def unavailable(minimum: tuple[int, int]) -> str | None:
+    """Why there is none of them, or None."""
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    found = obstacles(minimum)
+    return None if None in found else "; ".join(found)
+
+
+def serves(device: torch.device, minimum: tuple[int, int]) -> bool:
+    """Whether ``device`` is one of them."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return obstacle(torch.cuda.current_device() if device.index is None else device.index, minimum) is None
