@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) out) -> Tensor");
   m.def(
       "cpu_bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
-      "int[] grid) -> Tensor");
+      "int[] grid, Tensor(a!)? out_mean, Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps) -> Tensor");
   m.def(
       "cpu_bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor "
       "weight, "
@@ -30,7 +30,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "int[] grid, Tensor(a!)? out, Tensor(b!)? grad_weight) -> Tensor");
-  m.def("cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid, Tensor(a!)? out_mean, "
+      "Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps) -> (Tensor, Tensor)");
   m.def(
       "cpu_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
       "int[] grid) -> (Tensor, Tensor)");

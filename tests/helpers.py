@@ -6,7 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.backends.affine import Statistics, accumulation_dtype
 from densenet_fast.functional import BatchNorm
+
+EPS = 1e-3
+"""Of statistics that kernels are asked for."""
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -15,6 +19,17 @@ def error(got: Tensor, expected: Tensor) -> float:
     if not got.isfinite().all():
         return float("inf")
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def assert_statistics(statistics: Statistics, stored: Tensor) -> None:
+    """Those of the columns of ``stored``, in the accumulation dtype."""
+    var, mean = torch.var_mean(stored.double(), 0, correction=0)
+    tolerance = 1e-12 if stored.dtype == torch.float64 else 1e-5
+    assert error(statistics.mean, mean) < tolerance
+    assert (statistics.var.double() - var).norm() <= tolerance * stored.double().square().mean(0).norm()
+    rstd = torch.rsqrt(statistics.var.double() + statistics.eps)
+    assert error(statistics.rstd, rstd) < 2 * torch.finfo(statistics.rstd.dtype).eps
+    assert {t.dtype for t in statistics[:3]} == {accumulation_dtype(stored.dtype)}
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
+from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
@@ -61,7 +61,7 @@ def bn_relu_conv1x1(
         weight.contiguous(),
         _float(bias),
         out,
-        *(statistics or (None, None, None, 0.0)),
+        *(statistics or NO_STATISTICS),
         *(then or (None, None, None)),
     )
 
@@ -192,9 +192,16 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
 
 
 def bn_relu_pool_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    statistics: Statistics | None,
 ) -> Tensor:
-    return kernels.cpu_bn_relu_pool_conv1x1(x, *affine, weight.contiguous(), _float(bias), grid)
+    return kernels.cpu_bn_relu_pool_conv1x1(
+        x, *affine, weight.contiguous(), _float(bias), grid, *(statistics or NO_STATISTICS)
+    )
 
 
 def bn_relu_pool_conv1x1_backward(
@@ -207,8 +214,10 @@ def bn_relu_pool_conv1x1_backward(
     return (scaled, grad_weight, (sums[0], sums[1])) if need_input else (None, grad_weight, None)
 
 
-def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return kernels.cpu_bn_relu_maxpool(x, *affine, grid)
+def bn_relu_maxpool(
+    x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
+) -> tuple[Tensor, Tensor]:
+    return kernels.cpu_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS))
 
 
 def bn_relu_maxpool_backward(

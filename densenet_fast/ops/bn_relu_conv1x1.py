@@ -32,7 +32,7 @@ def bn_relu_conv1x1(x: Tensor, tensors: list[Tensor], eps: float, pool: bool, gr
     own, grid = given.statistics(group), given.grid
     affine = given.affine(own)
     if pool:
-        out = given.backend.bn_relu_pool_conv1x1(given.matrix, affine, weight, bias, grid)
+        out = given.backend.bn_relu_pool_conv1x1(given.matrix, affine, weight, bias, grid, None)
         grid = (grid[0], *(size // 2 for size in grid[1:]))
     else:
         out = given.matrix.new_empty(given.matrix.shape[0], weight.shape[0])

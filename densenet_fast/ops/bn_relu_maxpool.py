@@ -33,7 +33,7 @@ def bn_relu_maxpool(x: Tensor, tensors: list[Tensor], eps: float, group: str | N
     """
     given = Input(x, tensors, eps)
     own = given.statistics(group)
-    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine(own), given.grid)
+    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine(own), given.grid, None)
     return (
         as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:])))),
         argmax,
