@@ -150,17 +150,15 @@ void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& f
   const Panels weights(filters.out_channels, steps_of<T>(x.cols), 16);
   filters.transform(weights, false);
   const Tiles tiles(image.count(), kForwardTiles, 8);
-  tiles.run([&](int64_t chunk) {
+  tiles.share([&](auto each) {
     const int64_t largest = tiles.largest(), products_ld = weights.padded();
     const Transformed<T> v(largest, x.cols, false);
     const auto products = scratch<float>(16 * largest * products_ld);
     Pixels<const T> around(4, 1, largest), next(2, 0, largest);
     Pixels<T> inside(2, 0, largest);
-    for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
-      const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
-      if (n == 0) continue;
+    each([&](int64_t tile, int64_t first, int64_t n) {
       kernel.winograd_input(around.of(image, x, first, n), 0, n, x.cols, affine, v.tiles());
-      next.of(image, x, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
+      next.of(image, x, first + n, tiles.begin(std::min(tile + 2, tiles.count())) - first - n);
       for (int64_t i = 0; i < 16; ++i) {
         prefetch(next.pointers, i, 16, 0, x.cols);
         for (int64_t p = 0; p < weights.count; ++p) {
@@ -173,7 +171,7 @@ void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& f
         }
       }
       kernel.winograd_output(products.get(), products_ld, n, out.cols, bias, inside.of(image, out, first, n));
-    }
+    });
   });
 }
 

@@ -63,14 +63,12 @@ void multiply(const Weight<T>& weight, const float* bias, const Affine* then, co
   const Kernels<T>& kernel = kernels_of<T>();
   const Panels weights(weight.rows, steps_of<T>(weight.cols));
   weight.pack(weights, false);
-  tiles.run([&](int64_t chunk) {
+  tiles.share([&](auto each) {
     const int64_t a_words = std::min(weights.steps, kDepthSteps) + kSkew, a_ld = a_words * kPerWord<T>;
     const int64_t product_ld = weights.padded();
     const auto a = scratch<T>(tiles.largest() * a_ld);
     const auto product = scratch<float>(tiles.largest() * product_ld);
-    for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
-      const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
-      if (n == 0) continue;
+    each([&](int64_t tile, int64_t first, int64_t n) {
       for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
         const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
         const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
@@ -84,7 +82,7 @@ void multiply(const Weight<T>& weight, const float* bias, const Affine* then, co
       }
       kernel.store_rows(product.get(), product_ld, n, out.cols, bias, then, out.row(first), out.ld);
       if (statistics) statistics->add(tile, out.row(first), out.ld, n);
-    }
+    });
   });
 }
 

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -120,6 +121,36 @@ inline float* floats_of(Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 inline std::vector<float> zeros(int64_t count) { return std::vector<float>(count, 0.0f); }
 
+// Tiles that threads take from either end
+class Remaining {
+ public:
+  void reset(int64_t begin, int64_t end) { range_ = pack(begin, end); }
+
+  // -1 if there is none
+  int64_t first() {
+    return take([](uint32_t& begin, uint32_t&) { return begin++; });
+  }
+  int64_t last() {
+    return take([](uint32_t&, uint32_t& end) { return --end; });
+  }
+
+ private:
+  static uint64_t pack(uint32_t begin, uint32_t end) { return uint64_t{begin} << 32 | end; }
+
+  template <typename F>
+  int64_t take(F f) {
+    uint64_t seen = range_;
+    for (;;) {
+      uint32_t begin = seen >> 32, end = seen;
+      if (begin == end) return -1;
+      const int64_t tile = f(begin, end);
+      if (range_.compare_exchange_weak(seen, pack(begin, end))) return tile;
+    }
+  }
+
+  alignas(64) std::atomic<uint64_t> range_{0};
+};
+
 // `rows` divided evenly into one chunk per thread, and each chunk into tiles whose scratch stays in the core's cache.
 // The division, and with it every rounding, depends on nothing but the shape and the number of threads.
 struct Tiles {
@@ -146,7 +177,27 @@ struct Tiles {
     });
   }
 
-  // f(tile, first row, rows) in parallel
+  // f(each) in parallel, where each(g) calls g(tile, first row, rows) for tiles that nobody else has: the next of the
+  // thread's own chunk or, when it has none left, the last of another's, whose thread is late. For tiles that nothing
+  // is summed over.
+  template <typename F>
+  void share(F f) const {
+    std::vector<Remaining> remaining(chunks);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) remaining[chunk].reset(chunk * per_chunk, (chunk + 1) * per_chunk);
+    run([&](int64_t chunk) {
+      f([&](auto g) {
+        for (int64_t i = 0; i < chunks; ++i) {
+          Remaining& tiles = remaining[(chunk + i) % chunks];
+          for (int64_t tile; (tile = i == 0 ? tiles.first() : tiles.last()) >= 0;) {
+            const int64_t row = begin(tile), n = begin(tile + 1) - row;
+            if (n > 0) g(tile, row, n);
+          }
+        }
+      });
+    });
+  }
+
+  // f(tile, first row, rows) in parallel, a chunk's tiles in their order
   template <typename F>
   void each(F f) const {
     run([&](int64_t chunk) {
