@@ -43,9 +43,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
   m.def(
       "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
-      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var) -> ()");
+      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var, bool describe) -> ()");
   m.def(
       "cpu_dense_block_backward(Tensor grad, Tensor features, Tensor[] bottlenecks, Tensor mean, Tensor var, float "
       "count, "
-      "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients) -> ()");
+      "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, Tensor(c!) p, "
+      "Tensor(d!) q, bool described) -> ()");
 }

@@ -1,13 +1,14 @@
 """What the tests share."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends.affine import Statistics, accumulation_dtype
 from densenet_fast.functional import BatchNorm
+from densenet_fast.ops.stage import Stage, flatten, present
 
 EPS = 1e-3
 """Of statistics that kernels are asked for."""
@@ -58,6 +59,12 @@ def make_norm(channels, *, affine=True, tracked=True, training=True, momentum=0.
     running = (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5) if tracked else (None, None)
     counter = torch.tensor(0) if tracked else None
     return BatchNorm(parameter(1), parameter(0), *running, counter, training, momentum, eps)
+
+
+def pack(stages: Sequence[Stage], like: Tensor) -> tuple[list[Tensor], list[float]]:
+    """Stages as ``torch.ops.densenet_fast`` takes them: an empty tensor for each that is absent, no two the same."""
+    tensors, eps = flatten(stages)
+    return [present([t], like)[0] for t in tensors], eps
 
 
 def twin(model: nn.Module, other: nn.Module) -> nn.Module:
