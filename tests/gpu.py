@@ -4,11 +4,13 @@ python3 tests/gpu.py             builds in place, tests, then measures: at most 
 python3 tests/gpu.py --dry-run   the same steps without a GPU: tests in Triton's interpreter and with the kernels
                                  in CUDA C++ emulated, benchmarks on the CPU
 
-Needs this checkout, python3 with torch, and for the tests pytest; what is not there is named and left out. The log of
-each step, the tables, CSV files and pictures, and the GPU, driver and versions go to ``--out``.
+Needs this checkout, python3 with torch, and for the tests pytest, which pytest-xdist speeds up: most of their time is
+Triton's compiler's. What is not there is named and left out. To ``--out`` go ``log.txt``, what the steps print,
+``summary.txt``, how each ended, and the tables, CSV files and pictures, each as soon as it is there.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -27,14 +29,15 @@ from backends.cuda import emulation
 
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
+WORKERS = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 TRITON = "tests/backends/triton"
 CUDA = "tests/backends/cuda"
 
 
 class Step(NamedTuple):
     """A command that may take ``seconds``; ``dry`` is what takes its place without a GPU, None where there is nothing
-    to run, and ``emulated`` whether that runs on the emulated kernels in CUDA C++; without the module ``needs`` it is
-    left out."""
+    to run, and ``emulated`` whether that runs on the emulated kernels in CUDA C++; without the module ``needs`` or, on
+    a GPU, the ``program`` it is left out."""
 
     name: str
     command: list[str]
@@ -42,6 +45,7 @@ class Step(NamedTuple):
     seconds: float
     needs: str = "torch"
     emulated: bool = False
+    program: str = sys.executable
 
 
 def steps(out: Path) -> list[Step]:
@@ -54,15 +58,17 @@ def steps(out: Path) -> list[Step]:
     tuner = [sys.executable, "-m", "densenet_fast.backends.triton.tune"]
     few = "triton- and float32 and not 33 and not 16"
     few_ops = "opcheck_bn_relu_conv1x1 or ten_thousand and float32 and True"
+    measured, more = benchmarks(out)
     return [
         Step("the extension, built in place", build, None, 150, "setuptools"),
         Step("what runs where", info, info, 60),
-        Step("results, reproducibility, graphs", results, results, 90, "pytest"),
+        Step("results, reproducibility, graphs", [*results, *WORKERS], results, 120, "pytest"),
         Step("every access of the kernels", [], [*PYTEST, f"{TRITON}/in_interpreter.py"], 240, "pytest"),
-        Step("every kernel against float64", [*kernels, "triton-"], [*kernels, few], 90, "pytest"),
         *cuda_kernels(),
-        *benchmarks(out),
-        Step("the ops", [*ops, "not bad_input"], [*ops, few_ops], 120, "pytest"),
+        *measured,
+        Step("every kernel against float64", [*kernels, "triton-", *WORKERS], [*kernels, few], 120, "pytest"),
+        *more,
+        Step("the ops", [*ops, "not bad_input", *WORKERS], [*ops, few_ops], 120, "pytest"),
         Step("the table's rows, measured", tuner, [*tuner, "--dry-run"], 300),
         *cuda_sanitizers(),
     ]
@@ -75,9 +81,14 @@ def cuda_kernels() -> list[Step]:
     few = "cuda- and pool and float32 and not conv1x1 and not 33 and not 50"
     bandwidth = [sys.executable, "benchmarks/kernel_bandwidth.py"]
     return [
-        Step("CUDA C++: results, reproducibility, graphs", own, own, 90, "pytest", emulated=True),
+        Step("CUDA C++: results, reproducibility, graphs", [*own, *WORKERS], own, 90, "pytest", True),
         Step(
-            "CUDA C++: every kernel against float64", [*all_backends, "cuda-"], [*all_backends, few], 90, "pytest", True
+            "CUDA C++: every kernel against float64",
+            [*all_backends, "cuda- and not conv", *WORKERS],
+            [*all_backends, few],
+            90,
+            "pytest",
+            True,
         ),
         Step("CUDA C++: bandwidth, bfloat16", bandwidth, [*bandwidth, "--dry-run"], 60, emulated=True),
     ]
@@ -102,14 +113,16 @@ def cuda_sanitizers() -> list[Step]:
             [*tests, "--collect-only", "-q"] if tool == "memcheck" else None,
             300,
             "pytest",
-            emulated=True,
+            True,
+            "compute-sanitizer",
         )
         for tool, flags in tools.items()
     ]
 
 
-def benchmarks(out: Path) -> list[Step]:
-    """The table of DenseNet-121 and -201, where the time goes, and who is compiled."""
+def benchmarks(out: Path) -> tuple[list[Step], list[Step]]:
+    """The tables of DenseNet-121's training, compiled rivals among them, and where its time goes; then those of its
+    inference and of DenseNet-201."""
     bench = [sys.executable, "-m", "densenet_fast", "bench", "--out", str(out)]
     dry = [
         "env",
@@ -128,24 +141,36 @@ def benchmarks(out: Path) -> list[Step]:
         "1",
     ]
     alone = [*dry, "--against", "reference", "--memory", "none"]
-    table = ["--dtype", "bf16", "--batch", "32,128,256", "--seconds", "15", "--memory", "faster"]
+    table = ["--dtype", "bf16", "--batch", "32,256", "--seconds", "15", "--memory", "faster"]
     table += ["--against", "torchvision,torchvision-me"]
-    found = []
-    for model in ("densenet121", "densenet201"):
-        for mode in ("--train", "--infer"):
-            what = f"{model}, {'training' if mode == '--train' else 'inference'}, bfloat16"
-            found.append(Step(what, [*bench, "--model", model, mode, *table], [*alone, mode], 110))
-        if model == "densenet121":
-            one = ["--dtype", "bf16", "--batch", "128", "--repeats", "10"]
-            found.append(Step("every kernel beside its floor", [*bench, *one, "--floor"], [*dry, "--floor"], 60))
-            found.append(Step("where the time goes", [*bench, *one, "--profile"], [*dry, "--profile"], 40))
-    rivals = ["--against", "reference,torchvision,timm,compile,ours-compile", "--memory", "none", "--seconds", "15"]
-    compiled = [*bench[:-1], str(out / "compiled"), "--dtype", "bf16", "--batch", "128", *rivals]
-    return [*found, Step("densenet121, training, every rival", compiled, [*bench, "--help"], 150)]
+
+    def compared(model: str, mode: str) -> Step:
+        what = f"{model}, {'training' if mode == '--train' else 'inference'}, bfloat16"
+        return Step(what, [*bench, "--model", model, mode, *table], [*alone, mode], 180)
+
+    one = ["--dtype", "bf16", "--batch", "128", "--repeats", "10"]
+    # Compiled in one layout: a compilation takes about a minute
+    rivals = ["--against", "reference,torchvision,timm,compile,ours-compile", "--layout", "channels_last"]
+    rivals += ["--dtype", "bf16", "--batch", "128", "--memory", "none", "--seconds", "15"]
+    compiled = [*bench[:-1], str(out / "compiled"), *rivals]
+    return [
+        compared("densenet121", "--train"),
+        Step("every kernel beside its floor", [*bench, *one, "--floor"], [*dry, "--floor"], 60),
+        Step("densenet121, training, every rival", compiled, [*alone, "--layout", "channels_last"], 240),
+        Step("where the time goes", [*bench, *one, "--profile"], [*dry, "--profile"], 60),
+    ], [
+        compared("densenet121", "--infer"),
+        compared("densenet201", "--train"),
+        compared("densenet201", "--infer"),
+    ]
 
 
 def run(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> str:
-    """Runs a command, its output on the screen and in ``log``; how it ended."""
+    """Runs a command, its output on the screen and added to ``log``; how it ended.
+
+    At its time, and when it has ended, its whole process group is killed. A process that left the group and still holds
+    the pipe is not waited for.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -154,22 +179,28 @@ def run(command: list[str], environment: dict[str, str], log: Path, seconds: flo
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    late = threading.Event()
 
-    def stop() -> None:
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+    def copy() -> None:
+        with open(log, "ab") as file:
+            for chunk in iter(lambda: process.stdout.read1(1 << 16), b""):
+                file.write(chunk)
+                file.flush()
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.flush()
 
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    with open(log, "wb") as file:
-        for chunk in iter(lambda: process.stdout.read1(1 << 16), b""):
-            file.write(chunk)
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
+    reader = threading.Thread(target=copy, daemon=True)
+    reader.start()
+    late = False
+    try:
+        process.wait(seconds if seconds < float("inf") else None)
+    except subprocess.TimeoutExpired:
+        late = True
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     code = process.wait()
-    timer.cancel()
-    return "TIMED OUT" if late.is_set() else "passed" if code == 0 else "FAILED"
+    reader.join(5)
+    return "TIMED OUT" if late else "passed" if code == 0 else "FAILED"
 
 
 def conditions(device: str) -> str:
@@ -184,11 +215,12 @@ def main() -> int:
     """Runs the steps and returns 0 if all passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: interpreted and emulated")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the results (runs/gpu)")
+    parser.add_argument("--out", type=Path, help="folder of the results (runs/gpu; dry: runs/gpu_dry)")
     parser.add_argument("--minutes", type=float, help="for all steps together (9; dry: none)")
-    parser.add_argument("--only", default="", metavar="WORD", help="the steps whose name has WORD")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="the steps whose name matches")
     options = parser.parse_args()
-    dry, out = options.dry_run, options.out.resolve()
+    dry = options.dry_run
+    out = (options.out or ROOT / ("runs/gpu_dry" if dry else "runs/gpu")).resolve()
     if not dry and not torch.cuda.is_available():
         print("no CUDA device; --dry-run walks the steps in Triton's interpreter", file=sys.stderr)
         return 1
@@ -199,32 +231,37 @@ def main() -> int:
         environment["TRITON_INTERPRET"] = "1"
     else:
         environment |= {"DENSENET_FAST_TEST_DEVICE": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    log, summary = out / "log.txt", out / "summary.txt"
+    log.write_text("")
     rows, passed = [], True
-    for i, step in enumerate(steps(out)):
+    for step in steps(out):
         command = step.dry if dry else step.command
-        if not command or options.only not in step.name:
+        if not command or not re.search(options.only, step.name):
             continue
-        print(f"\n== {step.name}: {' '.join(command)}", flush=True)
+        title = f"\n== {step.name}: {' '.join(command)}\n"
+        print(title, end="", flush=True)
+        with open(log, "a") as file:
+            file.write(title)
         start = time.perf_counter()
         limit = min(float("inf") if dry else step.seconds, end - start)
         emulate = dry and step.emulated
         if importlib.util.find_spec(step.needs) is None:
             state = f"LEFT OUT: {step.needs} is not installed"
+        elif not dry and shutil.which(step.program) is None:
+            state = f"LEFT OUT: {step.program} was not found"
         elif emulate and emulation.find_nvcc() is None:
             state = "LEFT OUT: nvcc was not found"
         elif limit <= 0:
             state = "LEFT OUT: the time is up"
         else:
-            log = out / f"{i:02}_{re.sub('[^a-z0-9]+', '_', step.name.lower())}.log"
             own = emulation.environment(emulation.build()) if emulate else {}
-            state = run(command, environment | own, log, min(limit, threading.TIMEOUT_MAX))
+            state = run(command, environment | own, log, limit)
         passed = passed and (state == "passed" or dry and state.startswith("LEFT OUT"))
         rows.append(f"{step.name:44} {time.perf_counter() - start:7.1f} s  {state}")
-    summary = "\n".join([conditions("cpu" if dry else "cuda"), "", *rows])
-    (out / "summary.txt").write_text(summary + "\n")
-    print(f"\n{summary}\n\nin {out}")
+        summary.write_text("\n".join(rows) + "\n")
+    summary.write_text("\n".join([conditions("cpu" if dry else "cuda"), "", *rows]) + "\n")
+    print(f"\n{summary.read_text()}\nin {out}")
     return 0 if passed else 1
 
 

@@ -56,3 +56,13 @@ def empty_statistics(like: Tensor, columns: int, eps: float) -> Statistics:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums over values of ``dtype``: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalise(x: Tensor, affine: Affine) -> Tensor:
+    """bn(x) [M, C] in the accumulation dtype, on torch ops."""
+    return torch.addcmul(affine.shift, x.to(affine.mean.dtype) - affine.mean, affine.scale)
+
+
+def bn_relu(x: Tensor, affine: Affine) -> Tensor:
+    """relu(bn(x)) [M, C] in x's dtype, on torch ops."""
+    return normalise(x, affine).relu_().to(x.dtype)

@@ -8,7 +8,14 @@ dimensions. Where statistics are asked for, they are of what was stored, after r
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype
+from densenet_fast.backends.affine import (
+    Affine,
+    Statistics,
+    ThroughStatistics,
+    accumulation_dtype,
+    bn_relu,
+    normalise,
+)
 from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool, max_unpool, pool, unpool
 
 name = "aten"
@@ -46,8 +53,13 @@ def channel_statistics(x: Tensor, out: Statistics) -> None:
     torch.add(out.var, out.eps, out=out.rstd).rsqrt_()
 
 
-def append_features(new: Tensor, out: Tensor, statistics: Statistics | None) -> None:
-    """out [M, k] = new [N, k, *spatial], of any strides; with the statistics of out if asked for."""
+def append_features(
+    new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
+) -> None:
+    """out [M, k] = new [N, k, *spatial], of any strides; with a dropout mask of that shape, new * mask * keep_scale.
+    With the statistics of out if asked for."""
+    if mask is not None:
+        new = new * mask * keep_scale
     rows = new.movedim(1, -1)
     out.view(rows.shape).copy_(rows)
     if statistics is not None:
@@ -65,9 +77,9 @@ def bn_relu_conv1x1(
 ) -> None:
     """out [M, B] = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with its statistics if asked
     for. With ``then``, for which no statistics are kept, what is stored is relu(then(out))."""
-    a = _bn_relu(x, affine)
+    a = bn_relu(x, affine)
     z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
-    out.copy_(z if then is None else _bn_relu(z, then))
+    out.copy_(z if then is None else bn_relu(z, then))
     if statistics is not None:
         channel_statistics(out, statistics)
 
@@ -90,7 +102,7 @@ def bn_relu_conv1x1_backward(
     """
     if through is not None:
         grad = finalise_gradient(grad, through, torch.empty_like(grad))
-    weight_gradient = grad.t() @ _bn_relu(x, affine) if need_weight else None
+    weight_gradient = grad.t() @ bn_relu(x, affine) if need_weight else None
     if grad_x is None and not need_sums:
         return weight_gradient, None
     scaled, sums = _masked(grad @ weight, x, affine)
@@ -116,10 +128,8 @@ def bn_relu_conv3x3(
     With a dropout mask [N, k, *spatial], the result is multiplied by mask * keep_scale. With the statistics of out if
     asked for.
     """
-    y = convolve(x if affine is None else _bn_relu(x, affine), weight, bias, grid)
-    if mask is not None:
-        y = y * mask * keep_scale
-    append_features(y, out, statistics)
+    y = convolve(x if affine is None else bn_relu(x, affine), weight, bias, grid)
+    append_features(y, out, statistics, mask, keep_scale)
 
 
 def bn_relu_conv3x3_backward(
@@ -136,7 +146,7 @@ def bn_relu_conv3x3_backward(
     out [M, B] = scale * D (unless None), dW, and with out the column sums (sum D, sum D * (x - mean)), each [B].
     """
     input_gradient, weight_gradient = convolve_backward(
-        grad, _bn_relu(x, affine), weight, grid, out is not None, need_weight
+        grad, bn_relu(x, affine), weight, grid, out is not None, need_weight
     )
     if out is None:
         return weight_gradient, None
@@ -199,7 +209,7 @@ def bn_relu_maxpool(
 ) -> tuple[Tensor, Tensor]:
     """Maxima of relu(bn(x)) over windows of 3 at distance 2, padded by 1, for x [M, C], and their positions in their
     windows (uint8, counted from 0, the first of equals): [M', C] each; with the maxima's statistics if asked for."""
-    maxima, argmax = max_pool(_normalise(x, affine).relu_(), grid)
+    maxima, argmax = max_pool(normalise(x, affine).relu_(), grid)
     out = maxima.to(x.dtype)
     if statistics is not None:
         channel_statistics(out, statistics)
@@ -218,7 +228,7 @@ def bn_relu_maxpool_backward(
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
     """Means of relu(bn(x)) over each image's pixels for x [M, C]: [N, C]."""
-    return _normalise(x, affine).relu_().view(grid[0], -1, x.shape[1]).mean(1).to(x.dtype)
+    return normalise(x, affine).relu_().view(grid[0], -1, x.shape[1]).mean(1).to(x.dtype)
 
 
 def bn_relu_global_avgpool_backward(
@@ -232,21 +242,13 @@ def bn_relu_global_avgpool_backward(
     return _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
 
 
-def _normalise(x: Tensor, affine: Affine) -> Tensor:
-    return torch.addcmul(affine.shift, x.to(affine.mean.dtype) - affine.mean, affine.scale)
-
-
-def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
-    return _normalise(x, affine).relu_().to(x.dtype)
-
-
 def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Sums]:
     """scale * D in x's dtype with D = grad * (bn(x) > 0), and the column sums (sum D, sum D * (x - mean)). Where bn(x)
     is NaN, D = grad, as in stock's ReLU."""
-    d = grad.to(affine.mean.dtype) * ~(_normalise(x, affine) <= 0)
+    d = grad.to(affine.mean.dtype) * ~(normalise(x, affine) <= 0)
     sums = d.sum(0), (d * (x.to(d.dtype) - affine.mean)).sum(0)
     return d.mul_(affine.scale).to(x.dtype), sums
 
 
 def _pooled(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    return pool(_normalise(x, affine).relu_(), grid).to(x.dtype)
+    return pool(normalise(x, affine).relu_(), grid).to(x.dtype)

@@ -38,10 +38,19 @@ def channel_statistics(x: Tensor, out: Statistics) -> None:
     kernels.cpu_statistics(x, *out)
 
 
-def append_features(new: Tensor, out: Tensor, statistics: Statistics | None) -> None:
+def append_features(
+    new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
+) -> None:
     rows = new.movedim(1, -1)
     kernels.cpu_huge_pages(out)
     out.view(rows.shape).copy_(rows)
+    _finish(out, statistics, mask, keep_scale)
+
+
+def _finish(out: Tensor, statistics: Statistics | None, mask: Tensor | None, keep_scale: float) -> None:
+    """New columns out [M, k] after dropout, and their statistics."""
+    if mask is not None:
+        out.mul_(to_matrix(mask)).mul_(keep_scale)
     if statistics is not None:
         kernels.cpu_statistics(out, *statistics)
 
@@ -98,14 +107,9 @@ def bn_relu_conv3x3(
 ) -> None:
     if not minimal_filtering(grid):
         y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
-        if mask is not None:
-            y = y.mul_(mask).mul_(keep_scale)
-        return append_features(y, out, statistics)
+        return append_features(y, out, statistics, mask, keep_scale)
     kernels.cpu_bn_relu_conv3x3(x, *(affine or (None, None, None)), _evenly_spaced(weight), _float(bias), grid, out)
-    if mask is not None:
-        out.mul_(to_matrix(mask)).mul_(keep_scale)
-    if statistics is not None:
-        kernels.cpu_statistics(out, *statistics)
+    _finish(out, statistics, mask, keep_scale)
 
 
 def bn_relu_conv3x3_backward(

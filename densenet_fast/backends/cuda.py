@@ -1,5 +1,6 @@
 """The kernels for NVIDIA GPUs: those of ``cuda_kernels`` for what is bound by bandwidth; for the products
-Triton's where it serves the device and dtype, else ``aten``'s. Functions, arguments and results are those of ``aten``.
+Triton's where it serves the device and dtype, else ``aten``'s, dropout and statistics in one pass over what they made.
+Functions, arguments and results are those of ``aten``.
 """
 
 from types import ModuleType
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from densenet_fast.backends import aten, cuda_kernels, triton
+from densenet_fast.backends.affine import Affine, Statistics, bn_relu
 from densenet_fast.backends.cuda_kernels import (
     append_features,
     bn_relu_global_avgpool,
@@ -19,6 +21,7 @@ from densenet_fast.backends.cuda_kernels import (
     supports,
     unavailable,
 )
+from densenet_fast.backends.spatial import convolve
 
 __all__ = [
     "append_features",
@@ -62,8 +65,21 @@ def bn_relu_conv1x1_backward(grad: Tensor, *arguments: Any, **options: Any) -> A
     return _products(grad).bn_relu_conv1x1_backward(grad, *arguments, **options)
 
 
-def bn_relu_conv3x3(x: Tensor, *arguments: Any, **options: Any) -> Any:
-    return _products(x).bn_relu_conv3x3(x, *arguments, **options)
+def bn_relu_conv3x3(
+    x: Tensor,
+    affine: Affine | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    out: Tensor,
+    mask: Tensor | None,
+    keep_scale: float,
+    statistics: Statistics | None,
+) -> None:
+    if _products(x) is triton:
+        return triton.bn_relu_conv3x3(x, affine, weight, bias, grid, out, mask, keep_scale, statistics)
+    y = convolve(x if affine is None else bn_relu(x, affine), weight, bias, grid)
+    append_features(y, out, statistics, mask, keep_scale)
 
 
 def bn_relu_conv3x3_backward(grad: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -69,7 +69,6 @@ def channel_statistics(x: Tensor, out: Statistics) -> None:
 def append_features(
     new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
-    """``aten``'s, and with a dropout mask [N, k, *spatial], of any strides, new * mask * keep_scale."""
     kernels.cuda_append_features(new, mask, keep_scale, out, *(statistics or NO_STATISTICS), _stream(out))
 
 

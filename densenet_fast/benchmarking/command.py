@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=240, metavar="S", help="for all timed rounds: who is slow gets fewer (240)"
     )
     parser.add_argument(
+        "--layout", choices=(*LAYOUTS, "both"), help="of memory (both; with --batch max channels_last alone)"
+    )
+    parser.add_argument(
         "--memory",
         choices=("all", "faster", "none"),
         default="all",
@@ -172,7 +175,8 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
         print(f"{name} is left out: {why}", file=sys.stderr)
     if not names:
         return 1
-    layouts = ["channels_last"] if options.batch == "max" else list(LAYOUTS)
+    layout = options.layout or ("channels_last" if options.batch == "max" else "both")
+    layouts = list(LAYOUTS) if layout == "both" else [layout]
     entries = [Entry(name, layout, options.model) for name in names for layout in layouts]
     train = not options.infer
     agree([entry for entry in entries if not entry.compiled], train, options.device, min(64, options.size))

@@ -93,20 +93,23 @@ def test_channel_statistics(backend, dtype, channels, grid):
     assert_statistics(statistics, case.x)
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_append_features(backend, dtype, channels, grid, channels_last):
+def test_append_features(backend, dtype, channels, grid, channels_last, masked):
     case = Case(grid, channels, dtype)
     new = torch.randn(grid[0], case.c, *grid[1:]).to(dtype)
     if channels_last:
         new = new.movedim(1, -1).contiguous().movedim(-1, 1)
+    dropout = (torch.rand(grid[0], case.c, *grid[1:]) > 0.3, 1.5) if masked else ()
+    expected = new * dropout[0] * dropout[1] if masked else new.clone()
     before = case.buffer.clone()
     statistics = empty_statistics(case.x, case.c, EPS)
-    backend.append_features(new, case.x, statistics)
-    assert_statistics(statistics, to_matrix(new))
-    before[:, 2 : 2 + case.c] = to_matrix(new)
+    backend.append_features(new, case.x, statistics, *dropout)
+    assert_statistics(statistics, case.x)
+    before[:, 2 : 2 + case.c] = to_matrix(expected)
     assert case.buffer.equal(before)
     case.x.zero_()
-    backend.append_features(new, case.x, None)
+    backend.append_features(new, case.x, None, *dropout)
     assert case.buffer.equal(before)
 
 

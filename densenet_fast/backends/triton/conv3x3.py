@@ -8,6 +8,7 @@ from torch import Tensor
 
 from densenet_fast.backends import aten
 from densenet_fast.backends.affine import Affine, Statistics
+from densenet_fast.backends.spatial import convolve
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu import bn_relu as bn_relu_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_conv3x3 import bn_relu_conv3x3 as conv3x3_kernel
@@ -19,6 +20,7 @@ from densenet_fast.backends.triton.launch import launch, units
 from densenet_fast.backends.triton.shared import (
     Sums,
     adjacent,
+    append_features,
     combine_statistics,
     dot_precision,
     float32,
@@ -38,9 +40,10 @@ def bn_relu_conv3x3(
     keep_scale: float,
     statistics: Statistics | None,
 ) -> None:
+    a = x.contiguous() if affine is None else _bn_relu(x, affine)
     if config.convolution_by_torch(grid, x.dtype):
-        return aten.bn_relu_conv3x3(x, affine, weight, bias, grid, out, mask, keep_scale, statistics)
-    a, weight = x.contiguous() if affine is None else _bn_relu(x, affine), _taps_first(weight)
+        return append_features(convolve(a, weight, bias, grid), out, statistics, mask, keep_scale)
+    weight = _taps_first(weight)
     (rows, channels), width = a.shape, weight.shape[0]
     tile = config.tile("bn_relu_conv3x3", config.device_of(x.device), x.dtype, width)
     columns = config.fit(width, tile.columns)

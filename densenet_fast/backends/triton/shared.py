@@ -1,5 +1,7 @@
 """What the functions share: partial results combined, and the sizes of launches."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -53,10 +55,19 @@ def sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     return first, rest
 
 
+def append_features(
+    new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None, keep_scale: float
+) -> None:
+    _bound_by_bandwidth(new).append_features(new, out, statistics, mask, keep_scale)
+
+
 def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
-    """``aten``'s, by a kernel in CUDA C++ where there is one."""
-    own = cuda_kernels if cuda_kernels.serve(grad) else aten
-    return own.finalise_gradient(grad, through, out)
+    return _bound_by_bandwidth(grad).finalise_gradient(grad, through, out)
+
+
+def _bound_by_bandwidth(x: Tensor) -> ModuleType:
+    """Where such kernels for x are: in CUDA C++ if it serves x."""
+    return cuda_kernels if cuda_kernels.serve(x) else aten
 
 
 def adjacent(matrix: Tensor) -> Tensor:

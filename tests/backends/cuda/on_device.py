@@ -9,7 +9,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from densenet_fast.backends import aten, cuda
 from densenet_fast.backends import cuda_kernels as kernels
 from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype
 from densenet_fast.backends.layout import to_image, to_matrix
@@ -155,6 +157,36 @@ def test_append_features(grid, columns, dtype, source, masked):
     case.x.zero_()
     kernels.append_features(new, case.x, None, mask, 1.5)
     assert case.buffer.equal(expected)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations of a ``with`` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@by_dtype
+def test_dropout_and_statistics_take_one_pass_over_what_torchs_convolution_makes(dtype):
+    grid, rows = (2, 9), 18
+    x, affine = torch.randn(rows, 24).to(dtype), Affine(*torch.randn(3, 24).to(accumulation_dtype(dtype)))
+    weight, mask = (torch.randn(12, 24, 3) / 8).to(dtype), torch.rand(2, 12, 9) > 0.3
+    out, (_, statistics) = torch.empty(rows, 12, dtype=dtype), empty_statistics(12, dtype)
+    with Operations() as operations:
+        cuda.bn_relu_conv3x3(x, affine, weight, None, grid, out, mask, 1.5, statistics)
+    made = operations.names.index("aten::convolution")
+    views = ("aten::view", "aten::permute", "aten::alias", "aten::detach")
+    after = [name for name in operations.names[made + 1 :] if name not in views]
+    assert after == ["densenet_fast::cuda_append_features"]
+    plain, again = torch.empty_like(out), empty_statistics(12, dtype)[1]
+    aten.bn_relu_conv3x3(x, affine, weight, None, grid, plain, mask, 1.5, again)
+    assert out.eq(0).equal(plain.eq(0)) and close(out, plain, 2 * rounding(dtype))
+    assert_statistics(statistics, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

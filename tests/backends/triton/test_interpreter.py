@@ -3,10 +3,13 @@ processes of their own; and what the backend says of itself."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
@@ -26,11 +29,38 @@ def run(*arguments, **environment):
     )
 
 
-def test_every_step_of_the_gpu_command_in_the_interpreter():
+def test_every_step_of_the_gpu_command_in_the_interpreter(tmp_path):
     """Every kernel, a network's training step, the ops, traffic, launches, and the tuner's plans."""
-    result = run("tests/gpu.py", "--dry-run")
+    result = run("tests/gpu.py", "--dry-run", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
     assert "FAILED" not in result.stdout and result.stdout.count(" passed") >= 8
+    summary, log = ((tmp_path / f"{name}.txt").read_text() for name in ("summary", "log"))
+    assert summary.count("  passed") >= 8 and log.count("\n== ") >= 8 and "kernel" in log
+
+
+FAILING = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session="leaves" in sys.argv)
+print("child", child.pid, flush=True)
+time.sleep(60 if "late" in sys.argv else 0)
+sys.exit("fails" in sys.argv)
+"""
+
+
+@pytest.mark.parametrize(
+    "how, state", [("", "passed"), ("fails", "FAILED"), ("late", "TIMED OUT"), ("late leaves", "TIMED OUT")]
+)
+def test_a_step_of_the_gpu_command_ends_in_time(tmp_path, how, state):
+    """Whatever a child of it does that holds its output; what it printed is kept."""
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    start = time.perf_counter()
+    assert gpu.run([sys.executable, "-c", FAILING, *how.split()], dict(os.environ), log, 10) == state
+    assert time.perf_counter() - start < 40
+    before, child = log.read_text().splitlines()
+    assert before == "before" and child.startswith("child ")
+    if "leaves" in how:
+        os.kill(int(child.split()[1]), signal.SIGKILL)
 
 
 def test_the_gpu_command_wants_a_gpu():
