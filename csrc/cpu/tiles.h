@@ -138,6 +138,7 @@ struct Tiles {
   int64_t begin(int64_t tile) const { return rows * tile / count(); }
   int64_t largest() const { return (rows + count() - 1) / count(); }
 
+  // What a thread's products hold of registers that other libraries use too is free again when it leaves them
   struct Release {
     ~Release() {
       if (kernels().release) kernels().release();
@@ -299,7 +300,7 @@ int64_t steps_of(int64_t depth) {
   return (depth + kPerWord<T> - 1) / kPerWord<T>;
 }
 
-// The left factor of a product whose rows are adjacent, or its copy in `copy` if this instruction set needs one
+// The left factors of products that lie in memory with their rows adjacent, or copies where the kernels need those
 template <typename T>
 struct TransposedFactor {
   int64_t size;

@@ -104,8 +104,9 @@ def test_kernels(avx512_bf16):
     assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
     name = run("-c", "from densenet_fast.backends import cpu; cpu.unavailable(); print(cpu.describe())")
     assert name.stdout == "C++, amx_bf16\n"
-    files = ["tests/backends/test_kernels.py", "tests/backends/test_accuracy.py"]
-    tests = run("-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "cpu- and bfloat16 and (conv or error)")
+    files = [f"tests/backends/test_{name}.py" for name in ("kernels", "accuracy", "threads")]
+    wanted = "cpu- and bfloat16 and (conv or error) or threads_at_once and bfloat16"
+    tests = run("-m", "pytest", "-p", "no:cacheprovider", *files, "-k", wanted)
     assert tests.returncode == 0 and " passed" in tests.stdout, tests.stdout[-3000:] + tests.stderr[-3000:]
 
 

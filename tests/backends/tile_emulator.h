@@ -1,5 +1,6 @@
-// Tile registers on any processor: the functions of csrc/cpu/tile_registers.h, in whose place this comes, as the
-// instructions compute (Intel's Software Developer's Manual, volume 2). What would fault there ends the process.
+// Tile registers on any processor: the functions of csrc/cpu/tile_registers.h,
+// in whose place this comes, as the instructions compute (Intel's Software
+// Developer's Manual, volume 2). What would fault there ends the process.
 #pragma once
 
 #include <cstdio>

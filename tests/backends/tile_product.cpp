@@ -1,5 +1,5 @@
-// Checks the product in tile registers and its transposition, alone: every size of the last tiles, results to the bit,
-// and no access outside the operands.
+// Checks the product in tile registers and its transposition, alone: every size
+// of the last tiles, results to the bit, and no access outside the operands.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -67,8 +67,10 @@ void check(const KernelTable& table, int rows, int cols, int steps, int gap, boo
       expected += word_product(a.data[transposed ? k * a_ld + r : r * a_ld + k], b.data[k * b_ld + c]);
     }
     if (out.data[i] != expected) {
-      std::printf("%d x %d x %d, gap %d, transposed %d, accumulate %d: [%d, %d] is %g instead of %g\n", rows, cols,
-                  steps, gap, transposed, accumulate, r, c, out.data[i], expected);
+      std::printf(
+          "%d x %d x %d, gap %d, transposed %d, accumulate %d: [%d, "
+          "%d] is %g instead of %g\n",
+          rows, cols, steps, gap, transposed, accumulate, r, c, out.data[i], expected);
       std::exit(1);
     }
   }
