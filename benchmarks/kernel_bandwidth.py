@@ -73,8 +73,10 @@ def work(dtype: torch.dtype, dry: bool) -> Iterator[Work]:
             yield Work("finalise_gradient", columns, run, 3 * size(x))
     images, side, cols = (1, 5, 64) if dry else STEM
     x, affine, grid = torch.randn(images * side * side, cols, dtype=dtype), affine_of(cols), (images, side, side)
-    out, argmax = kernels.bn_relu_maxpool(x, affine, grid)
-    yield Work("bn_relu_maxpool", "stem", partial(kernels.bn_relu_maxpool, x, affine, grid), size(x, out, argmax))
+    out, argmax = kernels.bn_relu_maxpool(x, affine, grid, None)
+    for name, own in (("", None), (", statistics", empty_statistics(x, cols, 1e-5))):
+        run = partial(kernels.bn_relu_maxpool, x, affine, grid, own)
+        yield Work(f"bn_relu_maxpool{name}", "stem", run, size(x, out, argmax))
     run = partial(kernels.bn_relu_maxpool_backward, out, argmax, x, affine, grid)
     yield Work("bn_relu_maxpool_backward", "stem", run, size(out, argmax, x, x))
     images, side, cols = (1, 5, 64) if dry else HEAD

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) out) -> Tensor");
   m.def(
       "cpu_bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor? bias, "
-      "int[] grid) -> Tensor");
+      "int[] grid, Tensor(a!)? out_mean, Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps) -> Tensor");
   m.def(
       "cpu_bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor "
       "weight, "
@@ -30,7 +30,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
       "int[] grid, Tensor(a!)? out, Tensor(b!)? grad_weight) -> Tensor");
-  m.def("cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid, Tensor(a!)? out_mean, "
+      "Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps) -> (Tensor, Tensor)");
   m.def(
       "cpu_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
       "int[] grid) -> (Tensor, Tensor)");
@@ -41,9 +43,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
   m.def(
       "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
-      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var) -> ()");
+      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var, bool describe) -> ()");
   m.def(
       "cpu_dense_block_backward(Tensor grad, Tensor features, Tensor[] bottlenecks, Tensor mean, Tensor var, float "
       "count, "
-      "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients) -> ()");
+      "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, Tensor(c!) p, "
+      "Tensor(d!) q, bool described) -> ()");
 }

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.backends.affine import accumulation_dtype
-from densenet_fast.ops.stage import Stage, autocast_dtype, pack
+from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype
 from densenet_fast.reference import dropout_mask
 
 __all__ = [
     "BatchNorm",
+    "BatchStatistics",
     "BNReLUConv",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_avgpool",
@@ -58,6 +59,15 @@ class BatchNorm(NamedTuple):
         return Stage(self.weight, self.bias, *running, weight, bias, self.eps)
 
 
+class BatchStatistics(NamedTuple):
+    """A feature map's mean and biased variance over its batch and pixels, [C] each, in float32 (float64 for float64):
+    over this process's batch, or over those of all processes of ``group``, a group's name."""
+
+    mean: Tensor
+    var: Tensor
+    group: str | None = None
+
+
 class BNReLUConv(NamedTuple):
     """Batch normalisation, ReLU and a convolution of ``weight`` [out, in, *kernel] and ``bias`` [out] or None."""
 
@@ -69,7 +79,14 @@ class BNReLUConv(NamedTuple):
         return self.norm.stage(self.weight, self.bias)
 
 
-def bn_relu_conv1x1(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bn_relu_conv1x1(
+    x: Tensor,
+    norm: BatchNorm,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    statistics: BatchStatistics | None = None,
+) -> Tensor:
     """``conv(relu(batch_norm(x)), weight, bias)`` with a 1x1 convolution, saving ``x`` alone for the backward pass.
 
     Pleiss et al., "Memory-Efficient Implementation of DenseNets" (https://arxiv.org/abs/1707.06990), section 3.
@@ -79,6 +96,7 @@ def bn_relu_conv1x1(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | N
         norm: the batch normalisation, of C channels.
         weight: [C', C, 1, ...], of x's dtype unless autocast is on.
         bias: [C'] or None.
+        statistics: x's, as the function that made x returned them; else they are computed where they are needed.
 
     Returns:
         [N, C', *spatial].
@@ -87,29 +105,44 @@ def bn_relu_conv1x1(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | N
         ValueError: x has the wrong number of dimensions, or one value per channel where the batch is normalised.
         RuntimeError: channels, kernel size, dtypes or devices do not match.
     """
-    return _single(x, BNReLUConv(norm, weight, bias), pool=False)
+    return _bn_relu_conv1x1(x, BNReLUConv(norm, weight, bias), False, statistics, False)[0]
 
 
-def bn_relu_conv1x1_avgpool(x: Tensor, norm: BatchNorm, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bn_relu_conv1x1_avgpool(
+    x: Tensor,
+    norm: BatchNorm,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    statistics: BatchStatistics | None = None,
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, BatchStatistics]:
     """The transition: ``avg_pool(conv(relu(batch_norm(x)), weight, bias), 2)``, pooling first, which is the same.
 
-    Arguments and errors as for :func:`bn_relu_conv1x1`. Returns [N, C', *spatial // 2].
+    Arguments and errors as for :func:`bn_relu_conv1x1`. Returns [N, C', *spatial // 2]; with ``return_statistics`` also
+    its statistics, for a dense block that reads it.
     """
     _check(x.dim() < 3 or min(x.shape[2:]) >= 2, RuntimeError, "x", "spatial sizes of at least 2", tuple(x.shape))
-    return _single(x, BNReLUConv(norm, weight, bias), pool=True)
+    out, own = _bn_relu_conv1x1(x, BNReLUConv(norm, weight, bias), True, statistics, return_statistics)
+    return (out, own) if return_statistics else out
 
 
-def _single(x: Tensor, unit: BNReLUConv, pool: bool) -> Tensor:
-    x = _autocast(x)
+def _bn_relu_conv1x1(
+    x: Tensor, unit: BNReLUConv, pool: bool, statistics: BatchStatistics | None, describe: bool
+) -> tuple[Tensor, BatchStatistics]:
+    x, statistics = _autocast(x, statistics)
     _check_units(x, [unit])
     _check_unit(unit, x, "weight", x.shape[1], kernel=1)
-    tensors, (eps,) = pack([unit.stage()], x)
-    out, mean, var, count = ops.bn_relu_conv1x1(x, tensors, eps, pool, _group([unit.norm]))
-    _update_running_statistics([unit.norm], [slice(None)], mean, var, count)
-    return out
+    group = _group([unit.norm])
+    mean, var = _known(x, unit.norm, statistics, group)
+    outputs = ops.bn_relu_conv1x1(x, mean, var, [unit.stage()], pool, describe, group)
+    _update_running_statistics([unit.norm], [slice(None)], *outputs[1:4])
+    return outputs[0], BatchStatistics(*outputs[4:6])
 
 
-def bn_relu_maxpool(x: Tensor, norm: BatchNorm) -> Tensor:
+def bn_relu_maxpool(
+    x: Tensor, norm: BatchNorm, *, return_statistics: bool = False
+) -> Tensor | tuple[Tensor, BatchStatistics]:
     """The stem behind its convolution: ``max_pool(relu(batch_norm(x)), 3, stride=2, padding=1)``.
 
     Huang et al., "Densely Connected Convolutional Networks" (https://arxiv.org/abs/1608.06993), table 1. Saved for the
@@ -118,6 +151,7 @@ def bn_relu_maxpool(x: Tensor, norm: BatchNorm) -> Tensor:
     Args:
         x: [N, C, *spatial], floating.
         norm: the batch normalisation, of C channels.
+        return_statistics: whether to return the result's statistics too, for a dense block that reads it.
 
     Returns:
         [N, C, *(spatial + 1) // 2], of x's dtype.
@@ -128,24 +162,24 @@ def bn_relu_maxpool(x: Tensor, norm: BatchNorm) -> Tensor:
     """
     _check_input(x, [norm])
     _check_norm(norm, x, "norm", x.shape[1])
-    tensors, (eps,) = pack([norm.stage()], x)
-    out, _, mean, var, count = ops.bn_relu_maxpool(x, tensors, eps, _group([norm]))
-    _update_running_statistics([norm], [slice(None)], mean, var, count)
-    return out
+    outputs = ops.bn_relu_maxpool(x, None, None, [norm.stage()], return_statistics, _group([norm]))
+    _update_running_statistics([norm], [slice(None)], *outputs[1:4])
+    return (outputs[0], BatchStatistics(*outputs[5:7])) if return_statistics else outputs[0]
 
 
-def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm) -> Tensor:
+def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStatistics | None = None) -> Tensor:
     """The head before its classifier: ``relu(batch_norm(x))``, averaged over all pixels of each image; saves ``x``
     alone for the backward pass.
 
-    Arguments, source and errors as for :func:`bn_relu_maxpool`. Returns [N, C], of x's dtype.
+    ``statistics`` are x's, as the dense block that made x returned them. Other arguments, source and errors as for
+    :func:`bn_relu_maxpool`. Returns [N, C], of x's dtype.
     """
     _check_input(x, [norm])
     _check_norm(norm, x, "norm", x.shape[1])
-    tensors, (eps,) = pack([norm.stage()], x)
-    out, mean, var, count = ops.bn_relu_global_avgpool(x, tensors, eps, _group([norm]))
-    _update_running_statistics([norm], [slice(None)], mean, var, count)
-    return out
+    group = _group([norm])
+    outputs = ops.bn_relu_global_avgpool(x, *_known(x, norm, statistics, group), [norm.stage()], group)
+    _update_running_statistics([norm], [slice(None)], *outputs[1:4])
+    return outputs[0]
 
 
 def dense_block(
@@ -155,7 +189,9 @@ def dense_block(
     memory_efficient: bool = False,
     *,
     drop_channels: bool = False,
-) -> Tensor:
+    statistics: BatchStatistics | None = None,
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, BatchStatistics]:
     """A dense block: each layer reads x and all features made before it, and appends its own.
 
     Saved for the backward pass: the result and the output of each bottleneck; with ``memory_efficient`` the result
@@ -169,6 +205,9 @@ def dense_block(
             come from torch's default generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
         memory_efficient: whether to recompute the bottlenecks in the backward pass.
         drop_channels: whether dropout takes whole channels of an image, as ``F.dropout2d`` does, instead of values.
+        statistics: x's, as the function that made x returned them; else they are computed where they are needed.
+        return_statistics: whether to return the result's statistics too, for a transition or head that reads it. They
+            are differentiable, and the pass over the features that its gradient would take is saved.
 
     Returns:
         [N, C0 + sum of the layers' new channels, *spatial].
@@ -178,7 +217,7 @@ def dense_block(
             is normalised.
         RuntimeError: channels, kernel sizes, dtypes or devices do not match.
     """
-    x = _autocast(x)
+    x, statistics = _autocast(x, statistics)
     sizes = {len(layer) for layer in layers if not isinstance(layer, BNReLUConv)}
     _check(sizes in ({1}, {2}), ValueError, "layers", "one or two BN-ReLU-convolutions in every layer", sizes)
     units = [unit for layer in layers for unit in layer]
@@ -198,21 +237,41 @@ def dense_block(
     _check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
     growths = [layer[-1].weight.shape[0] for layer in layers]
     masks = [_mask(x, k, p, drop_channels) for k, p in zip(growths, rates)]
-    tensors, eps = pack([unit.stage() for unit in units], x)
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    features, _, mean, var, count = ops.dense_block(
+    stages = [unit.stage() for unit in units]
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for stage in stages for t in stage[:STAGE_TENSORS])
+    )
+    group = _group(norms)
+    first = next((layer[0].norm for layer in layers if not layer[0].norm.frozen), norms[0])
+    features, mean, var, count, *_ = ops.dense_block(
         x,
-        tensors,
-        eps,
+        *_known(x, first, statistics, group),
+        stages,
         masks,
         rates,
         bottleneck,
         differentiable and not memory_efficient,
-        _group(norms),
+        return_statistics,
+        group,
         _link(x) if differentiable and x.requires_grad else None,
     )
     _update_running_statistics(norms, _packed_ranges(x.shape[1], layers), mean, var, count)
-    return features
+    if not return_statistics:
+        return features
+    return features, BatchStatistics(mean[: features.shape[1]], var[: features.shape[1]], group)
+
+
+def _known(
+    x: Tensor, norm: BatchNorm, statistics: BatchStatistics | None, group: str | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The mean and variance in ``statistics``, if they are what ``norm`` normalises x by."""
+    if statistics is None or norm.frozen or statistics.group != group:
+        return None, None
+    for field, vector in zip(("mean", "var"), statistics):
+        expected = (x.shape[1],), accumulation_dtype(x.dtype), x.device
+        got = tuple(vector.shape), vector.dtype, vector.device
+        _check(got == expected, RuntimeError, f"statistics.{field}", f"shape, dtype and device {expected}", got)
+    return statistics[:2]
 
 
 def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
@@ -253,7 +312,7 @@ def _update_running_statistics(
     if counters:
         torch._foreach_add_(counters, 1)
     var = var * (count / (count - 1)).to(var.dtype)
-    running, batch, momenta = [], [], []
+    by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for norm, r in training:
         if norm.running_mean is None:
             continue
@@ -264,12 +323,11 @@ def _update_running_statistics(
             for target, value in zip(targets, values):
                 target.copy_(torch.lerp(target.to(mean.dtype), value, momentum))
         else:
+            running, batch = by_momentum.setdefault(momentum, ([], []))
             running += targets
             batch += values
-            momenta += [momentum] * 2
-    if running:
-        torch._foreach_mul_(running, [1 - momentum for momentum in momenta])
-        torch._foreach_add_(running, torch._foreach_mul(batch, momenta))
+    for momentum, (running, batch) in by_momentum.items():
+        torch._foreach_lerp_(running, batch, momentum)
 
 
 class _Link(torch.autograd.Function):
@@ -297,9 +355,12 @@ def _group(norms: Sequence[BatchNorm]) -> str | None:
     return None if group is None or dist.get_world_size(group) == 1 else group.group_name
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _autocast(x: Tensor, statistics: BatchStatistics | None) -> tuple[Tensor, BatchStatistics | None]:
+    """x in autocast's dtype, and its statistics if it was in that dtype already."""
     dtype = autocast_dtype(x.device)
-    return x if dtype is None or not x.dtype.is_floating_point or x.dtype == torch.float64 else x.to(dtype)
+    if dtype in (None, x.dtype) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x, statistics
+    return x.to(dtype), None
 
 
 def _check(condition: bool, error: type[Exception], argument: str, expected: str, got: object) -> None:

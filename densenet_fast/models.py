@@ -8,12 +8,61 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import checkpoints, functional, reference
+from densenet_fast.functional import BatchStatistics
 from densenet_fast.nn import DenseBlock, Transition, fusion
 from densenet_fast.reference import ARCHITECTURES
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
 
 STEM = ["norm0", "relu0", "pool0"]
+
+
+class Step:
+    """A part of the network. Parts that know each other's interface hand a feature map's batch statistics on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def reads_statistics(self) -> bool:
+        """Whether the statistics of its input spare it work."""
+        return False
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """From ``x`` and its statistics to the result and, if asked to describe it, its statistics where known."""
+        return self.module(x), None
+
+
+class Stem(Step):
+    """``norm0``, ``relu0`` and ``pool0`` of ``module``."""
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        if fusion.call_obstacle(x, 2):
+            for name in STEM:
+                x = self.module._modules[name](x)
+            return x, None
+        norm = fusion.batch_norm(self.module.norm0)
+        if not describe:
+            return functional.bn_relu_maxpool(x, norm), None
+        return functional.bn_relu_maxpool(x, norm, return_statistics=True)
+
+
+class Head(Step):
+    """``norm5`` of ``module`` with the ReLU and the average behind it."""
+
+    def reads_statistics(self) -> bool:
+        return fusion.normalises_by_batch(self.module.norm5)
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        norm5 = self.module.norm5
+        if fusion.call_obstacle(x, 2):
+            return reference.rectified_average(norm5(x)), None
+        return functional.bn_relu_global_avgpool(x, fusion.batch_norm(norm5), statistics=statistics), None
 
 
 class Features(nn.Sequential):
@@ -34,27 +83,35 @@ class Features(nn.Sequential):
             or fusion.max_pool_obstacle(self, "pool0")
         )
 
-    def through(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """``x`` through the children ``names``, which hold the whole stem or nothing of it."""
-        fused = self.stem_obstacle() is None
-        if fused and names[0] == "conv0" and fusion.call_obstacle(x, 2) is None:
+    def steps(self) -> list[Step | DenseBlock | Transition]:
+        """Its children in order, the stem as one step if it can run as one."""
+        modules = dict(self._modules)
+        if self.stem_obstacle() is None:
+            modules = {n: Stem(self) if n == "norm0" else m for n, m in modules.items() if n not in STEM[1:]}
+        return [m if isinstance(m, Step) or _knows_statistics(m) else Step(m) for m in modules.values()]
+
+    def through(self, x: Tensor, steps: Sequence[Step | DenseBlock | Transition]) -> Tensor:
+        """``x``, which can run fused, through ``steps``, which begin with the first."""
+        if any(isinstance(step, Stem) for step in steps[:2]):
             x = x.contiguous(memory_format=torch.channels_last)  # the images, instead of the larger maps made from them
-        for name in names:
-            if name == "norm0":
-                fused = fused and fusion.call_obstacle(x, 2) is None
-            if not fused or name not in STEM:
-                x = self._modules[name](x)
-            elif name == "norm0":
-                x = functional.bn_relu_maxpool(x, fusion.batch_norm(self.norm0))
+        statistics = None
+        for step, reader in zip(steps, [*steps[1:], None]):
+            x, statistics = step.run(x, statistics, describe=reader is not None and reader.reads_statistics())
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.through(x, list(self._modules))
+        features = super().forward(x) if fusion.call_obstacle(x, 2) else self.through(x, self.steps())
         if not isinstance(x, Tensor) or functional.active_transform():
             return features  # made by stock modules, which keep the memory format
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             return features
         return features.contiguous()
+
+
+def _knows_statistics(module: nn.Module) -> bool:
+    """Whether calling ``module`` is nothing but its ``run``."""
+    kind = next((kind for kind in (DenseBlock, Transition) if isinstance(module, kind)), None)
+    return kind is not None and type(module).forward is kind.forward and not fusion.has_hooks(module)
 
 
 class DenseNet(reference.DenseNet):
@@ -129,11 +186,7 @@ class DenseNet(reference.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         if fusion.call_obstacle(x, 2) or self.head_obstacle():
             return super().forward(x)
-        features = self.features.through(x, list(self.features._modules)[:-1])
-        norm5 = self.features.norm5
-        if fusion.call_obstacle(features, 2):
-            return self.classifier(reference.rectified_average(norm5(features)))
-        return self.classifier(functional.bn_relu_global_avgpool(features, fusion.batch_norm(norm5)))
+        return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self.features)]))
 
 
 Weights = str | PathLike[str] | Any | None

@@ -1,12 +1,17 @@
 """What the tests share."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.backends.affine import Statistics, accumulation_dtype
 from densenet_fast.functional import BatchNorm
+from densenet_fast.ops.stage import Stage, flatten, present
+
+EPS = 1e-3
+"""Of statistics that kernels are asked for."""
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -15,6 +20,17 @@ def error(got: Tensor, expected: Tensor) -> float:
     if not got.isfinite().all():
         return float("inf")
     return ((got - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def assert_statistics(statistics: Statistics, stored: Tensor) -> None:
+    """Those of the columns of ``stored``, in the accumulation dtype."""
+    var, mean = torch.var_mean(stored.double(), 0, correction=0)
+    tolerance = 1e-12 if stored.dtype == torch.float64 else 1e-5
+    assert error(statistics.mean, mean) < tolerance
+    assert (statistics.var.double() - var).norm() <= tolerance * stored.double().square().mean(0).norm()
+    rstd = torch.rsqrt(statistics.var.double() + statistics.eps)
+    assert error(statistics.rstd, rstd) < 2 * torch.finfo(statistics.rstd.dtype).eps
+    assert {t.dtype for t in statistics[:3]} == {accumulation_dtype(stored.dtype)}
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -43,6 +59,12 @@ def make_norm(channels, *, affine=True, tracked=True, training=True, momentum=0.
     running = (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5) if tracked else (None, None)
     counter = torch.tensor(0) if tracked else None
     return BatchNorm(parameter(1), parameter(0), *running, counter, training, momentum, eps)
+
+
+def pack(stages: Sequence[Stage], like: Tensor) -> tuple[list[Tensor], list[float]]:
+    """Stages as ``torch.ops.densenet_fast`` takes them: an empty tensor for each that is absent, no two the same."""
+    tensors, eps = flatten(stages)
+    return [present([t], like)[0] for t in tensors], eps
 
 
 def twin(model: nn.Module, other: nn.Module) -> nn.Module:

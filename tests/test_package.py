@@ -27,7 +27,7 @@ LEVELS = [
     ["backends.triton.tune"],
     ["backends"],
     ["ops.stage"],
-    ["ops.stock", "ops.batching"],
+    ["ops.stock", "ops.batching", "ops.op"],
     ["ops.single"],
     ["ops.dense_block", "ops.bn_relu_conv1x1", "ops.bn_relu_maxpool", "ops.bn_relu_global_avgpool"],
     ["ops"],

@@ -18,10 +18,7 @@ void bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     const Matrix<T> z(out, "out");
     STD_TORCH_CHECK(z.rows == m.rows && z.cols == w.rows, "out: expected [M, B]");
-    STD_TORCH_CHECK(out_mean.has_value() == out_var.has_value() && out_mean.has_value() == out_rstd.has_value(),
-                    "out_mean: expected with out_var and out_rstd");
-    std::optional<StatisticsOutput> statistics;
-    if (out_mean) statistics.emplace(*out_mean, *out_var, *out_rstd, eps, w.rows);
+    const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     const std::optional<Affine> then = optional_affine(then_mean, then_scale, then_shift, w.rows);
     conv1x1<T>(m, affine(mean, scale, shift, m.cols), w, bias ? vector(*bias, w.rows, "bias") : nullptr,
                then ? &*then : nullptr, z, statistics ? &*statistics : nullptr);

@@ -114,13 +114,18 @@ struct Filters {
   void transform(const Panels& panels, bool turned) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
     const int64_t depth = turned ? out_channels : in_channels;
-    panels.each([&](int64_t p) {
-      const int64_t first = 32 * p * s.out, valid = panels.valid(p), width = panels.width(p);
-      if (own) {
-        kernels_of<T>().winograd_weight(own + first, s, depth, valid, width, turned, panels.panel(p), panels.size());
-      } else {
-        kernels_of<T>().winograd_weight_floats(wide + first, s, depth, valid, width, turned, panels.panel(p),
-                                               panels.size());
+    constexpr int64_t kSlice = 32;
+    const int64_t slices = (depth + kSlice - 1) / kSlice;
+    torch::stable::parallel_for(0, panels.count * slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t p = i / slices, k = i % slices * kSlice, first = 32 * p * s.out + k * s.in;
+        const int64_t width = panels.width(p), valid = panels.valid(p), slice = std::min(depth - k, kSlice);
+        uint32_t* to = panels.panel(p) + k / kPerWord<T> * width;
+        if (own) {
+          kernels_of<T>().winograd_weight(own + first, s, slice, valid, width, turned, to, panels.size());
+        } else {
+          kernels_of<T>().winograd_weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
+        }
       }
     });
   }

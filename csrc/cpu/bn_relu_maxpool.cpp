@@ -47,20 +47,26 @@ struct Pooling {
   }
 };
 
-// out = maxima of relu(y) [M', C], argmax = their positions in their windows [M', C]
-std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift,
-                                           std::vector<int64_t> grid) {  // [M, C], [C] each
+// out = maxima of relu(y) [M', C], with its statistics if they are given places; argmax = their positions in their
+// windows [M', C]
+std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, std::vector<int64_t> grid,
+                                           std::optional<Tensor> out_mean, std::optional<Tensor> out_var,
+                                           std::optional<Tensor> out_rstd, double eps) {
+  // [M, C], [C] each, [C] each
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
     const Affine a = affine(mean, scale, shift, m.cols);
+    const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, m.cols);
     const Pooling pooling(grid, m.rows);
     const int64_t pooled = pooling.outputs() * pooling.pooled_width;
     Tensor out = torch::stable::new_empty(x, {pooled, m.cols});
     Tensor argmax = torch::stable::new_empty(x, {pooled, m.cols}, ScalarType::Byte);
     const Matrix<T> result(out, "out");
     uint8_t* positions = static_cast<uint8_t*>(argmax.data_ptr());
-    Tiles(pooling.outputs(), kTileLines, 1).each([&](int64_t, int64_t first, int64_t n) {
+    const Tiles tiles(pooling.outputs(), kTileLines, 1);
+    TileStatistics partial(tiles, statistics ? m.cols : 0);
+    tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       for (int64_t output = first; output < first + n; ++output) {
         Lines<T> lines;
         pooling.window(output, [&](int64_t line, uint8_t place) {
@@ -71,7 +77,9 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
         pool_kernels_of<T>().bn_relu_max(lines, m.ld, pooling.width, m.cols, a, result.row(row),
                                          positions + row * m.cols);
       }
+      if (statistics) partial.add(tile, result.row(first * pooling.pooled_width), result.ld, n * pooling.pooled_width);
     });
+    if (statistics) partial.combine(tiles, *statistics, pooling.pooled_width);
     return std::tuple<Tensor, Tensor>(out, argmax);
   });
 }

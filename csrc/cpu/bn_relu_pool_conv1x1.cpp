@@ -51,10 +51,11 @@ struct Pooling {
   bool drops_rows() const { return outputs * window != inputs; }
 };
 
-// out = mean(relu(y)) @ weight^T + bias
+// out = mean(relu(y)) @ weight^T + bias, with its statistics if they are given places
 Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
-                            std::optional<Tensor> bias, std::vector<int64_t> grid) {
-  // [M, C], [C] each, [C', C], [C']
+                            std::optional<Tensor> bias, std::vector<int64_t> grid, std::optional<Tensor> out_mean,
+                            std::optional<Tensor> out_var, std::optional<Tensor> out_rstd, double eps) {
+  // [M, C], [C] each, [C', C], [C'], [C'] each
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
@@ -62,13 +63,17 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
+    const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"),
-                product_tiles(pooling.outputs), nullptr,
+    const Tiles tiles = product_tiles(pooling.outputs);
+    TileStatistics partial(tiles, statistics ? w.rows : 0);
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"), tiles,
+                statistics ? &partial : nullptr,
                 [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
                   const auto sources = pooling.sources(m, row, rows);
                   kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, a.from(c), values, ld);
                 });
+    if (statistics) partial.combine(tiles, *statistics);
     return out;
   });
 }

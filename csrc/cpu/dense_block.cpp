@@ -67,9 +67,10 @@ struct Layer {
 struct Block {
   std::vector<Layer> layers;
   int64_t columns, packed, widest = 0;
+  bool described;  // the statistics of all features have a reader behind the block
 
-  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels)
-      : columns(in_channels) {
+  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels, bool described)
+      : columns(in_channels), described(described) {
     STD_TORCH_CHECK(eps.size() % 2 == 0 && tensors.size() == kStageTensors * eps.size(),
                     "tensors: expected six for each of two stages a layer");
     for (size_t i = 0; i < eps.size(); i += 2) {
@@ -88,9 +89,10 @@ struct Block {
     }
   }
 
-  // Whether layer i or a later one normalises its input by the batch
+  // Whether layer i or a later one, or a reader behind the block, normalises its input by the batch
   bool normalised_by_batch(size_t i) const {
-    return std::any_of(layers.begin() + i, layers.end(), [](const Layer& layer) { return !layer.first.frozen(); });
+    return described ||
+           std::any_of(layers.begin() + i, layers.end(), [](const Layer& layer) { return !layer.first.frozen(); });
   }
 };
 
@@ -105,10 +107,10 @@ Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
 // Fills columns in_channels ... of features; the first ones and their statistics are there. The bottlenecks are kept
 // where there is one for each layer.
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
-                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var) {
+                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var, bool describe) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
-    const Block block(tensors, eps, in_channels);
+    const Block block(tensors, eps, in_channels, describe);
     const Matrix<T> f(features, "features");
     STD_TORCH_CHECK(f.cols == block.columns, "features: expected ", block.columns, " columns, got ", f.cols);
     const bool keep = !bottlenecks.empty();
@@ -171,14 +173,15 @@ void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Mat
 }
 
 // From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages. Without
-// bottlenecks it recomputes them.
+// bottlenecks it recomputes them. p and q start with what came from behind the block.
 void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
                           double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
-                          Tensor grad_x, std::vector<Tensor> gradients) {
+                          Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed, Tensor q_packed,
+                          bool described) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<T> result(grad_x, "grad_x");
-    const Block block(tensors, eps, result.cols);
+    const Block block(tensors, eps, result.cols, described);
     const Matrix<const T> f(features, "features"), incoming(grad, "grad");
     STD_TORCH_CHECK(
         f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
@@ -187,7 +190,7 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
                     "bottlenecks: expected none or one for each layer");
     STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
     const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
-    std::vector<float> p(block.packed), q(block.packed);
+    float *p = output(p_packed, block.packed, "p"), *q = output(q_packed, block.packed, "q");
     const ImageTiles image(grid, f.rows);
     const Tensor total = torch::stable::new_empty(features, {f.rows, f.cols});
     const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
@@ -207,7 +210,7 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
       if (block.normalised_by_batch(i + 1)) {
         const int64_t c = layer.start;
         const Matrix<T> target = g.columns(c, layer.growth);
-        finalise<T>({f.columns(c, layer.growth), m + c, p.data() + c, q.data() + c, count}, dy, target);
+        finalise<T>({f.columns(c, layer.growth), m + c, p + c, q + c, count}, dy, target);
         dy = target.readonly();
       }
 
@@ -225,11 +228,11 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
                       "gradients: expected the shapes of tensors");
       conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), image, &dz, sums.data(),
                           &grad_filters);
-      collect(layer.second, second, sums, of_second, p.data() + packed, q.data() + packed);
+      collect(layer.second, second, sums, of_second, p + packed, q + packed);
 
       ProductGradient<T> gradient = {dz.readonly(), {}};
       if (!layer.second.frozen()) {
-        gradient.finalise.emplace(z.readonly(), m + packed, p.data() + packed, q.data() + packed, count);
+        gradient.finalise.emplace(z.readonly(), m + packed, p + packed, q + packed, count);
       }
       sums.resize(2 * layer.start);
       const Matrix<const T> before = source.columns(0, layer.start);
@@ -240,12 +243,12 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
                       "gradients: expected [B, C, 1, 1], contiguous float32");
       conv1x1_backward<T>(gradient, inputs, first.affine(), weight, &before, &after,
                           static_cast<float*>(grad_weight.data_ptr()), sums.data());
-      collect(layer.first, first, sums, of_first, p.data(), q.data());
+      collect(layer.first, first, sums, of_first, p, q);
       source = g.readonly();
     }
     const Matrix<const T> rest = source.columns(0, result.cols);
     if (block.normalised_by_batch(0)) {
-      finalise<T>({f.columns(0, result.cols), m, p.data(), q.data(), count}, rest, result);
+      finalise<T>({f.columns(0, result.cols), m, p, q, count}, rest, result);
     } else {
       for (int64_t row = 0; row < rest.rows; ++row) std::copy_n(rest.row(row), rest.cols, result.row(row));
     }

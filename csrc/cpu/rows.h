@@ -134,6 +134,8 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
       const floats<N> share = grad ? factor * load<N>(grad + r * grad_ld + c) : floats<N>{};
       floats<N> mean_a = {};
       for (int64_t i = r * window; i < (r + 1) * window; ++i) {
+        __builtin_prefetch(x[i] + offset + c + 32, 0, 2);  // the next panel's
+        if (grad) __builtin_prefetch(out[i] + offset + c + 32, 1, 2);
         const floats<N> centred = load<N>(x[i] + offset + c) - mean;
         const floats<N> y = centred * scale + shift;
         mean_a += relu(y);

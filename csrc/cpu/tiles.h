@@ -200,6 +200,15 @@ struct StatisticsOutput {
   }
 };
 
+inline std::optional<StatisticsOutput> optional_statistics(const std::optional<Tensor>& mean,
+                                                           const std::optional<Tensor>& var,
+                                                           const std::optional<Tensor>& rstd, double eps,
+                                                           int64_t cols) {
+  STD_TORCH_CHECK(mean.has_value() == var.has_value() && mean.has_value() == rstd.has_value(),
+                  "out_mean: expected with out_var and out_rstd");
+  return mean ? std::optional(StatisticsOutput(*mean, *var, *rstd, eps, cols)) : std::nullopt;
+}
+
 // What one chunk sums over its tiles: the first one's values are stored, later ones' added
 struct Accumulator {
   std::unique_ptr<float[], decltype(&std::free)> values = {nullptr, &std::free};
@@ -229,11 +238,12 @@ struct TileStatistics {
     kernels_of<T>().statistics(x, ld, rows, cols, &means[tile * cols], &m2s[tile * cols]);
   }
 
-  void combine(const Tiles& tiles, const StatisticsOutput& out) const {
+  // Of tiles of lines of `width` rows each
+  void combine(const Tiles& tiles, const StatisticsOutput& out, int64_t width = 1) const {
     std::vector<double> centre(cols), m2(cols);
     double count = 0;
     for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-      const double n = tiles.begin(tile + 1) - tiles.begin(tile);
+      const double n = width * (tiles.begin(tile + 1) - tiles.begin(tile));
       if (n == 0) continue;
       const double share = n / (count + n), weight = count * share;
       const float *tile_means = &means[tile * cols], *tile_m2s = &m2s[tile * cols];

@@ -34,6 +34,7 @@ class Arguments {
     if (x.is_cuda()) guard_.emplace(x.get_device_index());
   }
 
+  const char* kernel() const { return kernel_; }
   Type type() const { return type_; }
   void* stream() const { return stream_; }
   int width() const { return width_; }

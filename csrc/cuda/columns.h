@@ -180,6 +180,17 @@ __device__ inline A relu(A y) {
   return y <= 0 ? A(0) : y;
 }
 
+template <typename A>
+struct Pair {
+  A first = 0, second = 0;
+
+  __device__ void add(const Pair& other) {
+    first += other.first;
+    second += other.second;
+  }
+  __device__ Pair partial() const { return *this; }
+};
+
 // Count, mean and centred second moment of some values
 template <typename A>
 struct Moments {
@@ -205,17 +216,17 @@ struct Moments {
     m2 += other.m2 + delta * delta * (count * share);
     count = total;
   }
+  __device__ Pair<A> partial() const { return {mean, m2}; }
 };
 
-template <typename A>
-struct Pair {
-  A first = 0, second = 0;
-
-  __device__ void add(const Pair& other) {
-    first += other.first;
-    second += other.second;
-  }
-};
+// One more row of a lane's columns
+template <typename T, int V, typename A>
+__device__ inline void add_row(Moments<A> (&moments)[V], const Pack<T, V>& row, int valid) {
+  const A share = 1 / (moments[0].count + 1);
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (i < valid) moments[i].add(widen(row.values[i]), share);
+}
 
 // Combines what the lanes of a block hold for their columns into those of lane y = 0, halving the lanes step by step; S
 // is Moments or Pair. `memory` has room for every thread's.
@@ -237,8 +248,29 @@ __device__ inline void combine_lanes(S (&sums)[V], S* memory, int x, int y, int 
   }
 }
 
-// f(first, second) by the first lane of a block that combines, in order, what `tiles` tiles left for 8 columns; 32
-// lanes of 8 columns, read(tile) returns S
+// What the lanes of a block hold for their columns, combined, into partials [tiles, 2, cols]
+template <typename A, int V, typename S>
+__device__ inline void store_partials(S (&sums)[V], void* partials, const Place& at, const Tiling& t, int64_t cols) {
+  combine_lanes(sums, static_cast<S*>(shared_memory()), at.x, at.y, t.x, t.y);
+  if (at.y > 0) return;
+  A* first = static_cast<A*>(partials) + at.tile * 2 * cols + at.col;
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (i < at.valid) {
+      const Pair<A> partial = sums[i].partial();
+      first[i] = partial.first;
+      first[cols + i] = partial.second;
+    }
+}
+
+// Shared memory in which combine_lanes combines `width` columns a lane
+template <typename S>
+size_t combining_bytes(const Tiling& t, int width) {
+  return static_cast<size_t>(t.x) * t.y * width * sizeof(S);
+}
+
+// What `tiles` tiles left for a column, combined in order for the first of a block's 32 lanes of 8 columns; read(tile)
+// returns S
 constexpr int kCombineColumns = 8, kCombineLanes = 32;
 
 template <typename S, typename Read>

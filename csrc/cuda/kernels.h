@@ -94,12 +94,14 @@ struct CombineSums {
 };
 const char* combine_sums(const CombineSums& p, Type type, void* stream);
 
-// out = maxima of relu(y), argmax = their positions in their windows, both contiguous
+// out = maxima of relu(y), argmax = their positions in their windows, both contiguous; partials [tiles, 2, cols] = mean
+// and centred second moment of each tile of what was stored
 struct MaxPool {
   Matrix x, out;
   uint8_t* argmax;
   Affine affine;
   Pooling pooling;
+  void* partials;  // or null
   Tiling tiling;
   int width;
 };

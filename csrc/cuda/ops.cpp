@@ -14,14 +14,53 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+// The statistics [cols] of what a kernel stores in tiles, if they are asked for
+class Statistics {
+ public:
+  Statistics(Arguments& arguments, const Optional& mean, const Optional& var, const Optional& rstd, double eps,
+             int64_t rows, int64_t cols)
+      : arguments_(arguments), asked_(mean.has_value()) {
+    STD_TORCH_CHECK(asked_ == var.has_value() && asked_ == rstd.has_value(), arguments.kernel(),
+                    ": mean, var and rstd: expected all or none");
+    combine_.mean = arguments.vector(mean, "mean", cols);
+    combine_.var = arguments.vector(var, "var", cols);
+    combine_.rstd = arguments.vector(rstd, "rstd", cols);
+    combine_.eps = eps;
+    combine_.rows = rows;
+    combine_.cols = cols;
+  }
+
+  // How the kernel divides its work, and where it leaves the tiles' statistics
+  template <typename Params>
+  void divide(Params& p) {
+    p.width = arguments_.width();
+    p.tiling = tiling(combine_.rows, combine_.cols, p.width, asked_ ? kReductionBlocks : kElementwiseBlocks);
+    if (!asked_) return;
+    partials_ = arguments_.partials(p.tiling, combine_.cols);
+    p.partials = partials_->data_ptr();
+    combine_.partials = p.partials;
+    combine_.tiling = p.tiling;
+  }
+
+  // After the kernel
+  void combine() const {
+    if (asked_) arguments_.launched(combine_statistics(combine_, arguments_.type(), arguments_.stream()));
+  }
+
+ private:
+  Arguments& arguments_;
+  bool asked_;
+  CombineStatistics combine_{};
+  Optional partials_;
+};
+
 // out [M, k] = source [N, k, *spatial] * (mask ? keep_scale : 0), and mean, var and rstd [k] of what was stored;
 // without an out, of the source
 void append_features(Tensor source, Optional mask, double keep_scale, Optional out, Optional mean, Optional var,
                      Optional rstd, double eps, int64_t stream) {
   Arguments arguments("append_features", source, stream);
   const int64_t cols = source.size(1), rows = source.numel() / cols;
-  STD_TORCH_CHECK(mean.has_value() == var.has_value() && mean.has_value() == rstd.has_value(),
-                  "append_features: mean, var and rstd: expected all or none");
+  Statistics statistics(arguments, mean, var, rstd, eps, rows, cols);
   Append p{};
   p.source = arguments.strided(source, "source", source.scalar_type(), source.size(1) == 1 || source.stride(1) == 1);
   p.transposed = p.source.column != 1;
@@ -33,20 +72,9 @@ void append_features(Tensor source, Optional mask, double keep_scale, Optional o
   }
   p.keep_scale = keep_scale;
   p.out = out ? arguments.matrix(*out, "out", rows, cols) : Matrix{nullptr, rows, cols, 0};
-  CombineStatistics combine{nullptr,
-                            arguments.vector(mean, "mean", cols),
-                            arguments.vector(var, "var", cols),
-                            arguments.vector(rstd, "rstd", cols),
-                            eps,
-                            rows,
-                            cols};
-  p.width = arguments.width();
-  combine.tiling = p.tiling = tiling(rows, cols, p.width, mean ? kReductionBlocks : kElementwiseBlocks);
-  if (!mean) return arguments.launched(append(p, arguments.type(), arguments.stream()));
-  const Tensor partials = arguments.partials(p.tiling, cols);
-  combine.partials = p.partials = partials.data_ptr();
+  statistics.divide(p);
   arguments.launched(append(p, arguments.type(), arguments.stream()));
-  arguments.launched(combine_statistics(combine, arguments.type(), arguments.stream()));
+  statistics.combine();
 }
 
 // out = grad + (p + 2 * q * (x - mean)) / count, [M, n]; count [] float64 on the device, or null for `rows`
@@ -92,22 +120,25 @@ Pooling pooling(const std::vector<int64_t>& grid, int64_t rows) {
 
 int64_t pooled_rows(const Pooling& p, int64_t images) { return images * p.pooled[0] * p.pooled[1] * p.pooled[2]; }
 
-// Maxima of relu(y) and their positions in their windows, [M', C] each, of x [M, C]
+// Maxima of relu(y) and their positions in their windows, [M', C] each, of x [M, C]; and out_mean, out_var and out_rstd
+// [C] of the maxima as stored
 std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift,
-                                            std::vector<int64_t> grid, int64_t stream) {
+                                            std::vector<int64_t> grid, Optional out_mean, Optional out_var,
+                                            Optional out_rstd, double eps, int64_t stream) {
   Arguments arguments("bn_relu_maxpool", x, stream);
   MaxPool p{};
   p.x = arguments.matrix(x, "x");
   p.affine = arguments.affine(mean, scale, shift, p.x.cols);
   p.pooling = pooling(grid, p.x.rows);
   const int64_t rows = pooled_rows(p.pooling, grid[0]);
+  Statistics statistics(arguments, out_mean, out_var, out_rstd, eps, rows, p.x.cols);
   Tensor out = arguments.new_matrix(rows, p.x.cols);
   Tensor argmax = torch::stable::new_empty(x, {rows, p.x.cols}, ScalarType::Byte);
   p.out = arguments.matrix(out, "out");
   p.argmax = arguments.bytes(argmax, "argmax", rows, p.x.cols);
-  p.width = arguments.width();
-  p.tiling = tiling(rows, p.x.cols, p.width, kElementwiseBlocks);
+  statistics.divide(p);
   arguments.launched(bn_relu_maxpool(p, arguments.type(), arguments.stream()));
+  statistics.combine();
   return {out, argmax};
 }
 
@@ -188,7 +219,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cuda_finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, Tensor? count, float rows, "
       "Tensor(a!) out, int stream) -> ()");
-  m.def("cuda_bn_relu_maxpool(Tensor x, " AFFINE ", int[] grid, int stream) -> (Tensor, Tensor)");
+  m.def("cuda_bn_relu_maxpool(Tensor x, " AFFINE
+        ", int[] grid, Tensor(a!)? out_mean, Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps, int stream) -> "
+        "(Tensor, Tensor)");
   m.def("cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE
         ", int[] grid, int stream) -> (Tensor, Tensor, Tensor)");
   m.def("cuda_bn_relu_global_avgpool(Tensor x, " AFFINE ", int images, int stream) -> Tensor");

@@ -28,15 +28,15 @@ __device__ inline int64_t pixel(const int (&sizes)[3], int64_t n, int u0, int u1
 }
 
 // The first of equal maxima, and a NaN before all numbers: stock's
-template <typename T, int V>
+template <typename T, int V, bool STATISTICS>
 __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxPool p) {
   using A = Accumulated<T>;
   const Place at(p.tiling, p.out.rows, p.out.cols, V);
-  if (at.valid <= 0) return;
   AffineColumn<A> affine[V];
   load_affine(affine, p.affine, at);
+  Moments<A> moments[V];
   const int (&sizes)[3] = p.pooling.sizes;
-  for (int64_t r = at.first + at.y; r < at.last; r += at.lanes) {
+  for (int64_t r = at.first + at.y; r < at.last && at.valid > 0; r += at.lanes) {
     const Coordinates o(p.pooling.pooled, r);
     A best[V];
     Pack<unsigned char, V> position;
@@ -75,7 +75,9 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxP
     for (int i = 0; i < V; ++i) out.values[i] = narrow<T>(best[i]);
     out.store(row<T>(p.out, r, at.col), at.valid);
     position.store(p.argmax + r * p.out.cols + at.col, at.valid);
+    if constexpr (STATISTICS) add_row(moments, out, at.valid);
   }
+  if constexpr (STATISTICS) store_partials<A>(moments, p.partials, at, p.tiling, p.out.cols);
 }
 
 // total += the gradients of the outputs, of those whose windows hold pixel r, that it is the maximum of
@@ -129,15 +131,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_pool_backward_kernel(cons
     }
     out.store(row<T>(p.out, r, at.col), at.valid);
   }
-  combine_lanes(sums, static_cast<Pair<A>*>(shared_memory()), at.x, at.y, p.tiling.x, p.tiling.y);
-  if (at.y > 0) return;
-  A* sum_d = static_cast<A*>(p.partials) + at.tile * 2 * p.x.cols + at.col;
-#pragma unroll
-  for (int i = 0; i < V; ++i)
-    if (i < at.valid) {
-      sum_d[i] = sums[i].first;
-      sum_d[p.x.cols + i] = sums[i].second;
-    }
+  store_partials<A>(sums, p.partials, at, p.tiling, p.x.cols);
 }
 
 template <typename A>
@@ -179,13 +173,15 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_global_avgpool_kernel(con
 
 const char* bn_relu_maxpool(const MaxPool& p, Type type, void* stream) {
   return by_type(type, p.width, [&]<typename T, int V>(T, Width<V>) {
-    return launch(bn_relu_maxpool_kernel<T, V>, blocks(p.tiling), threads(p.tiling), 0, stream, p);
+    const size_t bytes = p.partials ? combining_bytes<Moments<Accumulated<T>>>(p.tiling, V) : 0;
+    return launch(p.partials ? bn_relu_maxpool_kernel<T, V, true> : bn_relu_maxpool_kernel<T, V, false>,
+                  blocks(p.tiling), threads(p.tiling), bytes, stream, p);
   });
 }
 
 const char* bn_relu_pool_backward(const PoolBackward& p, Type type, void* stream) {
   return by_type(type, p.width, [&]<typename T, int V>(T, Width<V>) {
-    const size_t bytes = static_cast<size_t>(p.tiling.x) * p.tiling.y * V * sizeof(Pair<Accumulated<T>>);
+    const size_t bytes = combining_bytes<Pair<Accumulated<T>>>(p.tiling, V);
     return launch(p.argmax ? bn_relu_pool_backward_kernel<T, V, true> : bn_relu_pool_backward_kernel<T, V, false>,
                   blocks(p.tiling), threads(p.tiling), bytes, stream, p);
   });
@@ -193,7 +189,7 @@ const char* bn_relu_pool_backward(const PoolBackward& p, Type type, void* stream
 
 const char* bn_relu_global_avgpool(const AveragePool& p, Type type, void* stream) {
   return by_type(type, p.width, [&]<typename T, int V>(T, Width<V>) {
-    const size_t bytes = static_cast<size_t>(p.tiling.x) * p.tiling.y * V * sizeof(Sum<Accumulated<T>>);
+    const size_t bytes = combining_bytes<Sum<Accumulated<T>>>(p.tiling, V);
     return launch(bn_relu_global_avgpool_kernel<T, V>, blocks(p.tiling), threads(p.tiling), bytes, stream, p);
   });
 }

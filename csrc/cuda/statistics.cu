@@ -67,24 +67,10 @@ __global__ __launch_bounds__(kThreads, 2) void append_kernel(const Append p) {
           }
       }
       if (p.out.data != nullptr) values[j].store(row<T>(p.out, r + j * at.lanes, at.col), at.valid);
-      if (p.partials != nullptr) {
-        const A share = 1 / (moments[0].count + 1);
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-          if (i < at.valid) moments[i].add(widen(values[j].values[i]), share);
-      }
+      if (p.partials != nullptr) add_row(moments, values[j], at.valid);
     }
   }
-  if (p.partials == nullptr) return;
-  combine_lanes(moments, static_cast<Moments<A>*>(shared_memory()), at.x, at.y, p.tiling.x, p.tiling.y);
-  if (at.y > 0) return;
-  A* mean = static_cast<A*>(p.partials) + at.tile * 2 * p.out.cols + at.col;
-#pragma unroll
-  for (int i = 0; i < V; ++i)
-    if (i < at.valid) {
-      mean[i] = moments[i].mean;
-      mean[p.out.cols + i] = moments[i].m2;
-    }
+  if (p.partials != nullptr) store_partials<A>(moments, p.partials, at, p.tiling, p.out.cols);
 }
 
 template <typename A>
@@ -108,8 +94,8 @@ __global__ __launch_bounds__(kThreads, 2) void combine_statistics_kernel(const C
 
 const char* append(const Append& p, Type type, void* stream) {
   return by_type(type, p.width, [&]<typename T, int V>(T, Width<V>) {
-    const size_t lanes = p.tiling.x * p.tiling.y, columns = p.tiling.x * V;
-    const size_t moments = p.partials == nullptr ? 0 : lanes * V * sizeof(Moments<Accumulated<T>>);
+    const size_t moments = p.partials ? combining_bytes<Moments<Accumulated<T>>>(p.tiling, V) : 0;
+    const size_t columns = p.tiling.x * V;
     const size_t tile = p.transposed ? columns * (kUnroll * p.tiling.y + kPadding) * sizeof(T) : 0;
     return launch(p.transposed ? append_kernel<T, V, true> : append_kernel<T, V, false>, blocks(p.tiling),
                   threads(p.tiling), moments > tile ? moments : tile, stream, p);

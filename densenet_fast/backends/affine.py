@@ -32,6 +32,10 @@ class Statistics(NamedTuple):
         return Statistics(self.mean[columns], self.var[columns], self.rstd[columns], self.eps)
 
 
+NO_STATISTICS = (None, None, None, 0.0)
+"""What the compiled kernels take in the place of statistics that are not asked for."""
+
+
 class ThroughStatistics(NamedTuple):
     """What completes the gradient of a matrix x [M, n] that was normalised by its batch: the gradients ``p`` and ``q``
     with respect to its ``mean`` and variance, [n] each, over ``count`` rows."""

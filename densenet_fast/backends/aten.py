@@ -155,14 +155,22 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
 
 
 def bn_relu_pool_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    statistics: Statistics | None,
 ) -> Tensor:
-    """mean2x2(relu(bn(x))) @ weight^T + bias for x [M, C], weight [C', C]: [M', C'].
+    """mean2x2(relu(bn(x))) @ weight^T + bias for x [M, C], weight [C', C]: [M', C']; with its statistics if asked for.
 
     Pooling and a 1x1 convolution are linear and commute, so the pooling comes first.
     """
     a = _pooled(x, affine, grid)
-    return a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    out = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    if statistics is not None:
+        channel_statistics(out, statistics)
+    return out
 
 
 def bn_relu_pool_conv1x1_backward(
@@ -186,11 +194,16 @@ def bn_relu_pool_conv1x1_backward(
     return scaled, weight_gradient, sums
 
 
-def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def bn_relu_maxpool(
+    x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
+) -> tuple[Tensor, Tensor]:
     """Maxima of relu(bn(x)) over windows of 3 at distance 2, padded by 1, for x [M, C], and their positions in their
-    windows (uint8, counted from 0, the first of equals): [M', C] each."""
-    out, argmax = max_pool(_normalise(x, affine).relu_(), grid)
-    return out.to(x.dtype), argmax
+    windows (uint8, counted from 0, the first of equals): [M', C] each; with the maxima's statistics if asked for."""
+    maxima, argmax = max_pool(_normalise(x, affine).relu_(), grid)
+    out = maxima.to(x.dtype)
+    if statistics is not None:
+        channel_statistics(out, statistics)
+    return out, argmax
 
 
 def bn_relu_maxpool_backward(

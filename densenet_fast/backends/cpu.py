@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
+from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
@@ -61,7 +61,7 @@ def bn_relu_conv1x1(
         weight.contiguous(),
         _float(bias),
         out,
-        *(statistics or (None, None, None, 0.0)),
+        *(statistics or NO_STATISTICS),
         *(then or (None, None, None)),
     )
 
@@ -147,14 +147,17 @@ def dense_block(
     grid: tuple[int, ...],
     bottlenecks: list[Tensor],
     statistics: Statistics,
+    describe: bool,
 ) -> None:
     """The whole block: fills columns ``in_channels``... of features [M, C_total], whose first ones and their statistics
-    are there, the packed statistics, and each layer's bottleneck [M, B] where there are any to fill.
+    are there, the packed statistics, with ``describe`` those of all features, and each layer's bottleneck [M, B] where
+    there are any to fill.
 
     Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
     the convolutions' weights so too or in the features' dtype.
     """
-    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, statistics.mean, statistics.var)
+    mean, var = statistics[:2]
+    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, mean, var, describe)
 
 
 def dense_block_backward(
@@ -169,11 +172,16 @@ def dense_block_backward(
     grid: tuple[int, ...],
     grad_x: Tensor,
     gradients: list[Tensor],
+    p: Tensor,
+    q: Tensor,
+    described: bool,
 ) -> None:
     """The backward pass of that, from grad [M, C_total]: fills grad_x [M, C0] and the gradients of the stages' weights,
-    biases and convolutions, float32, in the places of ``tensors``. Without bottlenecks it recomputes them."""
+    biases and convolutions, float32, in the places of ``tensors``. Without bottlenecks it recomputes them. To ``p`` and
+    ``q``, the gradients with respect to the packed statistics, it adds its own; if they are not zero it was
+    ``described``."""
     kernels.cpu_dense_block_backward(
-        grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid, grad_x, gradients
+        grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid, grad_x, gradients, p, q, described
     )
 
 
@@ -192,9 +200,16 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
 
 
 def bn_relu_pool_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    statistics: Statistics | None,
 ) -> Tensor:
-    return kernels.cpu_bn_relu_pool_conv1x1(x, *affine, weight.contiguous(), _float(bias), grid)
+    return kernels.cpu_bn_relu_pool_conv1x1(
+        x, *affine, weight.contiguous(), _float(bias), grid, *(statistics or NO_STATISTICS)
+    )
 
 
 def bn_relu_pool_conv1x1_backward(
@@ -207,8 +222,10 @@ def bn_relu_pool_conv1x1_backward(
     return (scaled, grad_weight, (sums[0], sums[1])) if need_input else (None, grad_weight, None)
 
 
-def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return kernels.cpu_bn_relu_maxpool(x, *affine, grid)
+def bn_relu_maxpool(
+    x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
+) -> tuple[Tensor, Tensor]:
+    return kernels.cpu_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS))
 
 
 def bn_relu_maxpool_backward(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension, nvidia
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
+from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 
 Sums = tuple[Tensor, Tensor]
 
@@ -70,8 +70,7 @@ def append_features(
     new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
     """``aten``'s, and with a dropout mask [N, k, *spatial], of any strides, new * mask * keep_scale."""
-    vectors = statistics or (None, None, None, 0.0)
-    kernels.cuda_append_features(new, mask, keep_scale, out, *vectors, _stream(out))
+    kernels.cuda_append_features(new, mask, keep_scale, out, *(statistics or NO_STATISTICS), _stream(out))
 
 
 def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
@@ -81,8 +80,10 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
     return out
 
 
-def bn_relu_maxpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, _stream(x))
+def bn_relu_maxpool(
+    x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
+) -> tuple[Tensor, Tensor]:
+    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS), _stream(x))
 
 
 def bn_relu_maxpool_backward(

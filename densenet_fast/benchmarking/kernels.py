@@ -105,20 +105,20 @@ class Kernels:
 
     def _bn_relu_pool_conv1x1(self, call: Call) -> Callable[[], object]:
         x, affine, weight = self._features(call), self._affine(call.inputs), self._weight(call.outputs, call.inputs)
-        return lambda: self.backend.bn_relu_pool_conv1x1(x, affine, weight, None, call.grid)
+        return lambda: self.backend.bn_relu_pool_conv1x1(x, affine, weight, None, call.grid, None)
 
     def _bn_relu_pool_conv1x1_backward(self, call: Call) -> Callable[[], object]:
         x, affine, weight = self._features(call), self._affine(call.inputs), self._weight(call.outputs, call.inputs)
-        grad = torch.randn_like(self.backend.bn_relu_pool_conv1x1(x, affine, weight, None, call.grid))
+        grad = torch.randn_like(self.backend.bn_relu_pool_conv1x1(x, affine, weight, None, call.grid, None))
         return lambda: self.backend.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, call.grid, True, True)
 
     def _bn_relu_maxpool(self, call: Call) -> Callable[[], object]:
         x, affine = self._features(call), self._affine(call.inputs)
-        return lambda: self.backend.bn_relu_maxpool(x, affine, call.grid)
+        return lambda: self.backend.bn_relu_maxpool(x, affine, call.grid, None)
 
     def _bn_relu_maxpool_backward(self, call: Call) -> Callable[[], object]:
         x, affine = self._features(call), self._affine(call.inputs)
-        out, argmax = self.backend.bn_relu_maxpool(x, affine, call.grid)
+        out, argmax = self.backend.bn_relu_maxpool(x, affine, call.grid, None)
         return lambda: self.backend.bn_relu_maxpool_backward(out, argmax, x, affine, call.grid)
 
     def _bn_relu_global_avgpool(self, call: Call) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from densenet_fast import functional, reference
+from densenet_fast.functional import BatchStatistics
 from densenet_fast.nn import fusion
 
 
@@ -70,8 +71,20 @@ class Transition(reference.Transition):
             or fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reads_statistics(self) -> bool:
+        """Whether it normalises its input by the batch's statistics, when it runs fused."""
+        return fusion.normalises_by_batch(self.norm)
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """``forward`` with x's statistics, where they are known, and those of its result, if asked to describe it."""
         if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
-            return super().forward(x)
+            return super().forward(x), None
         unit = fusion.unit(self, "norm", "conv")
-        return functional.bn_relu_conv1x1_avgpool(x, *unit)
+        if not describe:
+            return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics), None
+        return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics, return_statistics=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, None, describe=False)[0]

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from densenet_fast import functional, reference
+from densenet_fast.functional import BatchStatistics
 from densenet_fast.nn import fusion
 
 
@@ -85,13 +86,26 @@ class DenseBlock(reference.DenseBlock):
             return "some of its layers have a bottleneck and some none"
         return None
 
-    def forward(self, init_features: Tensor) -> Tensor:
-        if fusion.call_obstacle(init_features, self.spatial_dims) or self.obstacle():
-            return super().forward(init_features)
+    def reads_statistics(self) -> bool:
+        """Whether it normalises its input by the batch's statistics, when it runs fused."""
+        return any(fusion.normalises_by_batch(layer.norm1) for layer in self.values())
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """``forward`` with x's statistics, where they are known, and those of its result, if asked to describe it."""
+        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
+            return super().forward(x), None
         layers: Sequence[Any] = list(self.values())
-        return functional.dense_block(
-            init_features,
+        result = functional.dense_block(
+            x,
             [layer.units() for layer in layers],
             [layer.drop_rate if layer.training else 0.0 for layer in layers],
             self.memory_efficient,
+            statistics=statistics,
+            return_statistics=describe,
         )
+        return result if describe else (result, None)
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        return self.run(init_features, None, describe=False)[0]

@@ -198,6 +198,11 @@ def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
     return functional.BNReLUConv(batch_norm(child(module, norm)), convolve.weight, convolve.bias)
 
 
+def normalises_by_batch(normalise: nn.Module) -> bool:
+    """Whether a batch normalisation uses the batch's statistics now."""
+    return normalise.training or normalise.running_mean is None
+
+
 def batch_norm(normalise: nn.Module) -> functional.BatchNorm:
     """The tensors and options of a batch normalisation as the functional ops take them."""
     tracking = normalise.track_running_stats or not normalise.training

@@ -1,5 +1,5 @@
-"""densenet_fast::bn_relu_conv1x1 and densenet_fast::bn_relu_pool_conv1x1 (the transition): batch normalisation, ReLU,
-for the transition a 2x2 mean, and a 1x1 convolution in one op that saves its input alone.
+"""densenet_fast::bn_relu_conv1x1 and, with ``pool``, the transition: batch normalisation, ReLU, for the transition a
+2x2 mean, and a 1x1 convolution in one op that saves its input alone.
 
     out = relu(bn(x)) @ W^T   or   mean2x2(relu(bn(x))) @ W^T
     D = (grad @ W  or its unpooling) * (bn(x) > 0);  dW = grad^T @ relu(bn(x))  or its pooled form
@@ -12,62 +12,90 @@ from torch import Tensor
 
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
-from densenet_fast.ops.single import Input, fake_gradients, fake_statistics, register_autograd
-from densenet_fast.ops.stage import Stage, StageGradients, without_autocast
+from densenet_fast.ops.op import define
+from densenet_fast.ops.single import (
+    Input,
+    fake_gradients,
+    fake_statistics,
+    statistics_of_output,
+    with_autograd,
+)
+from densenet_fast.ops.stage import Stage, StageGradients
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("densenet_fast::bn_relu_conv1x1", mutates_args=())
-@without_autocast
-def bn_relu_conv1x1(x: Tensor, tensors: list[Tensor], eps: float, pool: bool, group: str | None) -> Outputs:
-    """From x [N, C, *spatial] and one packed stage: out [N, C', *spatial'], mean [C], var [C], count [].
+@define("bn_relu_conv1x1")
+def _forward(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tensors: list[Tensor],
+    eps: list[float],
+    pool: bool,
+    describe: bool,
+    group: str | None,
+) -> Outputs:
+    """From x [N, C, *spatial] and one stage: out [N, C', *spatial'], mean [C], var [C], count [], and with ``describe``
+    the mean and variance [C'] of out, else empty.
 
-    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), ``count`` the number of rows they are over.
-    With ``pool``, the spatial sizes are halved, rounding down. ``group`` names the process group whose batches are
-    normalised together, None for this process's alone.
+    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known, and ``count``
+    the number of rows they are over. With ``pool``, the spatial sizes are halved, rounding down. ``group`` names the
+    process group whose batches are normalised together, None for this process's alone.
     """
     given = Input(x, tensors, eps)
     weight, bias = given.convolution()
-    own, grid = given.statistics(group), given.grid
+    own, grid = given.statistics(mean, var, group), given.grid
     affine = given.affine(own)
+    made, out_mean, out_var = statistics_of_output(x, weight.shape[0], describe)
     if pool:
-        out = given.backend.bn_relu_pool_conv1x1(given.matrix, affine, weight, bias, grid)
+        out = given.backend.bn_relu_pool_conv1x1(given.matrix, affine, weight, bias, grid, made)
         grid = (grid[0], *(size // 2 for size in grid[1:]))
     else:
         out = given.matrix.new_empty(given.matrix.shape[0], weight.shape[0])
-        given.backend.bn_relu_conv1x1(given.matrix, affine, weight, bias, out, None)
-    return as_output(to_image(out, grid)), own.mean, own.var, given.count(group)
+        given.backend.bn_relu_conv1x1(given.matrix, affine, weight, bias, out, made)
+    return as_output(to_image(out, grid)), own.mean, own.var, given.count(group), out_mean, out_var
 
 
-@bn_relu_conv1x1.register_fake
-def _(x: Tensor, tensors: list[Tensor], eps: float, pool: bool, group: str | None) -> Outputs:
+@_forward.custom_op.register_fake
+def _(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tensors: list[Tensor],
+    eps: list[float],
+    pool: bool,
+    describe: bool,
+    group: str | None,
+) -> Outputs:
     spatial = [size // 2 for size in x.shape[2:]] if pool else x.shape[2:]
-    return empty_image(x, (x.shape[0], *spatial), tensors[4].shape[0]), *fake_statistics(x)
+    out = empty_image(x, (x.shape[0], *spatial), tensors[4].shape[0])
+    return out, *fake_statistics(x), *statistics_of_output(x, out.shape[1], describe)[1:]
 
 
-@torch.library.custom_op("densenet_fast::bn_relu_conv1x1_backward", mutates_args=())
-@without_autocast
-def bn_relu_conv1x1_backward(
+@define("bn_relu_conv1x1_backward")
+def _backward(
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
     count: Tensor,
     tensors: list[Tensor],
-    eps: float,
+    eps: list[float],
     pool: bool,
+    describe: bool,
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the packed tensors, empty where ``needs`` (x's, then one per tensor) says so."""
+    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
+    says so, and, if needed, those of mean and var, which x's then leaves out."""
     given = Input(x, tensors, eps)
-    gradients = StageGradients(given.stage, needs[1:])
+    gradients = StageGradients(given.stage, needs[2:])
     grad_out = to_matrix(grad)
     weight, _ = given.convolution()
-    own = given.saved(mean, var)
+    own = given.known(mean, var)
     affine = given.affine(own)
-    need_d = needs[0] or gradients.needs_norm
+    need_d = needs[0] or needs[1] or gradients.needs_norm
     if pool:
         grad_x, grad_weight, sums = given.backend.bn_relu_pool_conv1x1_backward(
             grad_out, given.matrix, affine, weight, given.grid, need_d, gradients.needs_conv_weight
@@ -78,10 +106,10 @@ def bn_relu_conv1x1_backward(
             grad_out, given.matrix, affine, weight, grad_x, gradients.needs_conv_weight, need_d
         )
     gradients.convolution(grad_weight, grad_out)
-    return given.gradients(grad_x if needs[0] else None, sums, gradients, own, count, group)
+    return given.gradients(grad_x, sums, gradients, own, count, group, needs)
 
 
-@bn_relu_conv1x1_backward.register_fake
+@_backward.custom_op.register_fake
 def _(
     grad: Tensor,
     x: Tensor,
@@ -89,16 +117,18 @@ def _(
     var: Tensor,
     count: Tensor,
     tensors: list[Tensor],
-    eps: float,
+    eps: list[float],
     pool: bool,
+    describe: bool,
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    return fake_gradients(x, tensors, needs)
+    return fake_gradients(x, mean, tensors, needs)
 
 
-def _stock(x: Tensor, stage: Stage, pool: bool) -> Tensor:
-    return stock.bn_relu_conv_pool(x, stage) if pool else stock.bn_relu_conv(x, stage)
+def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, pool: bool, describe: bool) -> Tensor:
+    convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
+    return convolve(x, stage, mean, var)
 
 
-register_autograd(bn_relu_conv1x1, bn_relu_conv1x1_backward, _stock)
+bn_relu_conv1x1 = with_autograd(_forward, _backward, _stock, slice(1, 4))

@@ -15,78 +15,96 @@ from torch import Tensor
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.backends.spatial import pooled_sizes
 from densenet_fast.ops import stock
-from densenet_fast.ops.single import Input, fake_gradients, fake_statistics, register_autograd
-from densenet_fast.ops.stage import StageGradients, without_autocast
+from densenet_fast.ops.op import define
+from densenet_fast.ops.single import Input, fake_gradients, fake_statistics, statistics_of_output, with_autograd
+from densenet_fast.ops.stage import Stage, StageGradients
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("densenet_fast::bn_relu_maxpool", mutates_args=())
-@without_autocast
-def bn_relu_maxpool(x: Tensor, tensors: list[Tensor], eps: float, group: str | None) -> Outputs:
-    """From x [N, C, *spatial] and one packed stage without convolution: out [N, C, *spatial'], argmax [M', C],
-    mean [C], var [C], count [].
+@define("bn_relu_maxpool")
+def _forward(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tensors: list[Tensor],
+    eps: list[float],
+    describe: bool,
+    group: str | None,
+) -> Outputs:
+    """From x [N, C, *spatial] and one stage without convolution: out [N, C, *spatial'], mean [C], var [C], count [],
+    argmax [M', C], and with ``describe`` the mean and variance [C] of out, else empty.
 
     ``argmax`` holds the maxima's positions in their windows, ``mean`` and ``var`` are the batch's (zeros if the stage
-    is frozen), ``count`` the number of rows they are over. ``group`` names the process group whose batches are
-    normalised together, None for this process's alone.
+    is frozen), the given ones if they are known, ``count`` the number of rows they are over. ``group`` names the
+    process group whose batches are normalised together, None for this process's alone.
     """
     given = Input(x, tensors, eps)
-    own = given.statistics(group)
-    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine(own), given.grid)
-    return (
-        as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:])))),
-        argmax,
-        own.mean,
-        own.var,
-        given.count(group),
-    )
+    own = given.statistics(mean, var, group)
+    made, out_mean, out_var = statistics_of_output(x, x.shape[1], describe)
+    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine(own), given.grid, made)
+    image = as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:]))))
+    return image, own.mean, own.var, given.count(group), argmax, out_mean, out_var
 
 
-@bn_relu_maxpool.register_fake
-def _(x: Tensor, tensors: list[Tensor], eps: float, group: str | None) -> Outputs:
+@_forward.custom_op.register_fake
+def _(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tensors: list[Tensor],
+    eps: list[float],
+    describe: bool,
+    group: str | None,
+) -> Outputs:
     grid = (x.shape[0], *pooled_sizes(x.shape[2:]))
     argmax = x.new_empty((math.prod(grid), x.shape[1]), dtype=torch.uint8)
-    return empty_image(x, grid, x.shape[1]), argmax, *fake_statistics(x)
+    out = empty_image(x, grid, x.shape[1])
+    return out, *fake_statistics(x), argmax, *statistics_of_output(x, x.shape[1], describe)[1:]
 
 
-@torch.library.custom_op("densenet_fast::bn_relu_maxpool_backward", mutates_args=())
-@without_autocast
-def bn_relu_maxpool_backward(
+@define("bn_relu_maxpool_backward")
+def _backward(
     grad: Tensor,
     x: Tensor,
-    argmax: Tensor,
     mean: Tensor,
     var: Tensor,
     count: Tensor,
+    argmax: Tensor,
     tensors: list[Tensor],
-    eps: float,
+    eps: list[float],
+    describe: bool,
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the packed tensors, empty where ``needs`` (x's, then one per tensor) says so."""
+    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
+    says so, and, if needed, those of mean and var, which x's then leaves out."""
     given = Input(x, tensors, eps)
-    own = given.saved(mean, var)
+    own = given.known(mean, var)
     affine = given.affine(own)
     scaled, sums = given.backend.bn_relu_maxpool_backward(to_matrix(grad), argmax, given.matrix, affine, given.grid)
-    gradients = StageGradients(given.stage, needs[1:])
-    return given.gradients(scaled if needs[0] else None, sums, gradients, own, count, group)
+    return given.gradients(scaled, sums, StageGradients(given.stage, needs[2:]), own, count, group, needs)
 
 
-@bn_relu_maxpool_backward.register_fake
+@_backward.custom_op.register_fake
 def _(
     grad: Tensor,
     x: Tensor,
-    argmax: Tensor,
     mean: Tensor,
     var: Tensor,
     count: Tensor,
+    argmax: Tensor,
     tensors: list[Tensor],
-    eps: float,
+    eps: list[float],
+    describe: bool,
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    return fake_gradients(x, tensors, needs)
+    return fake_gradients(x, mean, tensors, needs)
 
 
-register_autograd(bn_relu_maxpool, bn_relu_maxpool_backward, stock.bn_relu_maxpool)
+def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, describe: bool) -> Tensor:
+    return stock.bn_relu_maxpool(x, stage, mean, var)
+
+
+bn_relu_maxpool = with_autograd(_forward, _backward, _stock, slice(1, 5))

@@ -24,6 +24,7 @@ from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics,
 from densenet_fast.backends.layout import empty_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
+from densenet_fast.ops.op import Gradients, define, with_autograd
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
     Stage,
@@ -34,23 +35,33 @@ from densenet_fast.ops.stage import (
     global_count,
     global_sum,
     norm_gradients,
+    present,
     synchronise,
     through_statistics,
-    unpack,
-    without_autocast,
+    unflatten,
 )
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
 
 class Plan:
     """The layers of a block and where their columns stand.
 
-    Statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn.
+    Statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn. With ``described``,
+    those of F have a reader behind the block.
     """
 
     def __init__(
-        self, x: Tensor, tensors: list[Tensor], eps: list[float], bottleneck: bool, drop_rates: list[float]
+        self,
+        x: Tensor,
+        tensors: list[Tensor],
+        eps: list[float],
+        bottleneck: bool,
+        drop_rates: list[float],
+        described: bool = False,
     ) -> None:
-        self.stages, per_layer = unpack(tensors, eps), 2 if bottleneck else 1
+        self.stages, per_layer = unflatten(tensors, eps), 2 if bottleneck else 1
+        self.described = described
         self.layers = [tuple(self.stages[i : i + per_layer]) for i in range(0, len(self.stages), per_layer)]
         self.bottleneck = bottleneck
         self.grid = (x.shape[0], *x.shape[2:])
@@ -110,39 +121,43 @@ class Plan:
         return features.new_empty(shape) if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
 
     def normalised_by_batch(self, i: int) -> bool:
-        """Whether layer i or a later one normalises its input by batch statistics."""
-        return any(not layer[0].frozen for layer in self.layers[i:])
+        """Whether layer i or a later one, or a reader behind the block, normalises its input by batch statistics."""
+        return self.described or any(not layer[0].frozen for layer in self.layers[i:])
 
 
-@torch.library.custom_op("densenet_fast::dense_block", mutates_args=())
-@without_autocast
-def dense_block(
+@define("dense_block")
+def _forward(
     x: Tensor,
+    x_mean: Tensor | None,
+    x_var: Tensor | None,
     tensors: list[Tensor],
     eps: list[float],
     masks: list[Tensor],
     drop_rates: list[float],
     bottleneck: bool,
     save_bottlenecks: bool,
+    describe: bool,
     group: str | None,
     link: Tensor | None,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """From x [N, C0, *spatial] to (features [N, C_total, *spatial], bottlenecks, mean, var, count).
+) -> Outputs:
+    """From x [N, C0, *spatial] to (features [N, C_total, *spatial], mean, var, count, bottlenecks).
 
     Args:
         x: the block's input, any memory format.
-        tensors, eps: the packed stages, two a layer with a bottleneck (1x1, 3x3), else one (3x3).
+        x_mean, x_var: its batch statistics [C0], if they are known; the gradient of x is whole all the same.
+        tensors, eps: the flattened stages, two a layer with a bottleneck (1x1, 3x3), else one (3x3).
         masks: one [N, k, *spatial] bool per layer, empty where its drop rate is 0.
         drop_rates: one per layer.
         bottleneck: whether the layers have one.
         save_bottlenecks: whether to return each layer's Z [M, B] for the backward pass, which else recomputes it.
+        describe: whether the statistics of all features are wanted, and not of those alone that a layer normalises.
         group: name of the process group whose batches are normalised together, None for this process's alone.
         link: a tensor of x's shape and gradient but without its memory, through which second derivatives reach x.
 
-    ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where no stage needs them;
-    ``count`` is the number of rows they are over.
+    ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where they are not wanted; those of
+    the features are differentiable. ``count`` is the number of rows they are over.
     """
-    plan = Plan(x, tensors, eps, bottleneck, drop_rates)
+    plan = Plan(x, tensors, eps, bottleneck, drop_rates, describe)
     backend = select(x.device, x.dtype)
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
@@ -150,12 +165,17 @@ def dense_block(
     mean = features.new_zeros(plan.packed, dtype=accumulation_dtype(x.dtype))
     packed = Statistics(mean, torch.zeros_like(mean), torch.empty_like(mean), plan.eps)
     own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
+    if own is not None and x_mean is not None:
+        own.mean.copy_(x_mean), own.var.copy_(x_var), torch.add(x_var, plan.eps, out=own.rstd).rsqrt_()
+        own = None
     backend.append_features(x, features[:, : plan.starts[0]], own)
     synchronise(own, rows, group)
+    bottlenecks = []
     if plan.walked_by(backend, x.dtype, group):
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if save_bottlenecks]
-        backend.dense_block(features, plan.starts[0], tensors, eps, plan.grid, bottlenecks, packed)
-        return image, bottlenecks, mean, packed.var, global_count(rows, x, group)
+        given = (present(tensors, x), eps, plan.grid, bottlenecks, packed, describe)
+        backend.dense_block(features, plan.starts[0], *given)
+        return image, mean, packed.var, global_count(rows, x, group), bottlenecks
     weights = convolutions(plan.stages, x.dtype)
     frozen = [j for j, stage in enumerate(plan.stages) if stage.frozen]
     known = dict(zip(frozen, affines([plan.stages[j] for j in frozen], [packed] * len(frozen)))) if frozen else {}
@@ -163,7 +183,6 @@ def dense_block(
     def affine(j: int) -> Affine:
         return (known[j] if j in known else affines([plan.stages[j]], [packed.of(plan.ranges[j])])[0])[0]
 
-    bottlenecks = []
     shared = None if save_bottlenecks else plan.bottleneck_buffer(features)
     for i, layer in enumerate(plan.layers):
         j, inputs = i * len(layer), features[:, : plan.starts[i]]
@@ -185,33 +204,47 @@ def dense_block(
         out = features[:, plan.new(i)]
         backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, mask, plan.keep_scales[i], own)
         synchronise(own, rows, group)
-    return image, bottlenecks, mean, packed.var, global_count(rows, x, group)
+    return image, mean, packed.var, global_count(rows, x, group), bottlenecks
 
 
-@dense_block.register_fake
+@_forward.custom_op.register_fake
 def _(
     x: Tensor,
+    x_mean: Tensor | None,
+    x_var: Tensor | None,
     tensors: list[Tensor],
     eps: list[float],
     masks: list[Tensor],
     drop_rates: list[float],
     bottleneck: bool,
     save_bottlenecks: bool,
+    describe: bool,
     group: str | None,
     link: Tensor | None,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+) -> Outputs:
     plan = Plan(x, tensors, eps, bottleneck, drop_rates)
     image = empty_image(x, plan.grid, plan.columns)
     rows = x.numel() // x.shape[1]
     bottlenecks = [x.new_empty(rows, c.stop - c.start) for c in plan.bottlenecks if save_bottlenecks]
     mean = x.new_empty(plan.packed, dtype=accumulation_dtype(x.dtype))
-    return image, bottlenecks, mean, torch.empty_like(mean), x.new_empty((), dtype=torch.float64)
+    return image, mean, torch.empty_like(mean), x.new_empty((), dtype=torch.float64), bottlenecks
 
 
 class BlockGradients:
-    """The backward pass: G, P and Q, and the gradients of the stages."""
+    """The backward pass: G, P and Q, and the gradients of the stages. ``p`` and ``q`` start with what came from behind
+    the block."""
 
-    def __init__(self, plan: Plan, features: Tensor, mean: Tensor, var: Tensor, count: Tensor, group: str | None):
+    def __init__(
+        self,
+        plan: Plan,
+        features: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        p: Tensor,
+        q: Tensor,
+        group: str | None,
+    ) -> None:
         self.plan, self.mean, self.count, self.group = plan, mean, count, group
         self.backend = select(features.device, features.dtype)
         self.features = to_matrix(features)
@@ -219,12 +252,12 @@ class BlockGradients:
         packed = Statistics(mean, var, torch.rsqrt(var + plan.eps), plan.eps)
         self.affines = affines(plan.stages, [packed.of(columns) for columns in plan.ranges])
         self.factors = through_statistics(self.affines)
-        self.p, self.q = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.p, self.q = p, q
 
     def run(
         self, grad: Tensor, bottlenecks: list[Tensor], masks: list[Tensor], needs: list[bool]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of x [N, C0, *spatial] and of the packed tensors, empty where ``needs`` says so."""
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients of x [N, C0, *spatial] and of the stages' tensors, as far as ``needs`` says so."""
         plan, need_x = self.plan, needs[0]
         self.gradients = [
             StageGradients(stage, needs[1 + j * STAGE_TENSORS : 1 + (j + 1) * STAGE_TENSORS])
@@ -248,7 +281,7 @@ class BlockGradients:
             self.layer(i, dy, z, need_inputs=need_x or i > first)
             self.source = self.grad
         norm_gradients(self.gradients, [r for _, r in self.affines])
-        tensors = [t for g in self.gradients for t in g.tensors(self.features)]
+        tensors = [t for g in self.gradients for t in g.tensors()]
         if not need_x:
             return self.features.new_empty(0), tensors
         image = empty_image(self.features, plan.grid, plan.starts[0])
@@ -336,15 +369,16 @@ class BlockGradients:
             add_reader(sums, self.factors[j], self.p[columns], self.q[columns])
 
 
-@torch.library.custom_op("densenet_fast::dense_block_backward", mutates_args=())
-@without_autocast
-def dense_block_backward(
+@define("dense_block_backward")
+def _backward(
     grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
     features: Tensor,
-    bottlenecks: list[Tensor],
     mean: Tensor,
     var: Tensor,
     count: Tensor,
+    bottlenecks: list[Tensor],
     tensors: list[Tensor],
     eps: list[float],
     masks: list[Tensor],
@@ -354,34 +388,44 @@ def dense_block_backward(
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the packed tensors, empty where ``needs`` (x's, then one per tensor) says so.
+    """The gradients of x and of the stages' tensors, empty where ``needs`` (x's, then one per tensor) says so.
 
-    ``bottlenecks`` is empty if they are to be recomputed; ``in_channels`` is C0, the rest as in ``dense_block``.
+    ``grad_mean`` and ``grad_var`` are those of the packed statistics, None where nobody read them; ``bottlenecks`` is
+    empty if they are to be recomputed; ``in_channels`` is C0, the rest as in the forward pass.
     """
-    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates)
+    described = grad_mean is not None
+    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
     backend = select(features.device, features.dtype)
+    p, q = mean.new_zeros(2, *mean.shape).unbind()
+    if described:
+        p.copy_(grad_mean), q.copy_(grad_var)
     trained = [j % STAGE_TENSORS in (0, 1, 4) and t.numel() > 0 for j, t in enumerate(tensors)]
     if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
         backend, features.dtype, group
     ):
         image = empty_image(features, plan.grid, in_channels)
-        gradients = [
-            torch.empty_like(t, dtype=torch.float32) if own else t.new_empty(0) for t, own in zip(tensors, trained)
-        ]
+        empty = features.new_empty(0)
+        gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
         saved = (to_matrix(features), bottlenecks, mean, var, count)
-        backend.dense_block_backward(to_matrix(grad), *saved, tensors, eps, plan.grid, to_matrix(image), gradients)
-        return image, [g.to(t.dtype) for g, t in zip(gradients, tensors)]
-    return BlockGradients(plan, features, mean, var, count, group).run(grad, bottlenecks, masks, needs)
+        out = (to_matrix(image), gradients, p, q, described)
+        backend.dense_block_backward(to_matrix(grad), *saved, tensors, eps, plan.grid, *out)
+        return image, [
+            None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
+            for g, t, own in zip(gradients, tensors, trained)
+        ]
+    return BlockGradients(plan, features, mean, var, count, p, q, group).run(grad, bottlenecks, masks, needs)
 
 
-@dense_block_backward.register_fake
+@_backward.custom_op.register_fake
 def _(
     grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
     features: Tensor,
-    bottlenecks: list[Tensor],
     mean: Tensor,
     var: Tensor,
     count: Tensor,
+    bottlenecks: list[Tensor],
     tensors: list[Tensor],
     eps: list[float],
     masks: list[Tensor],
@@ -396,60 +440,56 @@ def _(
     return grad_x, [torch.empty_like(t) if need else features.new_empty(0) for t, need in zip(tensors, needs[1:])]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, _, ctx.group, link = inputs
-    features, bottlenecks, mean, var, count = output
-    ctx.mark_non_differentiable(*bottlenecks, mean, var, count)
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
+    x, _, _, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, _, _, ctx.group, link = inputs
+    *described, count, bottlenecks = outputs
+    ctx.mark_non_differentiable(count, *bottlenecks)
     ctx.set_materialize_grads(False)
     ctx.in_channels = x.shape[1]
     ctx.sizes = [len(tensors), len(masks), len(bottlenecks)]
-    ctx.save_for_backward(features, mean, var, count, link, *tensors, *masks, *bottlenecks)
+    ctx.save_for_backward(*described, count, link, *tensors, *masks, *bottlenecks)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    features, mean, var, count, link, *lists = ctx.saved_tensors
-    num_tensors, num_masks, _ = ctx.sizes
-    tensors, masks = lists[:num_tensors], lists[num_tensors : num_tensors + num_masks]
-    bottlenecks = lists[num_tensors + num_masks :]
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    nothing = (None, [None] * num_masks, None, None, None, None, None)
-    if grad is None:
-        return None, [None] * num_tensors, *nothing
-    if stock.needed_in_backward(grad):
-        grad_x, *grads = _differentiable_backward(ctx, grad, features, link, tensors, masks)
+def _gradients(
+    ctx: Any, needs: list[bool], grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any
+) -> Gradients:
+    features, mean, var, count, link, *rest = ctx.saved_tensors
+    tensors, masks, bottlenecks = (rest[sum(ctx.sizes[:i]) :][:n] for i, n in enumerate(ctx.sizes))
+    if grad is None and grad_mean is None and grad_var is None:
+        return None, None, None, [None] * len(tensors)
+    grads = (grad, grad_mean, grad_var)
+    if any(g is not None and stock.needed_in_backward(g) for g in grads):
+        grad_x, *gradients = _differentiable_gradients(ctx, grads, features, link, tensors, masks)
     else:
-        grad_x, grads = dense_block_backward(
-            grad,
-            features,
-            bottlenecks,
-            mean,
-            var,
-            count,
-            tensors,
-            ctx.eps,
-            masks,
-            ctx.drop_rates,
-            ctx.bottleneck,
-            ctx.in_channels,
-            ctx.group,
-            needs,
-        )
-    gradients = [g if need else None for g, need in zip([grad_x, *grads], needs)]
-    return gradients[0], gradients[1:], *nothing
+        grad = torch.zeros_like(features) if grad is None else grad
+        if grad_mean is not grad_var:  # one of them may be None
+            grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
+        saved = (features, mean, var, count, bottlenecks, present(tensors, features))
+        options = (ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.in_channels, ctx.group)
+        grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options, [needs[0], *needs[2:]])
+    gradients = [g if need else None for g, need in zip(gradients, needs[2:])]
+    return grad_x if needs[0] else None, None, None, gradients
 
 
-def _differentiable_backward(
-    ctx: Any, grad: Tensor, features: Tensor, link: Tensor | None, tensors: list[Tensor], masks: list[Tensor]
+def _differentiable_gradients(
+    ctx: Any,
+    grads: tuple[Tensor | None, ...],
+    features: Tensor,
+    link: Tensor | None,
+    tensors: list[Tensor | None],
+    masks: list[Tensor],
 ) -> list[Tensor | None]:
     value = features.detach()[:, : ctx.in_channels]
 
-    def block(x: Tensor, tensors: list[Tensor]) -> Tensor:
+    def block(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x = value if link is None else value + x
         plan = Plan(x, tensors, ctx.eps, ctx.bottleneck, ctx.drop_rates)
-        return stock.dense_block(x, plan.layers, masks, plan.keep_scales)
+        made = stock.dense_block(x, plan.layers, masks, plan.keep_scales)
+        return made, *stock.batch_statistics(made)
 
-    return stock.differentiable_gradients(block, value if link is None else link, tensors, grad, ctx.group)
+    grads = (grads[0], *(None if g is None else g[: features.shape[1]] for g in grads[1:]))
+    return stock.differentiable_gradients(block, [value if link is None else link, *tensors], grads, ctx.group)
 
 
-register_vmap(dense_block_backward)
-dense_block.register_autograd(_backward, setup_context=_setup_context)
+register_vmap(_backward.custom_op)
+dense_block = with_autograd(_forward, _save, _gradients)

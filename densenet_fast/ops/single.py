@@ -1,4 +1,8 @@
-"""What the ops of a single stage share: their input, its batch statistics, the gradients behind them, autograd."""
+"""What the ops of a single stage share: their input, its batch statistics, the gradients behind them, autograd.
+
+The batch's statistics may come from where x was made. If they are part of its graph, their gradients P and Q go back
+there; else the gradient of x is complete, as if they had been computed here.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +21,8 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
+from densenet_fast.ops.op import Gradients, Op
+from densenet_fast.ops.op import with_autograd as op_with_autograd
 from densenet_fast.ops.stage import (
     StageGradients,
     add_reader,
@@ -25,18 +31,19 @@ from densenet_fast.ops.stage import (
     global_count,
     global_sum,
     norm_gradients,
+    present,
     synchronise,
     through_statistics,
-    unpack,
+    unflatten,
 )
 
 
 class Input:
     """x [N, C, *spatial] of an op of one packed stage, as the kernels take it."""
 
-    def __init__(self, x: Tensor, tensors: list[Tensor], eps: float) -> None:
+    def __init__(self, x: Tensor, tensors: list[Tensor], eps: list[float]) -> None:
         self.x = x
-        (self.stage,) = unpack(tensors, [eps])
+        (self.stage,) = unflatten(tensors, eps)
         self.backend = select(x.device, x.dtype)
         self.matrix, self.grid = to_matrix(x), (x.shape[0], *x.shape[2:])
 
@@ -45,8 +52,10 @@ class Input:
         ((weight, bias),) = convolutions([self.stage], self.x.dtype)
         return weight.flatten(1), bias
 
-    def statistics(self, group: str | None) -> Statistics:
-        """Of the batch, [C] each; zeros if the stage is frozen."""
+    def statistics(self, mean: Tensor | None, var: Tensor | None, group: str | None) -> Statistics:
+        """Of the batch, [C] each: a copy of the given ones, or computed; zeros if the stage is frozen."""
+        if mean is not None:
+            return self.known(mean.clone(), var.clone())
         own = empty_statistics(self.x, self.x.shape[1], self.stage.eps)
         if self.stage.frozen:
             own.mean.zero_(), own.var.zero_()
@@ -54,6 +63,10 @@ class Input:
             self.backend.channel_statistics(self.matrix, own)
             synchronise(own, self.matrix.shape[0], group)
         return own
+
+    def known(self, mean: Tensor, var: Tensor) -> Statistics:
+        """Those with ``mean`` and ``var``."""
+        return Statistics(mean, var, torch.rsqrt(var + self.stage.eps), self.stage.eps)
 
     def count(self, group: str | None) -> Tensor:
         """The number of rows that the statistics are over."""
@@ -63,10 +76,6 @@ class Input:
         """What normalises x."""
         return affines([self.stage], [own])[0][0]
 
-    def saved(self, mean: Tensor, var: Tensor) -> Statistics:
-        """What :meth:`statistics` returned, from what was saved of it."""
-        return Statistics(mean, var, torch.rsqrt(var + self.stage.eps), self.stage.eps)
-
     def gradients(
         self,
         scaled: Tensor | None,
@@ -75,20 +84,23 @@ class Input:
         own: Statistics,
         count: Tensor,
         group: str | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        needs: list[bool],
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """What a backward op returns, from scale * D, None where x needs no gradient, and (sum D, sum D * (x - mean)),
         None where neither x nor the normalisation does: (1) and (2)."""
         normalised = affines([self.stage], [own])
         gradients.sums = sums
         norm_gradients([gradients], [normalised[0][1]])
-        if scaled is None:
-            return self.x.new_empty(0), gradients.tensors(self.x)
-        if not self.stage.frozen:
-            p, q = torch.zeros_like(own.mean), torch.zeros_like(own.mean)
+        tensors = gradients.tensors()
+        p, q = torch.zeros_like(own.mean), torch.zeros_like(own.mean)
+        if not self.stage.frozen and (needs[0] or needs[1]):
             add_reader(sums, through_statistics(normalised)[0], p, q)
+        if needs[1]:
+            tensors += [p, q]
+        elif needs[0] and not self.stage.frozen:
             through = ThroughStatistics(self.matrix, own.mean, *global_sum(p, q, group), count)
             self.backend.finalise_gradient(scaled, through, scaled)
-        return to_image(scaled, self.grid), gradients.tensors(self.x)
+        return to_image(scaled, self.grid) if needs[0] else self.x.new_empty(0), tensors
 
 
 def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,43 +109,57 @@ def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vector, torch.empty_like(vector), x.new_empty((), dtype=torch.float64)
 
 
-def fake_gradients(x: Tensor, tensors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
+def fake_gradients(x: Tensor, mean: Tensor, tensors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
     """What :meth:`Input.gradients` returns, without values."""
     grad_x = empty_image(x, (x.shape[0], *x.shape[2:]), x.shape[1]) if needs[0] else x.new_empty(0)
-    return grad_x, [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(tensors, needs[1:])]
+    gradients = [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(tensors, needs[2:])]
+    return grad_x, gradients + [torch.empty_like(mean) for _ in range(2) if needs[1]]
 
 
-def register_autograd(op: Any, backward_op: Any, run: Callable[..., Tensor]) -> None:
-    """Autograd of ``op(x, tensors, eps, *options, group) -> (out, *saved)`` by
-    ``backward_op(grad, x, *saved, tensors, eps, *options, group, needs) -> (x's gradient, the tensors')``.
+def statistics_of_output(out: Tensor, channels: int, wanted: bool) -> tuple[Statistics | None, Tensor, Tensor]:
+    """Where a kernel writes the statistics of its result, like ``out`` in dtype, if they are ``wanted``; and its mean
+    and variance, empty if not."""
+    own = empty_statistics(out, channels if wanted else 0, 0.0)
+    return own if wanted else None, own.mean, own.var
 
-    A derivative that must itself be differentiable goes through ``run(x, stage, *options)``, which is ``op`` on stock
-    torch functions.
+
+def with_autograd(
+    op: Op, backward_op: Op, run: Callable[..., Tensor], saved: slice
+) -> Callable[..., tuple[Tensor, ...]]:
+    """``op(x, mean, var, tensors, eps, *options, group)`` of one flattened stage as a differentiable function, by
+    ``backward_op(grad, x, *outputs[saved], tensors, eps, *options, group, needs) -> (x's gradient, the tensors' and, if
+    needed, mean's and var's)``.
+
+    A derivative that must itself be differentiable goes through ``run(x, mean, var, stage, *options)``, which is ``op``
+    on stock torch functions.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, tensors, ctx.eps, *ctx.options, ctx.group = inputs
-        _, *saved = output
-        ctx.saved = len(saved)
-        ctx.mark_non_differentiable(*saved)
+    def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        x, mean, var, tensors, ctx.eps, *ctx.options, ctx.group = inputs
+        ctx.saved = len(outputs[saved])
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *saved, *tensors)
+        ctx.save_for_backward(x, mean, var, *outputs[saved], *tensors)
 
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
-        saved, tensors = rest[: ctx.saved], rest[ctx.saved :]
-        constants = [None] * (2 + len(ctx.options))
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    def gradients(ctx: Any, needs: list[bool], grad: Tensor | None, *_: None) -> Gradients:
+        x, mean, var, *rest = ctx.saved_tensors
+        kept, tensors = rest[: ctx.saved], rest[ctx.saved :]
         if grad is None:
-            return None, [None] * len(tensors), *constants
+            return None, None, None, [None] * len(tensors)
         if stock.needed_in_backward(grad):
-            grad_x, *grads = stock.differentiable_gradients(
-                lambda x, tensors: run(x, *unpack(tensors, [ctx.eps]), *ctx.options), x, tensors, grad, ctx.group
+            known = (mean, var) if needs[1] else (None, None)
+            grad_x, grad_mean, grad_var, *grads = stock.differentiable_gradients(
+                lambda x, mean, var, *tensors: [run(x, mean, var, *unflatten(tensors, ctx.eps), *ctx.options)],
+                [x, *known, *tensors],
+                [grad],
+                None if needs[1] else ctx.group,
             )
-        else:
-            grad_x, grads = backward_op(grad, x, *saved, tensors, ctx.eps, *ctx.options, ctx.group, needs)
-        gradients = [g if need else None for g, need in zip([grad_x, *grads], needs)]
-        return gradients[0], gradients[1:], *constants
+            return grad_x, grad_mean, grad_var, grads
+        inputs = (grad, x, *kept, present(tensors, x), ctx.eps, *ctx.options, ctx.group, needs)
+        grad_x, grads = backward_op(*inputs)
+        grad_mean, grad_var = grads[len(tensors) :] or (None, None)
+        grads = [g if need else None for g, need in zip(grads, needs[2:])]
+        return grad_x if needs[0] else None, grad_mean, grad_var, grads
 
-    register_vmap(backward_op)
-    op.register_autograd(backward, setup_context=setup_context)
+    register_vmap(backward_op.custom_op)
+    return op_with_autograd(op, save, gradients)

@@ -16,7 +16,7 @@ from densenet_fast.backends.affine import Affine, Statistics, accumulation_dtype
 from densenet_fast.backends.layout import as_output
 
 STAGE_TENSORS = 6
-"""Tensors of a stage in an op's flat list; an absent one is an empty tensor."""
+"""Tensors of a stage in a flat list."""
 
 
 class Stage(NamedTuple):
@@ -70,16 +70,21 @@ def affines(stages: Sequence[Stage], statistics: Sequence[Statistics]) -> list[t
     return [(Affine(*(v.contiguous() for v in vectors)), r) for *vectors, r in zip(means, scales, shifts, rs)]
 
 
-def pack(stages: Sequence[Stage], like: Tensor) -> tuple[list[Tensor], list[float]]:
-    """The flat tensor list and the epsilons of ``stages``, on the device of ``like``."""
-    tensors = [like.new_empty(0) if t is None else t for stage in stages for t in stage[:STAGE_TENSORS]]
-    return tensors, [stage.eps for stage in stages]
+def flatten(stages: Sequence[Stage]) -> tuple[list[Tensor | None], list[float]]:
+    """The tensors of ``stages`` in a list, and their epsilons."""
+    return [t for stage in stages for t in stage[:STAGE_TENSORS]], [stage.eps for stage in stages]
 
 
-def unpack(tensors: Sequence[Tensor], eps: Sequence[float]) -> list[Stage]:
-    """The stages that :func:`pack` flattened."""
-    present = [t if t.numel() else None for t in tensors]
-    return [Stage(*present[i * STAGE_TENSORS : (i + 1) * STAGE_TENSORS], e) for i, e in enumerate(eps)]
+def present(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """``tensors`` with an empty one, on the device of ``like``, for each that is absent: what an op's list can hold."""
+    empty = like.new_empty(0)
+    return [empty if t is None else t for t in tensors]
+
+
+def unflatten(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> list[Stage]:
+    """The stages of flattened ``tensors``, of which those that are absent are None or empty."""
+    tensors = [None if t is None or t.numel() == 0 else t for t in tensors]
+    return [Stage(*tensors[i * STAGE_TENSORS : (i + 1) * STAGE_TENSORS], e) for i, e in enumerate(eps)]
 
 
 class StageGradients:
@@ -114,9 +119,9 @@ class StageGradients:
         if self.needs_bias:
             self._gradients[1] = bias.to(self.stage.bias.dtype)
 
-    def tensors(self, like: Tensor) -> list[Tensor]:
-        """One gradient per packed tensor, empty where it was not needed."""
-        return [like.new_empty(0) if g is None else g for g in self._gradients]
+    def tensors(self) -> list[Tensor | None]:
+        """One gradient per tensor of the stage, None where it was not needed."""
+        return self._gradients
 
 
 def norm_gradients(gradients: Sequence[StageGradients], rs: Sequence[Tensor]) -> None:

@@ -6,38 +6,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.ops.stage import Stage
 
 
-def bn_relu(x: Tensor, stage: Stage) -> Tensor:
-    """BN-ReLU of x [N, C, *spatial]."""
-    running = stage.running_mean, stage.running_var
-    return F.relu(F.batch_norm(x, *running, stage.weight, stage.bias, not stage.frozen, 0.0, stage.eps))
+def bn_relu(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
+    """BN-ReLU of x [N, C, *spatial], by the batch's ``mean`` and ``var`` [C] if they are given."""
+    if mean is None:
+        running = stage.running_mean, stage.running_var
+        return F.relu(F.batch_norm(x, *running, stage.weight, stage.bias, not stage.frozen, 0.0, stage.eps))
+    scale = torch.rsqrt(var + stage.eps)
+    if stage.weight is not None:
+        scale = stage.weight * scale
+    y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+    return F.relu(y if stage.bias is None else y + _per_channel(stage.bias, x)).to(x.dtype)
 
 
-def bn_relu_maxpool(x: Tensor, stage: Stage) -> Tensor:
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x [N, C, *spatial]: [C] each, in the accumulation dtype."""
+    var, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), [0, *range(2, x.dim())], correction=0)
+    return mean, var
+
+
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
+def bn_relu_maxpool(x: Tensor, stage: Stage, mean: Tensor | None, var: Tensor | None) -> Tensor:
     """BN-ReLU-max pooling: the stem behind its convolution."""
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.dim() - 3]
-    return pool(bn_relu(x, stage), 3, 2, 1)
+    return pool(bn_relu(x, stage, mean, var), 3, 2, 1)
 
 
-def bn_relu_global_avgpool(x: Tensor, stage: Stage) -> Tensor:
+def bn_relu_global_avgpool(x: Tensor, stage: Stage, mean: Tensor | None, var: Tensor | None) -> Tensor:
     """BN-ReLU and the mean over all pixels: the head before its classifier."""
-    return bn_relu(x, stage).flatten(2).mean(2)
+    return bn_relu(x, stage, mean, var).flatten(2).mean(2)
 
 
-def bn_relu_conv(x: Tensor, stage: Stage) -> Tensor:
+def bn_relu_conv(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
     """BN-ReLU-convolution, 1x1 or 3x3 with padding 1, of x [N, C, *spatial]."""
     weight, bias = stage.conv_weight.to(x.dtype), None if stage.conv_bias is None else stage.conv_bias.to(x.dtype)
     ones = [1] * (x.dim() - 2)
     padding = [weight.shape[-1] // 2] * len(ones)
-    return torch.convolution(bn_relu(x, stage), weight, bias, ones, padding, ones, False, [0], 1)
+    return torch.convolution(bn_relu(x, stage, mean, var), weight, bias, ones, padding, ones, False, [0], 1)
 
 
-def bn_relu_conv_pool(x: Tensor, stage: Stage) -> Tensor:
+def bn_relu_conv_pool(x: Tensor, stage: Stage, mean: Tensor | None, var: Tensor | None) -> Tensor:
     """BN-ReLU-convolution-average pooling: the transition."""
     pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
-    return pool(bn_relu_conv(x, stage), 2)
+    return pool(bn_relu_conv(x, stage, mean, var), 2)
 
 
 def dense_block(
@@ -60,14 +77,13 @@ def needed_in_backward(grad: Tensor) -> bool:
 
 
 def differentiable_gradients(
-    function: Callable[[Tensor, list[Tensor]], Tensor],
-    x: Tensor,
-    tensors: list[Tensor],
-    grad: Tensor,
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     group: str | None,
 ) -> list[Tensor | None]:
-    """Gradients of ``function(x, tensors)`` with respect to x and those of the tensors that require them, themselves
-    differentiable if gradients are enabled.
+    """Gradients of ``function(*inputs)`` with respect to those of the inputs that require them, themselves
+    differentiable if gradients are enabled, from the gradients of its outputs, None where there is none.
 
     The inputs are made nodes of their own first, so that a derivative with respect to one is partial even if another
     was computed from it or is the very same.
@@ -79,8 +95,8 @@ def differentiable_gradients(
         raise RuntimeError("create_graph: expected batch statistics of one process, got synchronised batch norm")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [t.view_as(t) for t in (x, *tensors)]
-        output = function(inputs[0], inputs[1:])
-    wanted = [t for t in inputs if t.requires_grad]
-    gradients = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph, allow_unused=True))
-    return [next(gradients) if t.requires_grad else None for t in inputs]
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        made, given = zip(*((output, grad) for output, grad in zip(function(*inputs), grads) if grad is not None))
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    gradients = iter(torch.autograd.grad(made, wanted, given, create_graph=create_graph, allow_unused=True))
+    return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]

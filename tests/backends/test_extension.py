@@ -94,6 +94,11 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 3), *nothing)
     with pytest.raises(RuntimeError, match="out_mean: expected with out_var and out_rstd"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), vector[:2], *nothing[1:])
+    for partly in ([vector[:2], None, None, 0.0], [None, None, vector[:2], 0.0]):
+        with pytest.raises(RuntimeError, match="out_mean: expected with out_var and out_rstd"):
+            kernels.cpu_bn_relu_pool_conv1x1(x, *affine, weight, None, [1, 2, 2], *partly)
+    with pytest.raises(RuntimeError, match="var: expected 3 contiguous float32 values"):
+        kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 2], vector, vector[:2], vector, 0.0)
     with pytest.raises(RuntimeError, match="mean: expected with scale and shift"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), *nothing[:-1], vector[:2])
     with pytest.raises(RuntimeError, match=r"weight: expected \[k, B, 3, 3\], contiguous or channels last"):
@@ -107,9 +112,9 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight.double(), None, torch.empty(4, 2), *nothing)
     grad, argmax = torch.randn(1, 3), torch.zeros(1, 3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="grid: expected the product 4, got 6"):
-        kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 3])
+        kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 3], *nothing[:4])
     with pytest.raises(RuntimeError, match="grid: expected one to three spatial sizes"):
-        kernels.cpu_bn_relu_maxpool(x, *affine, [4])
+        kernels.cpu_bn_relu_maxpool(x, *affine, [4], *nothing[:4])
     with pytest.raises(RuntimeError, match="grad: expected the shape of the maxima"):
         kernels.cpu_bn_relu_maxpool_backward(x, argmax, x, *affine, [1, 2, 2])
     for wrong in (argmax.long(), argmax[:, :2], argmax.expand(2, 3), argmax.repeat(1, 2)[:, ::2]):
@@ -152,18 +157,21 @@ def test_any_number_of_threads(rows, threads):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_pooling_with_any_number_of_threads(grid, threads):
     """Any division of the lines and images into chunks and tiles covers each pixel once."""
-    x = torch.randn(torch.Size(grid).numel(), 37)
+    x, weight = torch.randn(torch.Size(grid).numel(), 37), torch.randn(24, 37) / 6
     affine = backends.affine.Affine(torch.randn(37), torch.randn(37), torch.randn(37))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         results = []
         for backend in (cpu, cpu, aten):
-            out, argmax = backend.bn_relu_maxpool(x, affine, grid)
+            own, projected = empty_statistics(x, 37, 1e-5), empty_statistics(x, 24, 1e-5)
+            out, argmax = backend.bn_relu_maxpool(x, affine, grid, own)
             scaled, sums = backend.bn_relu_maxpool_backward(out, argmax, x, affine, grid)
             mean = backend.bn_relu_global_avgpool(x, affine, grid)
             spread, mean_sums = backend.bn_relu_global_avgpool_backward(mean, x, affine, grid)
-            results.append([out, argmax.float(), scaled, *sums, mean, spread, *mean_sums])
+            pooled = backend.bn_relu_pool_conv1x1(x, affine, weight, None, grid, projected)
+            results.append([out, argmax.float(), *own[:3], scaled, *sums, mean, spread, *mean_sums])
+            results[-1] += [pooled, *projected[:3]]
     finally:
         torch.set_num_threads(before)
     for got, again, expected in zip(*results):

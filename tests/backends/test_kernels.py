@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from densenet_fast.backends import BACKENDS
 from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
-from helpers import error
+from helpers import EPS, assert_statistics, error
 
 GRIDS = [(2, 5, 7), (1, 1, 1), (3, 1, 4), (2, 9), (2, 3, 4, 2), (1, 16, 16)]
 CHANNELS = [(1, 1), (5, 3), (24, 12), (33, 48)]
@@ -84,20 +84,6 @@ def assert_gradients(case, dtype, got, weight, grad, pool=False):
     dx = d * (case.x.double() - case.affine.mean.double())
     assert close(sum_dx, truth_scale, stock_scale, dtype, dx.abs().sum(0))
     assert sum_d.dtype == sum_dx.dtype == accumulation_dtype(dtype)
-
-
-EPS = 1e-3
-
-
-def assert_statistics(statistics, stored):
-    var, mean = torch.var_mean(stored.double(), 0, correction=0)
-    tolerance = 1e-12 if stored.dtype == torch.float64 else 1e-5
-    assert error(statistics[0], mean) < tolerance
-    assert (statistics[1].double() - var).norm() <= tolerance * stored.double().square().mean(0).norm()
-    assert (
-        error(statistics.rstd, torch.rsqrt(statistics.var.double() + EPS)) < 2 * torch.finfo(statistics.rstd.dtype).eps
-    )
-    assert {t.dtype for t in statistics[:3]} == {accumulation_dtype(stored.dtype)}
 
 
 def test_channel_statistics(backend, dtype, channels, grid):
@@ -267,9 +253,13 @@ def test_bn_relu_pool_conv1x1(backend, dtype, channels, grid, bias):
         grid = (grid[0], *(size + 1 for size in grid[1:]))
     case = Case(grid, channels, dtype)
     bias = case.bias if bias else None
-    out = backend.bn_relu_pool_conv1x1(case.x, case.affine, case.w1.flatten(1), bias, grid)
+    arguments = (case.x, case.affine, case.w1.flatten(1), bias, grid)
+    statistics = empty_statistics(case.x, case.k, EPS)
+    out = backend.bn_relu_pool_conv1x1(*arguments, statistics)
     truth, stock = (to_matrix(case.stock(d, case.w1, bias, pool=True)[0]) for d in (torch.float64, dtype))
     assert close(out, truth, stock, dtype) and out.dtype == dtype
+    assert_statistics(statistics, out)
+    assert backend.bn_relu_pool_conv1x1(*arguments, None).equal(out)
 
 
 def test_bn_relu_pool_conv1x1_backward(backend, dtype, channels, grid):

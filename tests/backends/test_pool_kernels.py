@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from densenet_fast.backends import BACKENDS
-from densenet_fast.backends.affine import Affine, accumulation_dtype
+from densenet_fast.backends.affine import Affine, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
+from helpers import EPS, assert_statistics
 
 GRIDS = [(2, 5, 7), (1, 1, 1), (3, 1, 4), (2, 2, 2), (1, 2, 1), (2, 9), (1, 2), (2, 3, 4, 2), (3, 50, 13), (40, 3, 3)]
 CHANNELS = [1, 5, 24, 33]
@@ -99,15 +100,19 @@ def positions(index, grid):
 
 def test_bn_relu_maxpool(backend, dtype, channels, grid):
     case = Case(grid, channels, dtype)
-    out, argmax = backend.bn_relu_maxpool(case.x, case.affine, grid)
+    statistics = empty_statistics(case.x, channels, EPS)
+    out, argmax = backend.bn_relu_maxpool(case.x, case.affine, grid, statistics)
     truth, stock = (case.stock(max_pool, d)[0] for d in (torch.float64, dtype))
     assert close(out, truth, stock, dtype, truth) and out.dtype == dtype
     assert argmax.dtype == torch.uint8 and argmax.is_contiguous() and argmax.shape == out.shape
+    assert_statistics(statistics, out)
+    without = backend.bn_relu_maxpool(case.x, case.affine, grid, None)
+    assert without[0].equal(out) and without[1].equal(argmax)
 
 
 def test_bn_relu_maxpool_backward(backend, dtype, channels, grid):
     case = Case(grid, channels, dtype)
-    out, argmax = backend.bn_relu_maxpool(case.x, case.affine, grid)
+    out, argmax = backend.bn_relu_maxpool(case.x, case.affine, grid, None)
     grad = column_range(out.shape[0], channels, dtype)
     scaled, sums = backend.bn_relu_maxpool_backward(grad, argmax, case.x, case.affine, grid)
     assert_gradients(case, max_pool, grad, scaled, sums)
@@ -119,7 +124,7 @@ def test_the_maximum_of_equals_and_of_nan_is_stocks(backend, dtype, channels, gr
     if nan:
         case.x[torch.rand(case.x.shape) < 0.1] = float("nan")
         case.x[0, 0] = float("nan")
-    out, argmax = backend.bn_relu_maxpool(case.x, case.affine, grid)
+    out, argmax = backend.bn_relu_maxpool(case.x, case.affine, grid, None)
     a, leaves = case.activation(dtype)
     expected, index = max_pool(a, return_indices=True)
     assert torch.equal(out.nan_to_num(-1.0), to_matrix(expected).nan_to_num(-1.0))

@@ -96,12 +96,12 @@ def finalise(x, affine, grid):
 
 def transition(x, affine, grid):
     weight = torch.linspace(-1, 1, 8 * x.shape[1]).view(8, -1).to(x.dtype)
-    out = cpu.bn_relu_pool_conv1x1(x, affine, weight, None, grid)
+    out = cpu.bn_relu_pool_conv1x1(x, affine, weight, None, grid, None)
     return out, cpu.bn_relu_pool_conv1x1_backward(out, x, affine, weight, grid, True, True)
 
 
 def stem(x, affine, grid):
-    out, argmax = cpu.bn_relu_maxpool(x, affine, grid)
+    out, argmax = cpu.bn_relu_maxpool(x, affine, grid, None)
     return out, argmax, cpu.bn_relu_maxpool_backward(out, argmax, x, affine, grid)
 
 

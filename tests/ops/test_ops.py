@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast import functional, ops
+from densenet_fast import functional
 from densenet_fast.functional import BatchNorm, BNReLUConv
-from densenet_fast.ops.bn_relu_conv1x1 import bn_relu_conv1x1_backward
-from densenet_fast.ops.dense_block import dense_block_backward
-from densenet_fast.ops.stage import pack
-from helpers import error, make_norm
+from helpers import error, make_norm, pack
+
+OPS = torch.ops.densenet_fast
 
 SPATIAL = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}
 
@@ -141,21 +140,22 @@ def test_gradcheck_bn_relu_conv1x1(options, dims, spatial, pool):
     assert error(run(x), expected) < 1e-13
 
 
-def opcheck_arguments(options, save, needs_grad=True):
+def opcheck_arguments(options, save, known):
     dims = options.get("dims", 2)
     layers = make_layers(16, k=16, width=32, dtype=torch.float32, **options)
     units = [unit for layer in layers for unit in layer]
-    x = torch.randn(2, 16, *SPATIAL[dims], requires_grad=needs_grad)
+    x = torch.randn(2, 16, *SPATIAL[dims], requires_grad=True)
     tensors, eps = pack([unit.stage() for unit in units], x)
     masks = [torch.rand(2, 16, *SPATIAL[dims]) > 0.5, x.new_empty(0)]
     link = x.new_zeros(()).expand(x.shape)
-    return x, tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True), save, None, link
+    statistics = (torch.zeros(16), torch.ones(16)) if known else (None, None)
+    return x, *statistics, tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True), save, known, None, link
 
 
-@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("save, known", [(False, False), (True, True)])
 @pytest.mark.parametrize("options", BLOCKS, ids=str)
-def test_opcheck_dense_block(options, save):
-    torch.library.opcheck(ops.dense_block, opcheck_arguments(options, save))
+def test_opcheck_dense_block(options, save, known):
+    torch.library.opcheck(OPS.dense_block.default, opcheck_arguments(options, save, known))
 
 
 FAKE = ("test_schema", "test_faketensor")
@@ -173,11 +173,13 @@ def test_opcheck_dense_block_backward(k, channels_last, bottleneck):
         tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
     tensors = [t.detach() for t in tensors]
     masks = [torch.rand(2, k, 8, 8) > 0.5, x.new_empty(0)]
-    features, *saved = ops.dense_block(x, tensors, eps, masks, [0.5, 0.0], bottleneck, True, None, None)
+    stages = (tensors, eps, masks, [0.5, 0.0], bottleneck)
+    features, *saved = OPS.dense_block(x, None, None, *stages, True, True, None, None)
     needs = [True] + [t.numel() > 0 for t in tensors]
     for grad in (torch.randn_like(features), torch.randn(features.shape), torch.ones(()).expand(features.shape)):
-        arguments = (grad, features, *saved, tensors, eps, masks, [0.5, 0.0], bottleneck, 16, None, needs)
-        torch.library.opcheck(dense_block_backward, arguments, test_utils=FAKE)
+        for read in ((None, None), tuple(torch.randn(2, *saved[0].shape))):
+            arguments = (grad, *read, features, *saved, *stages, 16, None, needs)
+            torch.library.opcheck(OPS.dense_block_backward.default, arguments, test_utils=FAKE)
 
 
 @pytest.mark.parametrize("pool", [False, True])
@@ -185,13 +187,16 @@ def test_opcheck_dense_block_backward(k, channels_last, bottleneck):
 def test_opcheck_bn_relu_conv1x1(options, pool):
     unit = make_unit(3, 4, 1, 2, dtype=torch.float32, **options)
     x = torch.randn(2, 3, 5, 4, requires_grad=True)
-    tensors, (eps,) = pack([unit.stage()], x)
-    torch.library.opcheck(ops.bn_relu_conv1x1, (x, tensors, eps, pool, None))
+    tensors, eps = pack([unit.stage()], x)
+    known = (torch.zeros(3), torch.ones(3))
+    for statistics in ((None, None), known, tuple(t.clone().requires_grad_() for t in known)):
+        torch.library.opcheck(OPS.bn_relu_conv1x1.default, (x, *statistics, tensors, eps, pool, True, None))
     tensors = [t.detach() for t in tensors]
-    out, *saved = ops.bn_relu_conv1x1(x.detach(), tensors, eps, pool, None)
-    needs = [True] + [t.numel() > 0 and not unit.norm.frozen for t in tensors]
-    arguments = (torch.randn(out.shape), x.detach(), *saved, tensors, eps, pool, None, needs)
-    torch.library.opcheck(bn_relu_conv1x1_backward, arguments, test_utils=FAKE)
+    out, mean, var, count, *_ = OPS.bn_relu_conv1x1(x.detach(), None, None, tensors, eps, pool, False, None)
+    for apart in (False, True):
+        needs = [True, apart] + [t.numel() > 0 and not unit.norm.frozen for t in tensors]
+        arguments = (torch.randn(out.shape), x.detach(), mean, var, count, tensors, eps, pool, False, None, needs)
+        torch.library.opcheck(OPS.bn_relu_conv1x1_backward.default, arguments, test_utils=FAKE)
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])

@@ -4,19 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from densenet_fast import functional, ops
+from densenet_fast import functional
+from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.functional import BatchNorm
-from densenet_fast.ops.bn_relu_global_avgpool import bn_relu_global_avgpool_backward
-from densenet_fast.ops.bn_relu_maxpool import bn_relu_maxpool_backward
-from densenet_fast.ops.stage import pack
-from helpers import error, make_norm
+from helpers import error, make_norm, pack
 
 SHAPES = [(2, 3, 5), (2, 3, 4, 7), (3, 3, 1, 2), (2, 3, 2, 3, 4)]
 MODES = [dict(), dict(affine=False), dict(training=False), dict(tracked=False, training=False), dict(eps=0.3)]
 RUNS = {"maxpool": functional.bn_relu_maxpool, "avgpool": functional.bn_relu_global_avgpool}
 OPS = {
-    "maxpool": (ops.bn_relu_maxpool, bn_relu_maxpool_backward),
-    "avgpool": (ops.bn_relu_global_avgpool, bn_relu_global_avgpool_backward),
+    kind: tuple(getattr(torch.ops.densenet_fast, name + end).default for end in ("", "_backward"))
+    for kind, name in (("maxpool", "bn_relu_maxpool"), ("avgpool", "bn_relu_global_avgpool"))
 }
 
 both = pytest.mark.parametrize("kind", RUNS)
@@ -65,13 +63,17 @@ def test_opcheck(kind, options, dtype, channels_last):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     x.requires_grad_()
-    tensors, (eps,) = pack([norm.stage()], x)
-    torch.library.opcheck(op, (x, tensors, eps, None))
+    tensors, eps = pack([norm.stage()], x)
+    options = (False, None) if kind == "maxpool" else (None,)
+    known = (torch.zeros(3, dtype=accumulation_dtype(dtype)), torch.ones(3, dtype=accumulation_dtype(dtype)))
+    for statistics in ((None, None), known, tuple(t.clone().requires_grad_() for t in known)):
+        torch.library.opcheck(op, (x, *statistics, tensors, eps, *options))
     tensors = [t.detach() for t in tensors]
-    out, *saved = op(x.detach(), tensors, eps, None)
-    for needs_x in (True, False):
-        needs = [needs_x] + [t.numel() > 0 and i < 2 for i, t in enumerate(tensors)]
-        arguments = (torch.randn(out.shape).to(dtype), x.detach(), *saved, tensors, eps, None, needs)
+    out, *saved = op(x.detach(), None, None, tensors, eps, *options)
+    saved = saved[: 4 if kind == "maxpool" else 3]
+    for needs_x, apart in ((True, False), (True, True), (False, False)):
+        needs = [needs_x, apart] + [t.numel() > 0 and i < 2 for i, t in enumerate(tensors)]
+        arguments = (torch.randn(out.shape).to(dtype), x.detach(), *saved, tensors, eps, *options, needs)
         torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

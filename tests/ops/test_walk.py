@@ -9,7 +9,7 @@ import densenet_fast
 from densenet_fast import functional
 from densenet_fast.backends import cpu
 from densenet_fast.functional import BatchNorm, BNReLUConv
-from helpers import error
+from helpers import error, pack
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled kernels")
 
@@ -141,7 +141,7 @@ def test_wrong_arguments_raise():
     kernels = torch.ops.densenet_fast
     x, layers = make(torch.float32, spatial=(6, 6))
     stages = [unit.stage() for layer in layers for unit in layer]
-    tensors, eps = densenet_fast.ops.stage.pack(stages, x)
+    tensors, eps = pack(stages, x)
     features, mean, var = torch.zeros(3 * 36, 8 + 3 * 4), torch.zeros(20 + 48), torch.ones(20 + 48)
 
     def refused(message, *arguments):
@@ -149,18 +149,19 @@ def test_wrong_arguments_raise():
             kernels.cpu_dense_block(*arguments)
 
     grid = [3, 6, 6]
-    refused("tensors: expected six", features, 8, tensors[:-1], eps, grid, [], mean, var)
-    refused("expected 20 columns, got 19", features[:, 1:], 8, tensors, eps, grid, [], mean, var)
-    refused("weight: expected 9 contiguous", features, 9, tensors, eps, grid, [], mean, var)
-    refused("mean: expected 68 contiguous", features, 8, tensors, eps, grid, [], mean[1:], var)
-    refused("bottlenecks: expected one for each", features, 8, tensors, eps, grid, [features], mean, var)
-    refused("grid: expected two spatial sizes", features, 8, tensors, eps, [3, 6, 7], [], mean, var)
+    refused("tensors: expected six", features, 8, tensors[:-1], eps, grid, [], mean, var, False)
+    refused("expected 20 columns, got 19", features[:, 1:], 8, tensors, eps, grid, [], mean, var, False)
+    refused("weight: expected 9 contiguous", features, 9, tensors, eps, grid, [], mean, var, False)
+    refused("mean: expected 68 contiguous", features, 8, tensors, eps, grid, [], mean[1:], var, False)
+    refused("bottlenecks: expected one for each", features, 8, tensors, eps, grid, [features], mean, var, False)
+    refused("grid: expected two spatial sizes", features, 8, tensors, eps, [3, 6, 7], [], mean, var, False)
     biased = [torch.zeros(16) if i == 5 else t for i, t in enumerate(tensors)]
-    refused("expected no bias", features, 8, biased, eps, grid, [], mean, var)
+    refused("expected no bias", features, 8, biased, eps, grid, [], mean, var, False)
     grads = [torch.zeros_like(t) for t in tensors]
     for wrong in (0, 4, 10):
         bad = [g.double() if i == wrong else g for i, g in enumerate(grads)]
         with pytest.raises(RuntimeError, match="grad"):
             kernels.cpu_dense_block_backward(
-                features, features, [], mean, var, 108.0, tensors, eps, grid, features[:, :8].clone(), bad
+                *(features, features, [], mean, var, 108.0, tensors, eps, grid, features[:, :8].clone(), bad),
+                *(mean.clone(), var.clone(), True),
             )

@@ -3,35 +3,51 @@
 from torch import Tensor
 
 from densenet_fast.backends import aten
-from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.affine import Affine, Statistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1 import bn_relu_pool_conv1x1 as pool_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1_backward import (
     bn_relu_pool_conv1x1_backward as pool_backward_kernel,
 )
 from densenet_fast.backends.triton.launch import launch, units
-from densenet_fast.backends.triton.shared import Sums, adjacent, dot_precision, float32, sum_partials, tiles_of
+from densenet_fast.backends.triton.shared import (
+    Sums,
+    adjacent,
+    combine_statistics,
+    dot_precision,
+    float32,
+    sum_partials,
+    tiles_of,
+)
 
 
 def bn_relu_pool_conv1x1(
-    x: Tensor, affine: Affine, weight: Tensor, bias: Tensor | None, grid: tuple[int, ...]
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, ...],
+    statistics: Statistics | None,
 ) -> Tensor:
     if config.pooling_by_torch(grid):
-        return aten.bn_relu_pool_conv1x1(x, affine, weight, bias, grid)
+        return aten.bn_relu_pool_conv1x1(x, affine, weight, bias, grid, statistics)
     x, weight = adjacent(x), weight.contiguous()
     channels, width, windows = x.shape[1], weight.shape[0], _windows(grid)
     tile = config.tile("bn_relu_pool_conv1x1", config.device_of(x.device), x.dtype, width)
     columns = config.fit(width, tile.columns)
+    tiles = tiles_of(windows, tile.rows)
     out = x.new_empty(windows, width)
+    partials = float32(x, 0 if statistics is None else tiles, 2, width)
     (c, c_unit), (ld_x, x_unit), (k, k_unit) = units(channels), units(x.stride(0)), units(width)
     launch(
         pool_kernel,
-        (tiles_of(windows, tile.rows) * tiles_of(width, columns),),
+        (tiles * tiles_of(width, columns),),
         x,
         *affine,
         weight,
         weight if bias is None else bias,
         out,
+        partials,
         windows,
         c,
         ld_x,
@@ -45,8 +61,11 @@ def bn_relu_pool_conv1x1(
         COLUMNS=columns,
         INNER=config.fit(channels, tile.inner),
         BIAS=bias is not None,
+        STATISTICS=statistics is not None,
         PRECISION=dot_precision(x.dtype),
     )
+    if statistics is not None:
+        combine_statistics(partials, windows, tile.rows, statistics)
     return out
 
 

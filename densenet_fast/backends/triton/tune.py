@@ -66,7 +66,7 @@ def training_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> lis
         backend.bn_relu_conv3x3(z, second, w2, None, grid, new, None, 1.0, empty_statistics(new, growth, 1e-5))
         backend.bn_relu_conv3x3_backward(scratch(rows, growth), z, second, w2, grid, dz, True)
         backend.bn_relu_conv1x1_backward(dz, features, first, w1, gradient[:, :channels], True, True)
-        out = backend.bn_relu_pool_conv1x1(features, first, w3, None, grid)
+        out = backend.bn_relu_pool_conv1x1(features, first, w3, None, grid, empty_statistics(z, transition, 1e-5))
         backend.bn_relu_pool_conv1x1_backward(out, features, first, w3, grid, True, True)
     return launches
 

@@ -167,6 +167,10 @@ def test_statistics_of_many_rows_far_from_zero(dtype):
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
     assert close(got.mean, mean, tolerance) and close(got.var, var, 100 * tolerance)
+    identity = Affine(*(torch.full_like(got.mean, value) for value in (0, 1, 0)))
+    out, _ = kernels.bn_relu_maxpool(x, identity, (1, len(x)), got)
+    var, mean = torch.var_mean(out.double(), 0, correction=0)
+    assert close(got.mean, mean, tolerance) and close(got.var, var, 100 * tolerance)
 
 
 @every
@@ -198,8 +202,13 @@ def test_bn_relu_maxpool(grid, columns, dtype):
     case = Case(grid, columns, dtype)
     activation, leaves = case.differentiable()
     truth = max_pool(activation)
-    out, argmax = kernels.bn_relu_maxpool(case.x, case.affine, grid)
+    packed, statistics = empty_statistics(case.cols, dtype)
+    out, argmax = kernels.bn_relu_maxpool(case.x, case.affine, grid, statistics)
     assert out.dtype == dtype and close(out, truth, rounding(dtype))
+    assert_statistics(statistics, out)
+    assert packed.isnan().sum() == 18
+    without = kernels.bn_relu_maxpool(case.x, case.affine, grid, None)
+    assert without[0].equal(out) and without[1].equal(argmax)
     grad, _ = column_range(out.shape[0], columns, dtype)
 
     def run():
@@ -228,9 +237,11 @@ def test_nan_and_equal_maxima_are_stocks():
     x = torch.randn(84, cols).round()
     x[torch.rand(84, cols) < 0.1] = torch.nan
     affine = Affine(torch.zeros(cols), torch.ones(cols), torch.zeros(cols))
-    out, argmax = kernels.bn_relu_maxpool(x, affine, grid)
+    _, statistics = empty_statistics(cols, torch.float32)
+    out, argmax = kernels.bn_relu_maxpool(x, affine, grid, statistics)
     stock, index = F.max_pool2d(F.relu(to_image(x, grid)), 3, 2, 1, return_indices=True)
     assert out.isnan().any() and out.nan_to_num(-1).equal(to_matrix(stock).nan_to_num(-1))
+    assert statistics.mean.isnan().equal(out.isnan().any(0)) and statistics.var.isnan().equal(out.isnan().any(0))
     rows, columns = (torch.arange(n).view(shape) for n, shape in ((4, (4, 1)), (3, (1, 3))))
     positions = 3 * (index // 6 - 2 * rows + 1) + index % 6 - 2 * columns + 1
     assert argmax.long().equal(to_matrix(positions))
@@ -248,9 +259,13 @@ def test_wrong_arguments_raise():
         (lambda: kernels.append_features(x, x[:5], None), r"out: expected a matrix \[6, 4\]"),
         (lambda: kernels.append_features(x, x, None, torch.ones(6, 3) > 0), r"mask: expected \[6, 4\], got \[6, 3\]"),
         (lambda: kernels.finalise_gradient(x.double(), through, x), "grad: dtype unlike the others'"),
-        (lambda: kernels.bn_relu_maxpool(x, affine, (1, 2, 4)), "grid: expected the product 6, got 8"),
-        (lambda: kernels.bn_relu_maxpool(x, affine._replace(scale=vector[:2]), (1, 2, 3)), "scale: expected 4"),
-        (lambda: kernels.bn_relu_maxpool(x, affine._replace(shift=vector.double()), (1, 2, 3)), "shift: expected 4"),
+        (lambda: kernels.bn_relu_maxpool(x, affine, (1, 2, 4), None), "grid: expected the product 6, got 8"),
+        (lambda: kernels.bn_relu_maxpool(x, affine._replace(scale=vector[:2]), (1, 2, 3), None), "scale: expected 4"),
+        (
+            lambda: kernels.bn_relu_maxpool(x, affine._replace(shift=vector.double()), (1, 2, 3), None),
+            "shift: expected 4",
+        ),
+        (lambda: kernels.bn_relu_maxpool(x, affine, (1, 2, 3), own._replace(var=None)), "rstd: expected all or none"),
         (lambda: kernels.bn_relu_global_avgpool(x, affine, (4, 2)), r"images: expected a divisor of x's rows, got 4"),
     ]
     for call, message in bad:
@@ -265,7 +280,7 @@ def test_schemas_name_what_is_changed():
     calls = [
         (ops.cuda_append_features, (x.clone(), None, 1.0, x, *vectors, EPS, 0)),
         (ops.cuda_finalise_gradient, (x.clone(), x.clone(), *vectors, None, 3.0, x, 0)),
-        (ops.cuda_bn_relu_maxpool, (x, *affine, (1, 3, 4), 0)),
+        (ops.cuda_bn_relu_maxpool, (x, *affine, (1, 3, 4), *vectors, EPS, 0)),
         (ops.cuda_bn_relu_maxpool_backward, (x[:4], argmax, x, *affine, (1, 3, 4), 0)),
         (ops.cuda_bn_relu_global_avgpool, (x, *affine, 2, 0)),
         (ops.cuda_bn_relu_global_avgpool_backward, (x[:2], x, *affine, 2, 0)),
@@ -282,9 +297,10 @@ def test_bitwise_the_same_over_ten_runs(dtype):
     for _ in range(10):
         _, statistics = empty_statistics(64, dtype)
         kernels.channel_statistics(case.x, statistics)
-        out, argmax = kernels.bn_relu_maxpool(case.x, case.affine, case.grid)
+        _, of_maxima = empty_statistics(64, dtype)
+        out, argmax = kernels.bn_relu_maxpool(case.x, case.affine, case.grid, of_maxima)
         scaled, sums = kernels.bn_relu_maxpool_backward(out, argmax, case.x, case.affine, case.grid)
-        results.append((*statistics[:3], out, argmax, scaled, *sums))
+        results.append((*statistics[:3], *of_maxima[:3], out, argmax, scaled, *sums))
     assert all(a.equal(b) for result in results[1:] for a, b in zip(result, results[0]))
 
 
@@ -312,7 +328,7 @@ def test_captured_in_a_cuda_graph():
 
     def run():
         kernels.channel_statistics(case.x, statistics)
-        return kernels.bn_relu_maxpool(case.x, case.affine, case.grid)[0]
+        return kernels.bn_relu_maxpool(case.x, case.affine, case.grid, None)[0]
 
     expected = run().clone()
     side = torch.cuda.Stream()

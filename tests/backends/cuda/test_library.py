@@ -12,12 +12,13 @@ from backends.cuda import emulation
 from densenet_fast.backends import aten, cuda, cuda_kernels, extension
 
 KERNELS = {
-    # templated kernels, and how many: four dtypes in three widths, float64 in two; or two accumulation types
+    # templated kernels, and how many: four dtypes in three widths, float64 in two, in one or two variants; or two
+    # accumulation types
     "append_kernel": 22,
     "combine_statistics_kernel": 2,
     "finalise_kernel": 11,
     "combine_sums_kernel": 2,
-    "bn_relu_maxpool_kernel": 11,
+    "bn_relu_maxpool_kernel": 22,
     "bn_relu_pool_backward_kernel": 22,
     "bn_relu_global_avgpool_kernel": 11,
 }

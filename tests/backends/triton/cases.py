@@ -97,9 +97,10 @@ class Layer:
         keep("G", gradient)
         if min(self.grid[1:]) > 1:
             third = (f, self.affine1, self.transition)
-            keep("transition", backend.bn_relu_pool_conv1x1(*third, None, self.grid))
+            statistics = empty_statistics(f, self.outputs, 1e-5)
+            keep("transition", backend.bn_relu_pool_conv1x1(*third, None, self.grid, statistics), statistics[:3])
             bias = self.bias2
-            keep("transition with bias", backend.bn_relu_pool_conv1x1(*third, bias, self.grid))
+            keep("transition with bias", backend.bn_relu_pool_conv1x1(*third, bias, self.grid, None))
             keep("transition backward", *backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, True, True))
             only_weight = backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, False, True)
             keep("transition backward, weight", *only_weight)

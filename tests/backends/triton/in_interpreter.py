@@ -86,17 +86,22 @@ def ranges(requested, layer):
 
 @pytest.mark.parametrize("generation", [80, 90])
 def test_traffic_of_a_transition(generation, monkeypatch):
-    """F is read once forward, and once backward, where its gradient is written once."""
+    """F is read once forward, with the statistics of what is made, and once backward, where its gradient is written
+    once."""
     layer = Layer((1, 10, 16), 64, 16, 32, torch.float16)
     arguments = (layer.features, layer.affine1, layer.transition)
     device = config.Device(generation, 2)
     with config.assume(device), watching(monkeypatch) as traffic:
-        out = backend.bn_relu_pool_conv1x1(*arguments, None, layer.grid)
+        statistics = empty_statistics(layer.z, layer.outputs, 1e-5)
+        out = backend.bn_relu_pool_conv1x1(*arguments, None, layer.grid, statistics)
         backend.bn_relu_pool_conv1x1_backward(torch.ones_like(out), *arguments, layer.grid, True, True)
     f = layer.rows * layer.channels * HALF
     forward, backward = "bn_relu_pool_conv1x1", "bn_relu_pool_conv1x1_backward"
     assert traffic.of(forward, "load", "x") == traffic.of(backward, "load", "x") == f
     assert traffic.of(forward, "store", "out") == out.numel() * HALF
+    row_tiles = -(-out.shape[0] // config.tile(forward, device, torch.float16, layer.outputs).rows)
+    assert traffic.of(forward, "store", "partials") == row_tiles * 2 * layer.outputs * SINGLE
+    assert not any(kernel == forward and kind == "load" and name == "out" for kernel, kind, name in +traffic)
     column_tiles = layer.channels // config.tile(backward, device, torch.float16, layer.channels).columns
     assert traffic.of(backward, "load", "grad") == column_tiles * out.numel() * HALF
     assert traffic.of(backward, "store", "scaled") == f and traffic.of(backward, "store", "pooled") == f / 4

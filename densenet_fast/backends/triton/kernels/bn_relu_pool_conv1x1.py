@@ -1,4 +1,4 @@
-"""The transition: out = mean2x2(relu(bn(F))) @ W^T in one pass over F.
+"""The transition: out = mean2x2(relu(bn(F))) @ W^T and, in the same pass over F, the statistics of out as stored.
 
     P[q, c] = 1/4 sum_{4 pixels p of window q} relu((F[p, c] - mean_c) * scale_c + shift_c)
     out[q, j] = sum_c P[q, c] * W[j, c]  (+ bias_j)
@@ -9,7 +9,7 @@ Pooling and the product are linear and commute, so the pooling comes first: a qu
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import load_affine, top_left
+from densenet_fast.backends.triton.kernels.pieces import load_affine, store_statistics, top_left
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def bn_relu_pool_conv1x1(
     weight,  # [K, C]
     bias,  # [K]
     out,  # [M', K]
+    partials,  # [row tiles, 2, K] float32
     M,  # M' = N * (H // 2) * (W // 2)
     C,
     ld_x,
@@ -34,11 +35,13 @@ def bn_relu_pool_conv1x1(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     BIAS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     C, ld_x, K = C * C_UNIT, ld_x * X_UNIT, K * K_UNIT
     column_tiles = tl.cdiv(K, COLUMNS)
-    windows = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0) // column_tiles
+    windows = tile * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     inside_rows, inside_columns = windows < M, columns < K
     x_rows = x + top_left(windows, H, W)[:, None] * ld_x
@@ -59,8 +62,9 @@ def bn_relu_pool_conv1x1(
         total = tl.dot((0.25 * pooled).to(w.dtype), w, total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + windows.to(tl.int64)[:, None] * K + columns[None, :],
-        total.to(out.dtype.element_ty),
-        mask=inside_rows[:, None] & inside_columns[None, :],
-    )
+    stored = total.to(out.dtype.element_ty)
+    valid = inside_rows[:, None] & inside_columns[None, :]
+    tl.store(out + windows.to(tl.int64)[:, None] * K + columns[None, :], stored, mask=valid)
+    if STATISTICS:
+        count = tl.minimum(M - tile * ROWS, ROWS)
+        store_statistics(stored, partials, tile, columns, count, K, inside_rows, inside_columns)

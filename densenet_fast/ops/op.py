@@ -1,0 +1,124 @@
+"""A custom op that is called without torch's dispatcher where nothing needs to see the call.
+
+What needs to is a compiler, a mode, a transform, a subclass of Tensor. Through the dispatcher a call takes milliseconds
+for a block's hundreds of tensors, on a CPU as long as some of its kernels.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
+
+PLAIN = (Tensor, nn.Parameter)
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
+
+
+class Op:
+    """``densenet_fast::<name>``, which computes what ``body`` does, in the dtypes it is given. What is None in a list
+    that the body returns is an empty tensor behind the dispatcher."""
+
+    def __init__(self, name: str, body: Callable[..., tuple[Any, ...]]) -> None:
+        self.name = f"densenet_fast::{name}"
+        self.body = without_autocast(body)
+
+        @functools.wraps(body)
+        def complete(*inputs: Any) -> tuple[Any, ...]:
+            empty = inputs[0].new_empty
+            return tuple(
+                [empty(0) if t is None else t for t in output] if isinstance(output, list) else output
+                for output in self.body(*inputs)
+            )
+
+        self.custom_op = torch.library.custom_op(self.name, complete, mutates_args=())
+
+    def __call__(self, *inputs: Any) -> Any:
+        if seen_by_dispatcher(inputs):
+            return self.custom_op(*inputs)
+        with torch.profiler.record_function(self.name):
+            return self.body(*inputs)
+
+
+def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
+    """Decorates the body of the op ``densenet_fast::<name>``."""
+    return functools.partial(Op, name)
+
+
+def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
+    """Whether a call with ``inputs`` must go through torch's dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(t) not in PLAIN for t in _tensors(inputs))
+    )
+
+
+def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
+    for value in inputs:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from (v for v in value if isinstance(v, Tensor))
+
+
+def with_autograd(
+    op: Op, save: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None], gradients: Callable[..., Gradients]
+) -> Callable[..., tuple[Any, ...]]:
+    """``op``, which takes ``(x, mean, var, tensors, eps, *constants)`` (a feature map, its batch statistics where they
+    are known, flattened stages, and what has no gradient) and returns tensors, of which the last may be a list, as a
+    differentiable function ``call(x, mean, var, stages, *constants)``, whose result is flat.
+
+    ``save(ctx, inputs, outputs)`` keeps what ``gradients(ctx, needs, *grads)`` needs, which returns the gradients of x,
+    mean and var and the tensors'; ``needs`` has an entry for x, for mean and var, and for each of the tensors.
+    """
+
+    class Direct(torch.autograd.Function):
+        """The op's body with autograd. ``inputs`` are the op's; those with gradients follow, for autograd to see."""
+
+        @staticmethod
+        def forward(ctx: Any, inputs: tuple[Any, ...], *_: Tensor | None) -> tuple[Tensor, ...]:
+            outputs = op.body(*inputs)
+            save(ctx, inputs, outputs)
+            return _flat(outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            _, x, mean, _, *tensors = ctx.needs_input_grad
+            *first, rest = gradients(ctx, [x, mean, *tensors], *grads)
+            return None, *first, *rest
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.constants = [[None] * len(c) if _holds_tensors(c) else None for c in inputs[4:]]
+        save(ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        x, mean, _, tensors, *_ = ctx.needs_input_grad
+        return *gradients(ctx, [x, mean, *tensors], *grads), *ctx.constants
+
+    op.custom_op.register_autograd(backward, setup_context=setup_context)
+
+    def call(
+        x: Tensor, mean: Tensor | None, var: Tensor | None, stages: Sequence[Stage], *constants: Any
+    ) -> tuple[Tensor, ...]:
+        tensors, eps = flatten(stages)
+        inputs = (x, mean, var, tensors, eps, *constants)
+        if seen_by_dispatcher(inputs):
+            return _flat(op.custom_op(x, mean, var, present(tensors, x), eps, *constants))
+        with torch.profiler.record_function(op.name):
+            return Direct.apply(inputs, x, mean, var, *tensors)
+
+    return call
+
+
+def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    return (*outputs[:-1], *outputs[-1]) if isinstance(outputs[-1], list) else outputs
+
+
+def _holds_tensors(constant: Any) -> bool:
+    return isinstance(constant, list) and any(isinstance(c, Tensor) for c in constant)
