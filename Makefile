@@ -41,17 +41,20 @@ VERSIONS ?= 2.11.0 2.13.0 newest
 versions: $(INSTALLED)
 	$(RUN) tests/load_library.py $(VERSIONS)
 
-# The kernel tests with the compiled kernels, and those in CUDA C++ emulated, under the address and undefined-behaviour
-# sanitizers.
+# The kernel tests with the compiled kernels, the product in tile registers emulated, and the kernels in CUDA C++
+# emulated, under the address and undefined-behaviour sanitizers.
 SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)"
 sanitize: $(INSTALLED)
-	DENSENET_FAST_CUDA=0 CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py --quiet build_ext \
+	DENSENET_FAST_CUDA=0 CXXFLAGS="$(SANITIZERS) -DDENSENET_FAST_EMULATED_TILES -I$(CURDIR)/tests/backends" LDFLAGS="$(SANITIZERS)" $(RUN) setup.py --quiet build_ext \
 		--build-temp build/sanitize --build-lib build/sanitized
 	DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so $(SANITIZED) $(RUN) -m pytest \
 		tests/backends/test_kernels.py tests/backends/test_pool_kernels.py tests/backends/test_extension.py \
 		tests/ops/test_walk.py -k "cpu- or threads or arguments or walks"
+	if grep -qw avx512_bf16 /proc/cpuinfo; then \
+		DENSENET_FAST_CPU=amx_bf16 DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so $(SANITIZED) \
+		$(RUN) -m pytest tests/backends/test_kernels.py -k "cpu- and bfloat16 and conv"; fi
 	if library=$$(SANITIZE=1 $(RUN) tests/backends/cuda/emulation.py); then \
 		DENSENET_FAST_LIBRARY=$$library $(SANITIZED) $(RUN) -m pytest tests/backends/cuda/on_device.py; fi
 

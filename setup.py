@@ -42,6 +42,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
+TILE_PRODUCT = "amx_bf16"
+"""Compiled for avx512_bf16, whose other kernels it shares, if the assembler knows its instructions."""
 CUDA_SOURCES = ("ops", "tiling")
 CUDA_KERNELS = ("statistics", "gradients", "pooling")
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
@@ -135,18 +137,30 @@ class BuildLibrary(build_ext):
     def compiler_name() -> str:
         return os.environ.get("CXX", "c++")
 
+    def has_tile_registers(self) -> bool:
+        """Whether the target is x86 and the compiler's assembler knows AMX."""
+        if "avx512_bf16" not in INSTRUCTION_SETS:
+            return False
+        command = [self.compiler_name(), "-x", "c++", "-c", "-", "-o", os.devnull]
+        source = 'void f() { asm("tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
+        return subprocess.run(command, input=source, text=True, stderr=subprocess.DEVNULL).returncode == 0
+
     def ninja(self, build: Path) -> str:
         """The build file."""
         import torch
 
         home = Path(torch.__file__).parent
         objects = [("ops", "ops", "")]
-        objects += [(f"cpu_{name}", f"cpu/{name}", "") for name in CPU_SOURCES]
+        tiles = self.has_tile_registers()
+        objects += [(f"cpu_{name}", f"cpu/{name}", "-DAMX_BF16" if tiles else "") for name in CPU_SOURCES]
         objects += [
             (f"cpu_{kernels}_{name}", f"cpu/{kernels}", f"{KERNEL_FLAGS} -DTABLE={name} {flags}")
             for kernels in CPU_KERNELS
             for name, flags in INSTRUCTION_SETS.items()
         ]
+        if tiles:
+            flags = f"{KERNEL_FLAGS} {INSTRUCTION_SETS['avx512_bf16']}"
+            objects.append((f"cpu_{TILE_PRODUCT}", f"cpu/{TILE_PRODUCT}", flags))
         nvcc, ldflags = find_nvcc(), os.environ.get("LDFLAGS", "")
         kernels = CUDA_KERNELS if nvcc else ()
         if nvcc:

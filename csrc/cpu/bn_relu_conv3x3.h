@@ -192,6 +192,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
     const int64_t largest = tiles.largest();
     const Transformed<T> dy(out ? largest : 0, grad.cols, false), ady(need_weight ? largest : 0, grad.cols, true);
     const Transformed<T> v(need_weight ? largest : 0, 32, true);
+    const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, 16);
+    Operand transposed[16] = {};
     const auto products = scratch<float>(out ? 16 * largest * 32 : 0);
     Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest),
         x_inside(2, 0, largest), next(2, 0, largest);
@@ -212,6 +214,9 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
       }
       if (need_weight) {
         kernel.winograd_gradient(dy_inside.of(image, grad, first, n), n, grad.cols, ady.tiles());
+        for (int64_t i = 0; i < 16; ++i) {
+          transposed[i] = factor.of(ady.at(i), ady.words, grad.cols, steps_of<T>(n), i);
+        }
         x16 = x_around.of(image, x, first, n);
       }
       sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
@@ -234,7 +239,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
           if (need_weight) {
             kernel.winograd_input(x16, c, n, weights.valid(p), &columns, v.tiles());
             for (int64_t i = 0; i < 16; ++i) {
-              kernel.product({ady.at(i), 1, ady.words}, {v.at(i), 0, v.words}, grad.cols, width, steps_of<T>(n),
+              kernel.product(transposed[i], {v.at(i), 0, v.words}, grad.cols, width, steps_of<T>(n),
                              du_part.values.get() + i * grad.cols * weights.padded() + c * grad.cols, width,
                              du_part.started);
             }

@@ -21,6 +21,7 @@ constexpr Kernels<T> table() {
           .store_rows = store_rows<T>,
           .pack = pack<T>,
           .product = product<T>,
+          .transpose = nullptr,
           .winograd_weight = winograd_weight<T, T>,
           .winograd_weight_floats = winograd_weight<T, float>,
           .winograd_input = winograd_input<T>,
@@ -33,6 +34,6 @@ constexpr Kernels<T> table() {
 }  // namespace
 
 extern const KernelTable JOIN(table_, TABLE);
-const KernelTable JOIN(table_, TABLE) = {STRING(TABLE), table<float>(), table<bf16>()};
+const KernelTable JOIN(table_, TABLE) = {STRING(TABLE), table<float>(), table<bf16>(), nullptr};
 
 }  // namespace densenet_fast

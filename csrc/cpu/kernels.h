@@ -78,6 +78,8 @@ struct Kernels {
   // out [rows, cols] = (or +=) a [rows, steps] * b [steps, cols]; cols is a multiple of 16, at most 32
   void (*product)(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld,
                   bool accumulate);
+  // unless null, product wants steps of a that are adjacent: copies a [rows, steps], whose rows are, to such
+  void (*transpose)(Operand a, int64_t rows, int64_t steps, uint32_t* out);
   // winograd.h
   void (*winograd_weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
                           bool turned, uint32_t* out, int64_t position);
@@ -97,10 +99,12 @@ struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<bf16> b16;
+  void (*release)();  // unless null, each thread calls it after its products
 };
 
 // The kernels for the best instruction set that this processor and its operating system allow, or for the one that the
-// environment variable DENSENET_FAST_CPU names ("default", "avx2", "avx512", "avx512_bf16"); read once.
+// environment variable DENSENET_FAST_CPU names ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16");
+// read once.
 const KernelTable& kernels();
 
 }  // namespace densenet_fast

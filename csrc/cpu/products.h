@@ -119,6 +119,7 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
     const auto a = scratch<uint32_t>(row_steps * 32);
     const auto complete = scratch<T>(copied ? rows * ld : 0);
     const auto by_column = scratch<uint32_t>(paired ? row_steps * grad.cols : 0);  // grad as pairs along its rows
+    const TransposedFactor<T> factor(need_weight ? row_steps * grad.cols : 0);
     Accumulator& weight_part = weight_parts[chunk];
     if (need_weight) weight_part.reset(grad.cols * weights.padded());
     sums_parts[chunk].reset(weight.cols);
@@ -138,10 +139,11 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
         tile_ld = ld;
       }
       const Operand left = {as_words(tile_grad), tile_ld / kPerWord<T>, 1};
-      Operand transposed = {left.words, 1, tile_ld};
-      if (paired && need_weight) {
-        kernel.pack(tile_grad, tile_ld, 1, n, grad.cols, grad.cols, by_column.get());
-        transposed = {by_column.get(), 1, grad.cols};
+      Operand transposed = {};
+      if (need_weight) {
+        if (paired) kernel.pack(tile_grad, tile_ld, 1, n, grad.cols, grad.cols, by_column.get());
+        transposed =
+            factor.of(paired ? by_column.get() : left.words, paired ? grad.cols : tile_ld, grad.cols, steps_of<T>(n));
       }
       sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
         for (int64_t p = 0; p < weights.count; ++p) {

@@ -169,10 +169,18 @@ struct Tiles {
   int64_t begin(int64_t tile) const { return rows * tile / count(); }
   int64_t largest() const { return (rows + count() - 1) / count(); }
 
+  // What a thread's products hold of registers that other libraries use too is free again when it leaves them
+  struct Release {
+    ~Release() {
+      if (kernels().release) kernels().release();
+    }
+  };
+
   // f(chunk) in parallel; a chunk's tiles are chunk * per_chunk ... (chunk + 1) * per_chunk
   template <typename F>
   void run(F f) const {
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      const Release release;
       for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
     });
   }
@@ -352,6 +360,25 @@ template <typename T>
 int64_t steps_of(int64_t depth) {
   return (depth + kPerWord<T> - 1) / kPerWord<T>;
 }
+
+// The left factors of products that lie in memory with their rows adjacent, or copies where the kernels need those
+template <typename T>
+struct TransposedFactor {
+  int64_t size;
+  std::unique_ptr<uint32_t[], decltype(&std::free)> copies;
+
+  // as many as `count` of `size` words
+  TransposedFactor(int64_t size, int64_t count = 1)
+      : size(size), copies(scratch<uint32_t>(kernels_of<T>().transpose ? size * count : 0)) {}
+
+  Operand of(const uint32_t* words, int64_t step, int64_t rows, int64_t steps, int64_t i = 0) const {
+    const Operand a = {words, 1, step};
+    if (!kernels_of<T>().transpose) return a;
+    uint32_t* copy = copies.get() + i * size;
+    kernels_of<T>().transpose(a, rows, steps, copy);
+    return {copy, steps, 1};
+  }
+};
 
 template <typename T>
 const uint32_t* as_words(const T* values) {

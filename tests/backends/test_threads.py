@@ -64,23 +64,25 @@ def test_after_fork(threads):
     assert got.equal(trained(3))
 
 
-def test_from_several_threads_at_once():
-    expected = [_gradients(i) for i in range(6)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_several_threads_at_once(dtype):
+    expected = [_gradients(i, dtype) for i in range(6)]
     with ThreadPoolExecutor(3) as pool:
-        for got, alone in zip(pool.map(_gradients, range(6)), expected):
+        for got, alone in zip(pool.map(lambda i: _gradients(i, dtype), range(6)), expected):
             assert got.equal(alone)
 
 
-def _gradients(seed: int) -> torch.Tensor:
+def _gradients(seed: int, dtype: torch.dtype) -> torch.Tensor:
     """As :func:`trained`, of a block alone and without the process-wide generator."""
     generator = torch.Generator().manual_seed(seed)
     block = densenet_fast.nn.DenseBlock(3, 12, growth_rate=8)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    x = torch.randn(2, 12, 19, 23, generator=generator).requires_grad_()
+    block.to(dtype)
+    x = torch.randn(2, 12, 19, 23, generator=generator).to(dtype).requires_grad_()
     y = block(x)
-    y.backward(torch.randn(y.shape, generator=generator))
+    y.backward(torch.randn(y.shape, generator=generator).to(dtype))
     return torch.cat([t.grad.flatten() for t in (x, *block.parameters())])
 
 
