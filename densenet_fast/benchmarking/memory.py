@@ -23,6 +23,10 @@ __all__ = ["Job", "Memory", "measure", "measure_all"]
 
 WARM_UP = (2, 64)
 """Batch and size of the step that comes before the baseline."""
+OUT_OF_MEMORY = "out of memory"
+KILLED = f"{OUT_OF_MEMORY} (killed)"
+NO_MEMORY = "can't allocate memory"
+"""What torch's allocator on CPUs says."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,24 @@ class Memory:
     model: int = 0
     failure: str = ""
 
+    @property
+    def out_of_memory(self) -> bool:
+        return self.failure.startswith(OUT_OF_MEMORY)
+
+    @property
+    def killed(self) -> bool:
+        """By the system, as it does when its memory runs out, whoever took it."""
+        return self.failure == KILLED
+
 
 def measure(job: Job) -> Memory:
     """In a new process."""
     command = [sys.executable, "-m", "densenet_fast.benchmarking.memory", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode < 0:
-        return Memory(failure=f"out of memory (killed by signal {-done.returncode})")
+    if done.returncode == -9:  # SIGKILL
+        return Memory(failure=KILLED)
+    if done.returncode and NO_MEMORY in done.stderr:
+        return Memory(failure=OUT_OF_MEMORY)
     if done.returncode:
         return Memory(failure=(done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
@@ -117,4 +132,4 @@ if __name__ == "__main__":
     try:
         print(json.dumps(asdict(measure_here(Job(**json.loads(sys.argv[1]))))))
     except (torch.OutOfMemoryError, MemoryError):
-        print(json.dumps(asdict(Memory(failure="out of memory"))))
+        print(json.dumps(asdict(Memory(failure=OUT_OF_MEMORY))))

@@ -177,25 +177,27 @@ def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, S
 
 
 def grouped_bars(
-    path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float]]
+    path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float | None]]
 ) -> None:
-    """One group of bars a network, one bar a competitor, each with its value."""
+    """One group of bars a network, one bar a competitor, each with its value; None leaves a gap with a dash."""
     width = 0.86 / len(values)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.set_title(title, fontsize=11)
-        highest = max(max(series) for series in values.values())
+        highest = max((value or 0 for series in values.values() for value in series), default=0)
         for i, (name, series) in enumerate(values.items()):
             places = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
             look = {"color": INK.get(name, SHADES.get(name, GREY)), "edgecolor": "white"}
             hatch = "///" if name.endswith("-me") and name not in INK else ""
-            drawn = axes.bar(places, series, 0.95 * width, label=COMPETITORS[name].label, hatch=hatch, **look)
-            axes.bar_label(drawn, [f"{value:.0f}" for value in series], padding=2, fontsize=8)
-        axes.legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
+            heights = [value or 0 for value in series]
+            drawn = axes.bar(places, heights, 0.95 * width, label=COMPETITORS[name].label, hatch=hatch, **look)
+            labels = ["-" if value is None else f"{value:.0f}" for value in series]
+            axes.bar_label(drawn, labels, padding=2, fontsize=9)
+        axes.legend(loc="upper left", frameon=False, fontsize=9, ncols=2)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(y_label)
-        axes.set_ylim(0, 1.45 * highest)
+        axes.set_ylim(0, 1.45 * max(highest, 1e-9))
         axes.spines[["top", "right"]].set_visible(False)
 
     draw(path, (8, 4), paint)
