@@ -128,7 +128,7 @@ def benchmarks(out: Path) -> list[Step]:
         "1",
     ]
     alone = [*dry, "--against", "reference", "--memory", "none"]
-    table = ["--dtype", "bf16", "--batch", "32,128,256", "--seconds", "15", "--memory", "faster"]
+    table = ["--dtype", "bf16", "--batch", "32,128,256", "--minutes", "1.3", "--memory", "faster"]
     table += ["--against", "torchvision,torchvision-me"]
     found = []
     for model in ("densenet121", "densenet201"):
@@ -139,7 +139,8 @@ def benchmarks(out: Path) -> list[Step]:
             one = ["--dtype", "bf16", "--batch", "128", "--repeats", "10"]
             found.append(Step("every kernel beside its floor", [*bench, *one, "--floor"], [*dry, "--floor"], 60))
             found.append(Step("where the time goes", [*bench, *one, "--profile"], [*dry, "--profile"], 40))
-    rivals = ["--against", "reference,torchvision,timm,compile,ours-compile", "--memory", "none", "--seconds", "15"]
+    rivals = ["--against", "reference,torchvision,timm,compile,ours-compile", "--memory", "none"]
+    rivals += ["--compile-limit", "45", "--minutes", "0.8"]
     compiled = [*bench[:-1], str(out / "compiled"), "--dtype", "bf16", "--batch", "128", *rivals]
     return [*found, Step("densenet121, training, every rival", compiled, [*bench, "--help"], 150)]
 
