@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -62,8 +63,20 @@ def test_a_process_that_fails_says_why():
     ],
 )
 def test_why_a_process_failed(code, stderr, failure, monkeypatch):
-    done = subprocess.CompletedProcess([], code, json.dumps({"added": 1}), stderr)
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    line = f"import os, sys; print('{json.dumps({'added': 1})}'); sys.stderr.write({stderr!r}); sys.stdout.flush();"
+    line += f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
+    command = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: command([sys.executable, "-c", line], **options))
     memory = measure(JOB)
     assert memory.failure == failure and memory.killed == (code == -9)
     assert memory.out_of_memory == (failure in (KILLED, OUT_OF_MEMORY))
+
+
+def test_a_process_that_takes_too_long_is_ended_with_those_it_started(monkeypatch, tmp_path):
+    line = f"(sleep 2; touch {tmp_path}/late) & wait"
+    command = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: command(["/bin/sh", "-c", line], **options))
+    memory = measure(JOB, 0.5)
+    assert memory.failure == "not done within 0 s" and not memory.out_of_memory
+    time.sleep(2.5)
+    assert not list(tmp_path.iterdir())
