@@ -1,24 +1,29 @@
 """Memory and time of a training step against depth: ``python benchmarks/depth.py``.
 
 Pleiss et al.'s figure (https://arxiv.org/abs/1707.06990): DenseNet-BC, k = 12, images of 32x32, batches of 64,
-channels last. Stock is torchvision's, with memory_efficient=True checkpointed. Memory is the peak of a step, each in a
-process of its own; times are interleaved. What would need more than ``--memory-limit``, by the depths before it, is
-left out.
+channels last. Stock is torchvision's, with memory_efficient=True checkpointed. At each depth the peak memory of a step
+is measured first, each in a process of its own; then whoever could run is timed, in turns. What does not run for want
+of memory is a row that says so, and so is what would need more than ``--memory-limit`` by the depths before it. Files
+are written after every depth.
 """
 
+import argparse
+import sys
 from typing import Any
 
-from densenet_fast.benchmarking.command import default_budget
+from densenet_fast.benchmarking.command import free_memory
 from densenet_fast.benchmarking.competitors import COMPETITORS, Entry, available
 from densenet_fast.benchmarking.memory import Job, measure
 from densenet_fast.benchmarking.plots import Line, curves, style
-from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.steps import DTYPES
 from densenet_fast.benchmarking.times import measure_times
 from densenet_fast.table import table
 from figures import GIB, Figure, parser_of
 
 WHO = ("torchvision", "torchvision-me", "ours", "ours-me")
+NO_FIT = "does not fit"
+
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -28,46 +33,81 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps after one of warming up (2)")
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="(70 %% of what is free; GPU 90 %% of all)")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="(95 %% of what is free; GPU 95 %% of all)")
     options = parser.parse_args()
     figure = Figure("depth", options)
-    limit = options.memory_limit * GIB if options.memory_limit else default_budget(options.device)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in WHO}
-    for depth in progress(sorted(options.depths), "depths"):
+    limit = options.memory_limit or 0.95 * free_memory(options.device) / GIB
+    rows: list[Row] = []
+    for depth in sorted(options.depths):
         network = f"densenet_bc{depth}"
-        fitting = [name for name in available(WHO, network)[0] if expected_bytes(found[name], depth) <= limit]
-        entries = [Entry(name, "channels_last", network) for name in fitting]
-        timings = measure_times(
-            [(entry, options.batch) for entry in entries],
+        new = [memory_row(name, depth, limit, rows, options) for name in available(WHO, network)[0]]
+        rows += new
+        write(figure, options, rows, show=False)  # should the times need more than the system has
+        add_times(new, network, options)
+        write(figure, options, rows, show=depth == max(options.depths))
+
+
+def memory_row(name: str, depth: int, limit: float, rows: list[Row], options: argparse.Namespace) -> Row:
+    """The peak of a step of a competitor at a depth, or why there is none."""
+    row = {"depth": depth, "competitor": name, "median_s": None, "peak_mib": None, "failure": ""}
+    before = [r for r in rows if r["competitor"] == name]
+    expected = expected_gib(before, depth)
+    if expected > limit or any(r["failure"] for r in before):
+        about = f", about {expected:.1f} GiB expected" if expected else ""
+        row["failure"] = f"{NO_FIT} in {limit:.1f} GiB{about}"
+    else:
+        say(f"depth {depth}, {name}: memory")
+        job = Job(
+            name,
+            "channels_last",
+            f"densenet_bc{depth}",
+            options.batch,
             options.size,
-            DTYPES[options.dtype],
+            options.dtype,
             True,
-            options.device,
-            options.repeats,
-            float("inf"),
+            str(options.device),
+            options.threads,
         )
-        for entry, timing in zip(entries, timings, strict=True):
-            job = Job(
-                entry.competitor,
-                entry.layout,
-                network,
-                options.batch,
-                options.size,
-                options.dtype,
-                True,
-                str(options.device),
-                options.threads,
-            )
-            memory = measure(job)
-            if timing.failure or memory.failure:
-                print(f"{entry.name}, depth {depth}: {timing.failure or memory.failure}")
-                continue
-            measured = {"median_s": timing.quantile(0.5), "peak_mib": memory.added / (1 << 20)}
-            found[entry.competitor].append({"depth": depth, "competitor": entry.competitor, **measured})
-    rows = [
-        {**row, "batch": options.batch, "size": options.size, "dtype": options.dtype, **slopes(before, row)}
-        for series in found.values()
-        for before, row in zip([None, *series], series)
+        memory = measure(job)
+        row["peak_mib"] = None if memory.failure else memory.added / (1 << 20)
+        row["failure"] = f"{NO_FIT}: {memory.failure}" if memory.out_of_memory else memory.failure
+    say(f"depth {depth}, {name}: {row['failure'] or number(row['peak_mib'], 0) + ' MiB'}")
+    return row
+
+
+def add_times(rows: list[Row], network: str, options: argparse.Namespace) -> None:
+    """To those ``rows``, all of one depth, that have a memory."""
+    fitting = [row for row in rows if not row["failure"]]
+    say(f"{network}: times of {', '.join(row['competitor'] for row in fitting)}")
+    turns = [(Entry(row["competitor"], "channels_last", network), options.batch) for row in fitting]
+    place = (options.size, DTYPES[options.dtype], True, options.device)
+    for row, timing in zip(fitting, measure_times(turns, *place, options.repeats), strict=True):
+        row["failure"] = timing.failure
+        row["median_s"] = None if timing.failure else timing.quantile(0.5)
+        say(f"{network}, {row['competitor']}: {timing.failure or number(row['median_s'], 3) + ' s'}")
+
+
+def say(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def expected_gib(measured: list[Row], depth: int) -> float:
+    """By the last two depths, if memory is a L^2 + b L; by one alone, if it is b L, which is less; 0 without any."""
+    points = [(row["depth"], row["peak_mib"] / 1024) for row in measured if row["peak_mib"] is not None]
+    if len(points) < 2:
+        return sum(gib / before * depth for before, gib in points)
+    (first, low), (second, high) = points[-2:]
+    a = (high / second - low / first) / (second - first)
+    return depth * (low / first + a * (depth - first))
+
+
+def write(figure: Figure, options: argparse.Namespace, rows: list[Row], show: bool) -> None:
+    """The table, the files and the picture of the depths measured so far."""
+    series = {name: [row for row in rows if row["competitor"] == name] for name in WHO}
+    place = {"batch": options.batch, "size": options.size, "dtype": options.dtype}
+    ordered = [
+        {**row, **place, **slopes(before, row)} for own in series.values() for before, row in zip([None, *own], own)
     ]
     title = (
         f"DenseNet-BC (k = 12), training step, {options.batch} images of {options.size}x{options.size}, {options.dtype}"
@@ -77,50 +117,49 @@ def main() -> None:
         (
             COMPETITORS[row["competitor"]].label,
             row["depth"],
-            f"{row['peak_mib']:.0f}",
-            "" if row["mib_per_layer"] is None else f"{row['mib_per_layer']:.1f}",
-            f"{1e3 * row['median_s']:.0f}",
-            "" if row["ms_per_layer"] is None else f"{row['ms_per_layer']:.1f}",
+            row["failure"] if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            number(row["mib_per_layer"], 1),
+            number(row["median_s"], 0, 1e3),
+            number(row["ms_per_layer"], 1),
         )
-        for row in rows
+        for row in ordered
     ]
-    figure.write(title, rows, table(header, cells))
+    figure.write(title, ordered, table(header, cells), show)
     panels = {
-        "peak memory of a step (GiB)": lines_of(rows, lambda r: r["peak_mib"] / 1024, "mib_per_layer", "MiB"),
-        "time of a step (s)": lines_of(rows, lambda r: r["median_s"], "ms_per_layer", "ms"),
+        "peak memory of a step (GiB)": lines_of(ordered, "peak_mib", 1 / 1024, "mib_per_layer", "MiB"),
+        "time of a step (s)": lines_of(ordered, "median_s", 1, "ms_per_layer", "ms"),
     }
     curves(figure.path("png"), f"{title}\n{figure.device}", "depth L (layers)", panels)
 
 
-def expected_bytes(series: list[dict[str, Any]], depth: int) -> float:
-    """At most: by the depth before it, if memory grew with the square of the depth."""
-    if not series:
-        return 0.0
-    return series[-1]["peak_mib"] * (1 << 20) * (depth / series[-1]["depth"]) ** 2
+def number(value: float | None, digits: int, scale: float = 1) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
-def slopes(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, float | None]:
+def slopes(before: Row | None, row: Row) -> Row:
     """What each layer added since the depth before."""
-    if before is None:
-        return {"mib_per_layer": None, "ms_per_layer": None}
-    layers = row["depth"] - before["depth"]
-    return {
-        "mib_per_layer": (row["peak_mib"] - before["peak_mib"]) / layers,
-        "ms_per_layer": 1e3 * (row["median_s"] - before["median_s"]) / layers,
-    }
+    result: Row = {}
+    for slope, value, scale in (("mib_per_layer", "peak_mib", 1), ("ms_per_layer", "median_s", 1e3)):
+        known = before is not None and before[value] is not None and row[value] is not None
+        result[slope] = scale * (row[value] - before[value]) / (row["depth"] - before["depth"]) if known else None
+    return result
 
 
-def lines_of(rows: list[dict[str, Any]], value: Any, slope: str, unit: str) -> list[Line]:
-    """A curve a competitor, its last slope in its label."""
+def lines_of(rows: list[Row], value: str, scale: float, slope: str, unit: str) -> list[Line]:
+    """A curve a competitor; in its label its last slope, and the depth from which on it does not run."""
     lines = []
     for name in WHO:
         own = [row for row in rows if row["competitor"] == name]
-        if own:
-            last = own[-1][slope]
-            label = COMPETITORS[name].label.replace(" ", "\n") + (
-                "" if last is None else f"\n{last:.3g} {unit} a layer"
+        known = [row for row in own if row[value] is not None]
+        if known:
+            last = known[-1][slope]
+            label = COMPETITORS[name].label.replace(" ", "\n")
+            label += "" if last is None else f"\n{last:.3g} {unit} a layer"
+            missing = [row for row in own if row["failure"].startswith(NO_FIT)]
+            label += f"\nL = {missing[0]['depth']} {NO_FIT}" if missing else ""
+            lines.append(
+                Line(label, [row["depth"] for row in known], [scale * row[value] for row in known], style(name))
             )
-            lines.append(Line(label, [r["depth"] for r in own], [value(r) for r in own], style(name)))
     return lines
 
 

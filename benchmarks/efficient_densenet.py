@@ -33,7 +33,7 @@ def main() -> None:
     entries = [Entry(name, layout, NETWORK) for name in names for layout in LAYOUTS]
     agree(entries, True, options.device, SIZE)
     turns = [(entry, BATCH) for entry in entries]
-    timings = measure_times(turns, SIZE, DTYPES[options.dtype], True, options.device, options.repeats, float("inf"))
+    timings = measure_times(turns, SIZE, DTYPES[options.dtype], True, options.device, options.repeats)
     place = (options.dtype, True, str(options.device), options.threads)
     memories = measure_all([Job(e.competitor, e.layout, NETWORK, BATCH, SIZE, *place) for e in entries])
     setting = {"network": NETWORK, "mode": "train", "batches": "given", "size": SIZE, "dtype": options.dtype}

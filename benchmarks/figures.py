@@ -37,10 +37,11 @@ class Figure:
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.script}.{suffix}"
 
-    def write(self, title: str, rows: list[dict[str, Any]], text: str) -> None:
-        """The rows as CSV; ``text`` on the screen and as Markdown."""
+    def write(self, title: str, rows: list[dict[str, Any]], text: str, show: bool = True) -> None:
+        """The rows as CSV; ``text`` as Markdown and, with ``show``, on the screen."""
         write_csv(self.path("csv"), [{**row, **self.conditions} for row in rows])
         command = shlex.join([f"python benchmarks/{self.script}.py", *sys.argv[1:]]).replace("'", "")
         heading = f"{title}, on {self.device}"
-        print(f"{heading}\n\n{text}\n")
+        if show:
+            print(f"{heading}\n\n{text}\n")
         self.path("md").write_text(f"# {heading}\n\n`{command}`\n\n{sentence(self.conditions)}\n\n{text}\n")

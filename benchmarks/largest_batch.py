@@ -1,9 +1,13 @@
 """The largest batch of each DenseNet that fits a memory budget: ``python benchmarks/largest_batch.py --budget 2``.
 
 A training step at 224x224 in channels_last, without the optimizer; parameters, gradients and buffers count, the
-libraries do not. On a CPU memory is the peak resident set, measured; the batch is predicted from two small ones, then
-run and corrected until it is the largest (``densenet_fast/benchmarking/largest.py``).
+libraries do not. On a CPU memory is the peak resident set, measured. Every batch given here ran within the budget; one
+image more did not, or would not by what each adds (``densenet_fast/benchmarking/largest.py``). Files are written after
+every network.
 """
+
+import argparse
+from typing import Any
 
 from densenet_fast.benchmarking.competitors import COMPETITORS, available
 from densenet_fast.benchmarking.largest import largest_batch
@@ -28,9 +32,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     options = parser.parse_args()
     figure = Figure("largest_batch", options)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for network in progress(options.models, "networks"):
-        for name in available(options.against, network)[0]:
+        names = available(options.against, network)[0]
+        for name in progress(names, network):
             job = Job(
                 name,
                 "channels_last",
@@ -50,22 +55,30 @@ def main() -> None:
                     "size": options.size,
                     "dtype": options.dtype,
                     "budget_gib": options.budget,
-                    "batch": found.batch,
-                    "measured_gib": found.bytes / GIB,
+                    "batch": None if found.failure else found.batch,
+                    "gib": found.bytes / GIB,
+                    "gib_of_next": found.bytes_of_next / GIB,
                     "mib_per_image": found.per_image / (1 << 20),
                     "failure": found.failure,
                 }
             )
-    names = list(dict.fromkeys(row["competitor"] for row in rows))
-    cells = {(row["network"], row["competitor"]): row["failure"] or row["batch"] for row in rows}
-    header = ["images", *options.models]
-    lines = [
-        (COMPETITORS[name].label, *(cells.get((network, name), "-") for network in options.models)) for name in names
-    ]
+        write(figure, options, rows)
+
+
+def write(figure: Figure, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The files, of the networks measured so far."""
+    networks, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "competitor"))
+    found = {(row["network"], row["competitor"]): row for row in rows}
+
+    def cell(network: str, name: str) -> object:
+        row = found.get((network, name))
+        return "-" if row is None else row["failure"] or row["batch"]
+
+    lines = [(COMPETITORS[name].label, *(cell(network, name) for network in networks)) for name in names]
     title = f"Largest batch within {options.budget:g} GiB, training, {options.size}x{options.size}, {options.dtype}"
-    figure.write(title, rows, table(header, lines))
-    values = {name: [float(cells.get((network, name)) or 0) for network in options.models] for name in names}
-    grouped_bars(figure.path("png"), f"{title}\n{figure.device}", "images", options.models, values)
+    figure.write(title, rows, table(["images", *networks], lines))
+    values = {name: [found.get((network, name), {}).get("batch") for network in networks] for name in names}
+    grouped_bars(figure.path("png"), f"{title}\n{figure.device}", "images a step", networks, values)
 
 
 if __name__ == "__main__":

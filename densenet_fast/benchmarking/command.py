@@ -3,15 +3,17 @@
 import argparse
 import shlex
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from densenet_fast.benchmarking import floor, plots, profile
-from densenet_fast.benchmarking.competitors import COMPETITORS, LAYOUTS, Entry, available
+from densenet_fast.benchmarking.competitors import COMPETITORS, Entry, available, layouts_of
 from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name, sentence
 from densenet_fast.benchmarking.largest import largest_batch
-from densenet_fast.benchmarking.memory import Job, Memory, measure_all
+from densenet_fast.benchmarking.memory import Job, Memory, compile_ahead, measure, measure_all
 from densenet_fast.benchmarking.networks import KNOWN, architecture
 from densenet_fast.benchmarking.results import bench_rows, bench_table, best_rows, write_csv
 from densenet_fast.benchmarking.steps import DTYPES, agree
@@ -29,11 +31,14 @@ DEFAULTS = {
     "cpu": {"batch": [16], "dtype": "fp32", "repeats": 5},
     "cuda": {"batch": [64], "dtype": "bf16", "repeats": 20},
 }
+TIMED_SHARE = 0.6
+"""Of ``--minutes``, where memory is to be measured too."""
 DESCRIPTION = """\
 Runs every competitor from the same weights on the same images, checks that they compute the same, times their steps in
 turn, measures the peak memory of each in a process of its own, and prints one table: one row a competitor, of the
-memory layout in which it is faster, with the memory of the layout that needs less. All rows go to a CSV file, the table
-to a Markdown file, a picture to a PNG file. A training step is forward and backward, without the optimizer.
+memory layout in which it is faster (torch.compile has channels_last alone), with the memory of the layout that needs
+less. All rows go to a CSV file, the table to a Markdown file, a picture to a PNG file. A training step is forward and
+backward, without the optimizer.
 """
 
 
@@ -81,11 +86,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=competitors,
         metavar="NAME,...",
         help="whom to compare ours and ours-me with (all; on a CPU without compile and ours-compile, whose compilation "
-        "takes minutes there: name them)",
+        "by the C++ compiler takes many minutes: name them)",
+    )
+    parser.add_argument(
+        "--compile-limit",
+        type=float,
+        default=1800,
+        metavar="S",
+        help="seconds that torch.compile may take; who needs more is named and left out (1800)",
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="timed rounds after warming up (5; on a GPU 20)")
     parser.add_argument(
-        "--seconds", type=float, default=240, metavar="S", help="for all timed rounds: who is slow gets fewer (240)"
+        "--minutes",
+        type=float,
+        default=9,
+        metavar="M",
+        help="for all but compiling and the search of --batch max: who is slow gets fewer rounds, and memory is "
+        "measured in the faster layouts first, as far as the time goes (9)",
     )
     parser.add_argument(
         "--layout", choices=(*LAYOUTS, "both"), help="of memory (both; with --batch max channels_last alone)"
@@ -124,10 +141,16 @@ def execute(parser: argparse.ArgumentParser, options: argparse.Namespace, argume
     for name, value in {**defaults, "size": 32 if network.get("small_inputs") else 224}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    least = {"size": 8 if network.get("small_inputs") else 32, "repeats": 1, "threads": 1, "seconds": 0}
+    least = {
+        "size": 8 if network.get("small_inputs") else 32,
+        "repeats": 1,
+        "threads": 1,
+        "minutes": 0,
+        "compile_limit": 1,
+    }
     for name, bound in least.items():
         if getattr(options, name) < bound:
-            parser.error(f"--{name}: expected at least {bound}, got {getattr(options, name)}")
+            parser.error(f"--{name.replace('_', '-')}: expected at least {bound}, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
     files = Files(options, " ".join(["python -m densenet_fast bench", *map(shlex.quote, arguments)]))
     if options.profile or options.floor:
@@ -176,21 +199,28 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     if not names:
         return 1
     layout = options.layout or ("channels_last" if options.batch == "max" else "both")
-    layouts = list(LAYOUTS) if layout == "both" else [layout]
-    entries = [Entry(name, layout, options.model) for name in names for layout in layouts]
+    entries = [Entry(name, own, options.model) for name in names for own in layouts_of(name) if layout in (own, "both")]
     train = not options.infer
+    start = time.perf_counter()
     agree([entry for entry in entries if not entry.compiled], train, options.device, min(64, options.size))
-
-    turns = chosen_batches(options, entries)
-    timings = measure_times(
-        turns, options.size, DTYPES[options.dtype], train, options.device, options.repeats, options.seconds
-    )
+    checked = time.perf_counter()
+    turns, dropped = chosen_batches(options, entries)
+    for name, why in dropped.items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
+    left_out |= dropped
+    if not turns:
+        return 1
+    start += time.perf_counter() - checked
+    end = start + 60 * options.minutes
+    timed = end if options.memory == "none" else start + TIMED_SHARE * (end - start)
+    timings = measure_times(turns, options.size, DTYPES[options.dtype], train, options.device, options.repeats, timed)
+    names = list(dict.fromkeys(entry.competitor for entry, _ in turns))
     baseline = next(name for name in ("torchvision", "reference", *names) if name in names)
     setting = {"network": options.model, "mode": files.mode, "batches": "max" if options.batch == "max" else "given"}
     setting |= {"size": options.size, "dtype": options.dtype}
     times_alone = bench_rows(timings, [None] * len(timings), setting, baseline, files.conditions)
     write_csv(files.path("", "csv"), times_alone)  # should the rest not come to its end
-    memories = measured_memories(options, timings)
+    memories = measured_memories(options, timings, end)
     rows = bench_rows(timings, memories, setting, baseline, files.conditions)
     best = best_rows(rows)
     write_csv(files.path("", "csv"), rows)
@@ -201,36 +231,44 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     return 0
 
 
-def chosen_batches(options: argparse.Namespace, entries: list[Entry]) -> list[tuple[Entry, int]]:
-    """Each entry with each batch that it is to run."""
+def chosen_batches(options: argparse.Namespace, entries: list[Entry]) -> tuple[list[tuple[Entry, int]], dict[str, str]]:
+    """Each entry with each batch that it is to run, compiled if it is one to be; and why others will not run."""
     if options.batch != "max":
-        return [(entry, batch) for batch in options.batch for entry in entries]
-    budget = options.memory_budget or default_budget(options.device) / GIB
-    turns = []
+        turns = [(entry, batch) for batch in options.batch for entry in entries]
+        ahead = {job(options, *turn): turn for turn in turns if turn[0].compiled}
+        failures = compile_ahead(list(ahead), options.compile_limit) if ahead else {}
+        left_out = {f"{failed.competitor}, batch {failed.batch}": why for failed, why in failures.items()}
+        return [turn for turn in turns if job(options, *turn) not in failures], left_out
+    share = 0.9 if options.device.type == "cuda" else 0.7
+    budget = options.memory_budget * GIB if options.memory_budget else share * free_memory(options.device)
+    turns, left_out = [], {}
     for entry in entries:
-        largest = largest_batch(job(options, entry, 1), budget * GIB)
+        run = partial(measure, limit=options.compile_limit) if entry.compiled else measure
+        largest = largest_batch(job(options, entry, 1), budget, run)
         if largest.batch:
             turns.append((entry, largest.batch))
         else:
-            print(f"{entry.name} is left out: {largest.failure or 'not one image fits'}", file=sys.stderr)
-    return turns
+            left_out[entry.name] = largest.failure or "not one image fits"
+    return turns, left_out
 
 
-def measured_memories(options: argparse.Namespace, timings: list[Timing]) -> list[Memory | None]:
-    """Of each timing that succeeded, as far as ``--memory`` asks for it."""
+def measured_memories(options: argparse.Namespace, timings: list[Timing], until: float) -> list[Memory | None]:
+    """Of each timing that succeeded, as far as ``--memory`` asks for it and the time goes; in faster layouts first."""
 
-    def wanted(timing: Timing) -> bool:
-        if options.memory == "none" or timing.failure:
-            return False
+    def faster(timing: Timing) -> bool:
         peers = [t for t in timings if (t.entry.competitor, t.batch) == (timing.entry.competitor, timing.batch)]
-        median = [t.quantile(0.5) for t in peers if not t.failure]
-        return options.memory == "all" or timing.quantile(0.5) == min(median)
+        return timing.quantile(0.5) == min(t.quantile(0.5) for t in peers if not t.failure)
 
-    asked = [timing for timing in timings if wanted(timing)]
-    workers = (
-        4 if options.device.type == "cuda" else 1
-    )  # torch's own counters do not mind company, the resident set does
-    found = measure_all([job(options, timing.entry, timing.batch) for timing in asked], workers)
+    asked = [timing for timing in timings if options.memory != "none" and not timing.failure]
+    asked.sort(key=faster, reverse=True)
+    if options.memory == "faster":
+        asked = [timing for timing in asked if faster(timing)]
+    # torch's own counters do not mind company, the resident set does
+    workers = 4 if options.device.type == "cuda" else 1
+    found = measure_all([job(options, timing.entry, timing.batch) for timing in asked], workers, until)
+    missing = [timing.entry.name for timing, memory in zip(asked, found) if memory is None]
+    if missing:
+        print(f"memory is left out, for the --minutes are over: {'; '.join(missing)}", file=sys.stderr)
     results = {id(timing): memory for timing, memory in zip(asked, found)}
     return [results.get(id(timing)) for timing in timings]
 
@@ -250,14 +288,14 @@ def job(options: argparse.Namespace, entry: Entry, batch: int) -> Job:
     )
 
 
-def default_budget(device: torch.device) -> float:
-    """Bytes that ``--batch max`` may use."""
+def free_memory(device: torch.device) -> float:
+    """Bytes: a GPU's whole memory, of the system's what is available."""
     if device.type == "cuda":
-        return 0.9 * torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.get_device_properties(device).total_memory
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return 0.7 * int(line.split()[1]) * 1024
-    raise RuntimeError("--memory-budget: expected a number: this system does not say how much memory is free")
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not say how much memory is free: give a limit")
 
 
 def run_floor(options: argparse.Namespace, files: Files) -> int:

@@ -12,7 +12,7 @@ from densenet_fast import reference
 from densenet_fast.benchmarking.networks import architecture
 from densenet_fast.thirdparty import import_timm, import_torchvision
 
-__all__ = ["COMPETITORS", "LAYOUTS", "Entry", "available"]
+__all__ = ["COMPETITORS", "LAYOUTS", "Entry", "available", "compiled", "layouts_of"]
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -104,6 +104,17 @@ class Entry:
         """[batch, 3, size, size] in the entry's layout; the same for every competitor."""
         images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
         return images.to(device).to(memory_format=LAYOUTS[self.layout])
+
+
+def layouts_of(competitor: str) -> list[str]:
+    """In which it is measured: what ``torch.compile`` makes in channels_last alone, for the compiler takes minutes, and
+    chooses the layouts of convolutions itself."""
+    return ["channels_last"] if COMPETITORS[competitor].compiled else list(LAYOUTS)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """``torch.compile`` of it, for one size of images; the same in every process, which share its cache."""
+    return torch.compile(model, dynamic=False)
 
 
 def available(names: Sequence[str], network: str) -> tuple[list[str], dict[str, str]]:

@@ -1,29 +1,45 @@
 """The largest batch that fits a memory budget, for each competitor.
 
-What a step needs grows by the same amount with each image. Two batches, each in a process of its own, give that slope;
-the batch it predicts is then run, in a process of its own again, and corrected until the measured need is within the
-budget and one image more would not be. Need is everything but the libraries: parameters, gradients, buffers, and the
+Every batch that is tried runs in a process of its own. The search keeps the largest batch that was measured to fit and
+the smallest above it that was measured not to. It tries what a line through the measured needs predicts, and ends when
+the two are neighbours, or when one image more, at what each was measured to add, would not fit. Where the line misses
+too often, the interval is halved. Need is everything but the libraries: parameters, gradients, buffers, and the
 measured peak above them (the resident set on a CPU, torch's allocations on a GPU).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 from densenet_fast.benchmarking.memory import Job, Memory, measure
 
 __all__ = ["Largest", "largest_batch"]
 
-PROBES = (4, 8)
-CORRECTIONS = 5
+FIRST = 4
+"""The first batch tried."""
+SHARE = 0.85
+"""Of the first batch's need above the model's, what grows with the batch; a guess, which the second batch replaces."""
+GROWTH = 4
+"""At most so many times the largest batch known to fit is tried next: a line through noise may be flat."""
+PREDICTIONS = 5
+"""Batches that the line chooses before the interval is halved."""
 
 
 @dataclass(frozen=True)
 class Largest:
-    """The result: ``batch`` fits, with a measured need of ``bytes`` of which each image takes ``per_image``;
-    ``failure`` says why there is none. A batch of 0 means that not even one image fits."""
+    """The result, in bytes.
+
+    Attributes:
+        batch: fits, and one more does not; 0 where one image was measured not to fit.
+        bytes: the measured need of ``batch``.
+        bytes_of_next: that of one image more, measured or by ``per_image``; infinite where it did not run.
+        per_image: what each image adds, between the smallest and the largest batch measured.
+        failure: why there is no result, or empty.
+    """
 
     batch: int = 0
     bytes: float = 0.0
+    bytes_of_next: float = inf
     per_image: float = 0.0
     failure: str = ""
 
@@ -31,37 +47,44 @@ class Largest:
 def largest_batch(job: Job, budget: float, run: Callable[[Job], Memory] = measure) -> Largest:
     """For the competitor, network and mode of ``job``, whose own batch does not matter, within ``budget`` bytes."""
     needs: dict[int, float] = {}
-
-    def need(batch: int) -> float:
-        if batch not in needs:
+    batch, model = FIRST, 0.0
+    while True:
+        memory = run(replace(job, batch=batch))
+        if memory.killed:  # perhaps for another process's sake
             memory = run(replace(job, batch=batch))
-            if memory.failure and not memory.failure.startswith("out of memory"):
-                raise _Failed(memory.failure)
-            needs[batch] = float("inf") if memory.failure else memory.model + memory.added
-        return needs[batch]
-
-    try:
-        low, high = (need(batch) for batch in PROBES)
-        if high == float("inf"):
-            return Largest(failure=f"{PROBES[1]} images do not fit this machine")
-        per_image = max(1.0, (high - low) / (PROBES[1] - PROBES[0]))
-        batch, fits = max(0, int(PROBES[0] + (budget - low) / per_image)), 0
-        for _ in range(CORRECTIONS):
-            if batch == 0:
-                break
-            needed = need(batch)
-            if needed <= budget:
-                fits = max(fits, batch)
-                more = int((budget - needed) / per_image)
-            else:
-                more = -max(1, int(min(needed - budget, budget) / per_image))
-            if more == 0 or batch + more in needs:
-                break
-            batch = max(0, batch + more)
-    except _Failed as failed:
-        return Largest(failure=str(failed))
-    return Largest(fits, needs.get(fits, 0.0), per_image)
+        if memory.failure and not memory.out_of_memory:
+            return Largest(failure=memory.failure)
+        needs[batch] = inf if memory.failure else memory.model + memory.added
+        model = memory.model or model
+        fits = max((b for b, need in needs.items() if need <= budget), default=0)
+        exceeds = min((b for b in needs if b > fits), default=inf)
+        per_image = slope(needs)
+        after = needs.get(fits + 1) or needs.get(fits, inf) + per_image
+        if exceeds == fits + 1 or (per_image and fits and after > budget):
+            return Largest(fits, needs.get(fits, 0.0), after, per_image)
+        batch = next_batch(needs, model, budget, fits, exceeds)
 
 
-class _Failed(RuntimeError):
-    pass
+def next_batch(needs: dict[int, float], model: float, budget: float, fits: int, exceeds: float) -> int:
+    """What to try after ``needs``, the measured need by batch, of a model of ``model`` bytes: more than ``fits``, less
+    than ``exceeds``."""
+    known = sorted(batch for batch, need in needs.items() if isfinite(need))
+    if fits and exceeds in known:
+        per_image = (needs[int(exceeds)] - needs[fits]) / (exceeds - fits)
+    elif len(known) == 1:
+        per_image = SHARE * (needs[known[0]] - model) / known[0]
+    else:
+        per_image = slope(needs)
+    if per_image > 0 and len(needs) <= PREDICTIONS:
+        nearest = min(known, key=lambda batch: abs(needs[batch] - budget))
+        predicted = nearest + int((budget - needs[nearest]) // per_image)
+        return int(max(fits + 1, min(predicted, exceeds - 1, GROWTH * max(fits, 1))))
+    return (fits + int(exceeds)) // 2 if isfinite(exceeds) else 2 * fits
+
+
+def slope(needs: dict[int, float]) -> float:
+    """Bytes an image adds, between the smallest and the largest batch measured; 0 where these do not tell."""
+    known = sorted(batch for batch, need in needs.items() if isfinite(need))
+    if len(known) < 2:
+        return 0.0
+    return max(0.0, (needs[known[-1]] - needs[known[0]]) / (known[-1] - known[0]))

@@ -6,23 +6,34 @@
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from math import inf
 
 import torch
 from torch import nn
 
-from densenet_fast.benchmarking.competitors import Entry
+from densenet_fast.benchmarking.competitors import Entry, compiled
 from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.steps import DTYPES, Run, step
 from densenet_fast.memory import PeakMemory
 
-__all__ = ["Job", "Memory", "measure", "measure_all"]
+__all__ = ["Job", "Memory", "compile_ahead", "measure", "measure_all"]
 
 WARM_UP = (2, 64)
 """Batch and size of the step that comes before the baseline."""
+OUT_OF_MEMORY = "out of memory"
+KILLED = f"{OUT_OF_MEMORY} (killed)"
+NO_MEMORY = "can't allocate memory"
+"""What torch's allocator on CPUs says."""
+SIGKILL = 9
+GRACE = 30
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +71,60 @@ class Memory:
     model: int = 0
     failure: str = ""
 
+    @property
+    def out_of_memory(self) -> bool:
+        return self.failure.startswith(OUT_OF_MEMORY)
 
-def measure(job: Job) -> Memory:
-    """In a new process."""
+    @property
+    def killed(self) -> bool:
+        """By the system, as it does when its memory runs out, whoever took it."""
+        return self.failure == KILLED
+
+
+def measure(job: Job, limit: float | None = None) -> Memory:
+    """In a new process, which may take ``limit`` seconds."""
     command = [sys.executable, "-m", "densenet_fast.benchmarking.memory", json.dumps(asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode < 0:
-        return Memory(failure=f"out of memory (killed by signal {-done.returncode})")
-    if done.returncode:
-        return Memory(failure=(done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=limit)
+    except BaseException as error:
+        getattr(os, "killpg", os.kill)(process.pid, SIGKILL)  # with the compilers that it may have started
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return Memory(failure=f"not done within {limit:.0f} s")
+        raise
+    if process.returncode == -SIGKILL:
+        return Memory(failure=KILLED)
+    if process.returncode and NO_MEMORY in stderr:
+        return Memory(failure=OUT_OF_MEMORY)
+    if process.returncode:
+        return Memory(failure=(stderr.strip() or f"exit code {process.returncode}").splitlines()[-1])
+    return Memory(**json.loads(stdout.splitlines()[-1]))
 
 
-def measure_all(jobs: list[Job], workers: int = 1) -> list[Memory]:
-    """Each in a new process, ``workers`` at a time."""
+def measure_all(jobs: Sequence[Job], workers: int = 1, until: float = inf) -> list[Memory | None]:
+    """Each in a new process, ``workers`` at a time; None where its turn came after ``until``, a time of
+    ``time.perf_counter``, which none outlasts by more than ``GRACE``."""
+
+    def in_time(job: Job) -> Memory | None:
+        left = until - time.perf_counter()
+        return None if left <= 0 else measure(job, None if until == inf else left + GRACE)
+
     with ThreadPoolExecutor(workers) as pool:
-        return list(progress(pool.map(measure, jobs), "memory", len(jobs)))
+        return list(progress(pool.map(in_time, jobs), "memory", len(jobs)))
+
+
+def compile_ahead(jobs: Sequence[Job], limit: float) -> dict[Job, str]:
+    """Has ``torch.compile`` fill its cache on disk, from which every later process takes its kernels: each job in a new
+    process, which may take ``limit`` seconds. Those that failed, and why."""
+    failures = {}
+    for job in progress(jobs, f"torch.compile, at most {limit:.0f} s each"):
+        failure = measure(job, limit).failure
+        if failure:
+            failures[job] = failure
+    return failures
 
 
 def measure_here(job: Job) -> Memory:
@@ -83,7 +132,7 @@ def measure_here(job: Job) -> Memory:
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     model = job.entry.model(device, job.train)
-    run: Run = torch.compile(model) if job.entry.compiled else model
+    run: Run = compiled(model) if job.entry.compiled else model
     parameters = list(model.parameters())
     # What is compiled is compiled for one size: it warms up with the real one, so that the compiler is not measured.
     warm_up = (job.batch, job.size) if job.entry.compiled else (min(job.batch, WARM_UP[0]), min(job.size, WARM_UP[1]))
@@ -117,4 +166,4 @@ if __name__ == "__main__":
     try:
         print(json.dumps(asdict(measure_here(Job(**json.loads(sys.argv[1]))))))
     except (torch.OutOfMemoryError, MemoryError):
-        print(json.dumps(asdict(Memory(failure="out of memory"))))
+        print(json.dumps(asdict(Memory(failure=OUT_OF_MEMORY))))

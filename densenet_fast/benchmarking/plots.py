@@ -12,6 +12,8 @@ __all__ = ["Line", "bench_bars", "curves", "floor_bars", "grouped_bars", "ratio_
 
 INK = {"ours": "#0072b2", "ours-me": "#111111", "ours-compile": "#56b4e9"}
 """Okabe and Ito's blues and black; everyone else is grey."""
+TEXT = "#222222"
+"""Of labels beside marks of any colour: amber and light grey are no colours for letters."""
 GREY = "#a8a8a8"
 SHADES = {"reference": "#d8d8d8", "torchvision": "#b8b8b8", "torchvision-me": "#e69f00", "timm": "#7a7a7a"}
 STYLES = {
@@ -19,7 +21,7 @@ STYLES = {
     "ours-me": {"color": "#111111", "marker": "^", "linestyle": "-"},
     "torchvision-me": {"color": "#e69f00", "marker": "s", "linestyle": "--"},
 }
-OTHER = {"color": "#888888", "marker": "D", "linestyle": ":"}
+OTHER = {"color": "#777777", "marker": "D", "linestyle": ":"}
 LINE_HEIGHT = 0.057
 """Of a label's line, as a fraction of the axes' height."""
 DPI = 200
@@ -55,7 +57,8 @@ class Line(NamedTuple):
 
 
 def curves(path: Path, title: str, x_label: str, panels: dict[str, Sequence[Line]]) -> None:
-    """One panel a y axis, side by side, from zero, each curve's name beside its last point."""
+    """One panel a y axis, side by side, from zero, each curve's name beside its last point; no panel without curves."""
+    panels = {label: lines for label, lines in panels.items() if lines}
 
     def paint(figure: Any) -> None:
         figure.suptitle(title, fontsize=11)
@@ -93,8 +96,7 @@ def _label_ends(axes: Any, lines: Sequence[Line]) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=8.5,
-            color=line.style["color"],
-            weight="bold",
+            color=TEXT,
             arrowprops={"arrowstyle": "-", "color": line.style["color"], "linewidth": 0.8, "relpos": (0, 0.5)},
         )
 
@@ -115,7 +117,7 @@ def bench_bars(path: Path, title: str, rows: Sequence[Row], baseline: str) -> No
         for axes, (label, value, ratio) in zip(all_axes, panels):
             lengths = [row[value] or 0.0 for row in rows]
             drawn = axes.barh(range(len(rows)), lengths, 0.72, color=[INK.get(row["competitor"], GREY) for row in rows])
-            labels = ["-" if row[value] is None else f"{_short(row[value])} ({row[ratio] or 1:.2f})" for row in rows]
+            labels = [_short(row[value]) + ("" if row[ratio] is None else f" ({row[ratio]:.2f})") for row in rows]
             axes.bar_label(drawn, labels, padding=3, fontsize=9)
             axes.set_xlabel(label)
             axes.set_xlim(0, 1.5 * max([*lengths, 1e-9]))
@@ -126,8 +128,8 @@ def bench_bars(path: Path, title: str, rows: Sequence[Row], baseline: str) -> No
     draw(path, (8, 1.6 + 0.42 * len(rows)), paint)
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def floor_bars(path: Path, title: str, lines: Sequence[Any]) -> None:
@@ -138,17 +140,20 @@ def floor_bars(path: Path, title: str, lines: Sequence[Any]) -> None:
         figure.suptitle(title, fontsize=11)
         axes = figure.subplots()
         places = range(len(shown))
-        measured = axes.barh(places, [1e3 * line.measured for line in shown], 0.72, color=GREY)
+        axes.barh(places, [1e3 * line.measured for line in shown], 0.72, color=GREY)
         axes.barh(places, [1e3 * line.floor for line in shown], 0.36, color=INK["ours"])
         labels = [
             f"{1e3 * line.measured:.1f}" + (f" = {line.measured / line.floor:.2f} x floor" if line.floor else "")
             for line in shown
         ]
-        axes.bar_label(measured, labels, padding=3, fontsize=9)
+        for place, line, label in zip(places, shown, labels):
+            axes.annotate(
+                label, (1e3 * max(line.measured, line.floor), place), (4, 0), textcoords="offset points", va="center"
+            )
         axes.set_yticks(places, [line.kernel for line in shown])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.35 * max(1e3 * max(line.measured, line.floor) for line in shown))
-        axes.set_xlabel("milliseconds of a step (in blue: the floor)")
+        axes.set_xlabel("milliseconds of a step (wide, grey: measured; narrow, blue: the floor)")
         axes.spines[["top", "right"]].set_visible(False)
 
     draw(path, (8, 1.3 + 0.32 * len(shown)), paint)
@@ -165,8 +170,14 @@ def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, S
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (label, values) in zip(all_axes, panels.items()):
             drawn = axes.barh(range(len(names)), values, 0.72, color=[colour(name) for name in names])
-            axes.bar_label(drawn, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
-            axes.axvline(1, color="#444444", linewidth=0.8, linestyle=":")
+            axes.axvline(1, color="#444444", linewidth=0.8, linestyle=":", zorder=0)
+            axes.bar_label(
+                drawn,
+                [f"{value:.2f}" for value in values],
+                padding=3,
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
             axes.set_xlabel(label)
             axes.set_xlim(0, 1.2 * max(values))
             axes.spines[["top", "right"]].set_visible(False)
@@ -177,25 +188,27 @@ def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, S
 
 
 def grouped_bars(
-    path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float]]
+    path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float | None]]
 ) -> None:
-    """One group of bars a network, one bar a competitor, each with its value."""
+    """One group of bars a network, one bar a competitor, each with its value; None leaves a gap with a dash."""
     width = 0.86 / len(values)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.set_title(title, fontsize=11)
-        highest = max(max(series) for series in values.values())
+        highest = max((value or 0 for series in values.values() for value in series), default=0)
         for i, (name, series) in enumerate(values.items()):
             places = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
             look = {"color": INK.get(name, SHADES.get(name, GREY)), "edgecolor": "white"}
             hatch = "///" if name.endswith("-me") and name not in INK else ""
-            drawn = axes.bar(places, series, 0.95 * width, label=COMPETITORS[name].label, hatch=hatch, **look)
-            axes.bar_label(drawn, [f"{value:.0f}" for value in series], padding=2, fontsize=8)
-        axes.legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
+            heights = [value or 0 for value in series]
+            drawn = axes.bar(places, heights, 0.95 * width, label=COMPETITORS[name].label, hatch=hatch, **look)
+            labels = ["-" if value is None else f"{value:.0f}" for value in series]
+            axes.bar_label(drawn, labels, padding=2, fontsize=9)
+        axes.legend(loc="upper left", frameon=False, fontsize=9, ncols=2)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(y_label)
-        axes.set_ylim(0, 1.45 * highest)
+        axes.set_ylim(0, 1.45 * max(highest, 1e-9))
         axes.spines[["top", "right"]].set_visible(False)
 
     draw(path, (8, 4), paint)

@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.benchmarking.competitors import Entry
+from densenet_fast.benchmarking.competitors import Entry, compiled
 from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.steps import Disagreement, Run, compiled_agrees, step
 
@@ -46,7 +47,7 @@ class _Contestant:
         self.images: Tensor = timing.entry.images(timing.batch, size, device)
         self.run: Run = self.model
         if timing.entry.compiled:
-            self.run = torch.compile(self.model)
+            self.run = compiled(self.model)
             compiled_agrees(timing.entry, self.model, self.run, self.images, dtype, train)
         self.estimate = [self.turn() for _ in range(WARM_UPS[device.type])][-1]
 
@@ -67,10 +68,10 @@ def measure_times(
     train: bool,
     device: torch.device,
     repeats: int,
-    seconds: float,
+    until: float = inf,
 ) -> list[Timing]:
-    """Times ``repeats`` steps of each (entry, batch) after warming up; one that would need more than its share of
-    ``seconds`` gets fewer, though never below two.
+    """Times ``repeats`` steps of each (entry, batch) after warming up; one that would need more than its share of what
+    is left until ``until``, a time of ``time.perf_counter``, gets fewer, though never below two.
 
     Raises:
         Disagreement: what ``torch.compile`` made computes something else.
@@ -82,7 +83,7 @@ def measure_times(
             contestants.append(_Contestant(timing, size, dtype, train, device))
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    share = seconds / max(1, len(contestants))
+    share = max(0.0, until - time.perf_counter()) / max(1, len(contestants))
     for i in progress(range(repeats), "rounds"):
         for contestant in contestants:
             due = max(LEAST_REPEATS, int(min(repeats, share / contestant.estimate)))

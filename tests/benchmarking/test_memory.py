@@ -1,14 +1,15 @@
-"""What is called peak memory is: a known allocation, a model's need in a process of its own, the largest batch."""
+"""What is called peak memory is: a known allocation, a model's need in a process of its own."""
 
+import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
 import densenet_fast
-from densenet_fast.benchmarking.largest import largest_batch
-from densenet_fast.benchmarking.memory import Job, Memory, measure
+from densenet_fast.benchmarking.memory import KILLED, OUT_OF_MEMORY, Job, measure
 from densenet_fast.benchmarking.networks import architecture
 
 MIB = 1 << 20
@@ -51,24 +52,31 @@ def test_a_process_that_fails_says_why():
     assert "densenet_bc11" in measure(Job("ours", "contiguous", "densenet_bc11", 1, 32, "fp32", True, "cpu", 1)).failure
 
 
-@pytest.mark.parametrize("noise", [0, 1.5])
-def test_the_largest_batch(noise):
-    ran = []
+@pytest.mark.parametrize(
+    "code, stderr, failure",
+    [
+        (-9, "", KILLED),
+        (1, "DefaultCPUAllocator: can't allocate memory\nRuntimeError: no", OUT_OF_MEMORY),
+        (-11, "", "exit code -11"),
+        (1, "Traceback\nValueError: no", "ValueError: no"),
+        (0, "", ""),
+    ],
+)
+def test_why_a_process_failed(code, stderr, failure, monkeypatch):
+    line = f"import os, sys; print('{json.dumps({'added': 1})}'); sys.stderr.write({stderr!r}); sys.stdout.flush();"
+    line += f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
+    command = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: command([sys.executable, "-c", line], **options))
+    memory = measure(JOB)
+    assert memory.failure == failure and memory.killed == (code == -9)
+    assert memory.out_of_memory == (failure in (KILLED, OUT_OF_MEMORY))
 
-    def need(job):
-        ran.append(job.batch)
-        if job.batch > 100:
-            return Memory(failure="out of memory")
-        wobble = noise * MIB if job.batch == 8 else 0
-        return Memory(added=int((50 + 7 * job.batch) * MIB + wobble), model=10 * MIB)
 
-    found = largest_batch(JOB, 500 * MIB, need)
-    assert found.batch == 62 and found.bytes == (60 + 7 * 62) * MIB and 62 in ran
-    assert largest_batch(JOB, 60 * MIB, need).batch == 0
-    assert largest_batch(JOB, 67 * MIB, need).batch == 1
-    assert largest_batch(JOB, 5000 * MIB, need).batch <= 100
-
-
-def test_the_largest_batch_of_what_fails():
-    assert largest_batch(JOB, 1, lambda job: Memory(failure="RuntimeError: no")).failure == "RuntimeError: no"
-    assert "8 images do not fit" in largest_batch(JOB, 1, lambda job: Memory(failure="out of memory")).failure
+def test_a_process_that_takes_too_long_is_ended_with_those_it_started(monkeypatch, tmp_path):
+    line = f"(sleep 2; touch {tmp_path}/late) & wait"
+    command = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: command(["/bin/sh", "-c", line], **options))
+    memory = measure(JOB, 0.5)
+    assert memory.failure == "not done within 0 s" and not memory.out_of_memory
+    time.sleep(2.5)
+    assert not list(tmp_path.iterdir())
