@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from densenet_fast.benchmarking import floor, plots, profile
-from densenet_fast.benchmarking.competitors import COMPETITORS, Entry, available, layouts_of
+from densenet_fast.benchmarking.competitors import COMPETITORS, LAYOUTS, Entry, available, layouts_of
 from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name, sentence
 from densenet_fast.benchmarking.largest import largest_batch
 from densenet_fast.benchmarking.memory import Job, Memory, compile_ahead, measure, measure_all
@@ -199,7 +199,8 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     if not names:
         return 1
     layout = options.layout or ("channels_last" if options.batch == "max" else "both")
-    entries = [Entry(name, own, options.model) for name in names for own in layouts_of(name) if layout in (own, "both")]
+    layouts = {name: layouts_of(name) if layout == "both" else [layout] for name in names}
+    entries = [Entry(name, own, options.model) for name in names for own in layouts[name]]
     train = not options.infer
     start = time.perf_counter()
     agree([entry for entry in entries if not entry.compiled], train, options.device, min(64, options.size))
