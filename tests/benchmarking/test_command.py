@@ -199,7 +199,7 @@ def test_memory_of_the_faster_layouts_comes_first_as_far_as_the_time_goes(monkey
 
 def test_what_compiling_made_is_compared_on_the_batch_that_is_timed(out, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda images: model(images) * 1.1)
-    with pytest.raises(Disagreement, match="ours-compile, contiguous: its logits are off by 1.0e-01"):
+    with pytest.raises(Disagreement, match="ours-compile, channels_last: its logits are off by 1.0e-01"):
         main([*TINY, "--against", "ours-compile", "--out", str(out)])
 
 
