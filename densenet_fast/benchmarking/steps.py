@@ -12,9 +12,11 @@ from densenet_fast.benchmarking.competitors import Entry
 __all__ = ["DTYPES", "Disagreement", "agree", "compiled_agrees", "step", "without_tf32"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MARGIN = 1e-3
+"""Relative error in float32 that any implementation may have; the last block's normalisations, over few pixels, magnify
+rounding, by which all err more."""
 TOLERANCE = 1e-2
-"""Relative error in float32 below which two implementations agree: their kernels sum in other orders, and the last
-block's normalisations, over few pixels, magnify that."""
+"""The same of what is compiled, in any dtype."""
 
 Run = Callable[[Tensor], Tensor]
 
@@ -60,21 +62,24 @@ def without_tf32() -> Iterator[None]:
 
 
 def agree(entries: Sequence[Entry], train: bool, device: torch.device, size: int = 64) -> None:
-    """Compares logits and gradients of the eager ``entries`` on a small batch in float32.
+    """Compares logits and gradients of the eager ``entries`` on a small batch in float32 with the first one's in
+    float64.
 
     Raises:
-        Disagreement: one of them is not the first one's, to ``TOLERANCE``.
+        Disagreement: the error of one of them is above twice the first one's, plus ``MARGIN``.
     """
-    expected: list[Tensor] | None = None
     with without_tf32():
+        model = entries[0].model(device, train).double()
+        truth = _results(model, model, entries[0].images(4, size, device).double(), torch.float32, train)
+        own: dict[str, float] = {}
         for entry in entries:
             model = entry.model(device, train)
-            got = _results(model, model, entry.images(4, size, device), torch.float32, train)
-            expected = expected or got
-            for what, error in _errors(got, expected).items():
-                if not error < TOLERANCE:
+            errors = _errors(_results(model, model, entry.images(4, size, device), torch.float32, train), truth)
+            own = own or errors
+            for what, error in errors.items():
+                if not error <= 2 * own[what] + MARGIN:
                     raise Disagreement(
-                        f"{entry.name}: its {what} differ from those of {entries[0].name} by {error:.1e}"
+                        f"{entry.name}: its {what} are off by {error:.1e}, {entries[0].name}'s by {own[what]:.1e}"
                     )
 
 
@@ -97,7 +102,7 @@ def compiled_agrees(entry: Entry, model: nn.Module, run: Run, images: Tensor, dt
 
 def _results(run: Run, model: nn.Module, images: Tensor, dtype: torch.dtype, train: bool) -> list[Tensor]:
     parameters = dict(model.named_parameters())
-    results = [step(run, images, dtype, train, list(parameters.values())).detach().float()]
+    results = [step(run, images, dtype, train, list(parameters.values())).detach()]
     if train:
         results.append(torch.cat([parameters[name].grad.flatten() for name in sorted(parameters)]))
     for parameter in parameters.values():

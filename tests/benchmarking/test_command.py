@@ -133,7 +133,7 @@ def test_disagreement_is_not_timed(spoil, what, out, monkeypatch, capsys):
         return model
 
     monkeypatch.setitem(competitors.COMPETITORS, "timm", Competitor(wrong, "timm"))
-    with pytest.raises(Disagreement, match=f"timm, contiguous: its {what} differ from those of reference"):
+    with pytest.raises(Disagreement, match=f"timm, contiguous: its {what} are off by"):
         main([*TINY, "--against", "reference,timm", "--out", str(out)])
     assert "|" not in capsys.readouterr().out and not list(out.rglob("*.*"))
 
