@@ -208,6 +208,7 @@ def test_switched_off(calls):
         assert {row.reason for row in densenet_fast.explain(model)} == {"switched off by set_fused(False)"}
 
 
+@pytest.mark.library
 def test_explain_lists_them():
     report = densenet_fast.explain(nn.ModuleDict({"a": small(), "b": nn.Linear(2, 2)}))
     rows = [(row.name, row.kind, row.fused, row.backend) for row in report]

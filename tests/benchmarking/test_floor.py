@@ -94,6 +94,7 @@ def test_the_report_of_the_floor(tmp_path, capsys):
     assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".csv", ".md", ".png"]
 
 
+@pytest.mark.library
 def test_the_profile_tells_the_parts_apart(tmp_path, capsys):
     assert main([*TINY, "--profile", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out

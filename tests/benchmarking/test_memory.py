@@ -33,6 +33,7 @@ def test_the_meter_reads_a_known_allocation():
     assert added == pytest.approx(300, rel=0.05)
 
 
+@pytest.mark.library
 def test_a_step_needs_what_it_keeps_and_little_more():
     memory = measure(JOB)
     assert memory.failure == ""
@@ -43,6 +44,7 @@ def test_a_step_needs_what_it_keeps_and_little_more():
     assert 8 * parameters < memory.model < 9 * parameters  # with their gradients, and the buffers
 
 
+@pytest.mark.library
 def test_the_plain_network_needs_more():
     ours, plain = (measure(replace(JOB, competitor=name, network="densenet_bc40")) for name in ("ours", "reference"))
     assert 0 < ours.added < 0.6 * plain.added

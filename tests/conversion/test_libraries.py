@@ -105,6 +105,7 @@ def test_densenet121_equals_the_unconverted_model_in_float64(name):
     assert_same(model.eval(), stock.eval(), x[:1], 1e-9)
 
 
+@pytest.mark.library
 def test_peak_memory_of_a_training_step_is_at_most_half():
     script = Path(__file__).parent / "peak_memory.py"
     output = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout

@@ -113,6 +113,7 @@ def test_a_training_loop_compiled_with_its_loss_and_optimizer():
     assert losses[1] == pytest.approx(losses[0], rel=1e-9) and losses[0][0] != losses[0][2]
 
 
+@pytest.mark.library
 def test_inductor():
     model = ours(block_config=(1,), small_inputs=True).double()
     eager = copy.deepcopy(model)

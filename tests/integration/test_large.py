@@ -117,6 +117,7 @@ def tensors(values):
 KERNELS = [bn_relu, statistics, conv1x1, conv1x1_backward, conv3x3, conv3x3_backward, finalise, transition, stem, head]
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_kernels_read_beyond_element_2_31(kernel, dtype, memory):
@@ -127,6 +128,7 @@ def test_kernels_read_beyond_element_2_31(kernel, dtype, memory):
     assert all(a.equal(b) for a, b in zip(tensors(got), tensors(expected), strict=True))
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_write_beyond_element_2_31(dtype, memory):
     """The matrices that kernels write into: Z, the new columns of F, and the gradient G."""

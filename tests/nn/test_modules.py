@@ -347,6 +347,7 @@ def test_output_of_a_transition_may_be_changed_in_place():
     assert error(*results) < 1e-12
 
 
+@pytest.mark.library
 def test_explain():
     model = densenet_fast.DenseNet(8, (2, 2), 12)
     model.features.denseblock2.denselayer1.relu1 = nn.GELU()
