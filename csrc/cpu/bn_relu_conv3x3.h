@@ -70,7 +70,7 @@ struct Transformed {
 
   Transformed(int64_t tiles, int64_t cols, bool paired)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
-        position((paired ? steps_of<T>(tiles) : tiles) * words),
+        position((paired ? steps_of<T>(tiles) : tiles) * words + kSkew),
         paired(paired),
         data(scratch<T>(16 * position * kPerWord<T>)) {
     std::fill_n(data.get(), 16 * position * kPerWord<T>, T{});

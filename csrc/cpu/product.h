@@ -7,13 +7,7 @@
 namespace densenet_fast {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kBlockRows = 14;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kBlockRows = 6;
-#else
-constexpr int kLanes = 4, kBlockRows = 6;
-#endif
+constexpr int kBlockRows = kLanes == 16 ? 14 : 6;
 using Floats = floats<kLanes>;
 using WordLanes = Lanes<kLanes>::words;
 
@@ -90,20 +84,27 @@ inline void block_of(int64_t rows, Operand a, Operand b, int64_t steps, float* o
   if constexpr (ROWS > 1) block_of<T, ROWS - 1, VECTORS>(rows, a, b, steps, out, ld, accumulate);
 }
 
-template <typename T>
-void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld, bool accumulate) {
+// of VECTORS vectors' columns from the first
+template <typename T, int VECTORS>
+inline void product_of_columns(Operand a, Operand b, int64_t rows, int64_t steps, float* out, int64_t ld,
+                               bool accumulate) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, larger = rows % blocks;
   int64_t n = rows / blocks + 1;
   for (int64_t i = 0, first = 0; i < blocks; ++i, first += n) {
     if (i == larger) --n;
-    const Operand part = {a.words + first * a.row, a.row, a.step};
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
-      block_of<T, kBlockRows, 2>(n, part, {b.words + c, b.row, b.step}, steps, out + first * ld + c, ld, accumulate);
-    }
-    for (; c < cols; c += kLanes) {
-      block_of<T, kBlockRows, 1>(n, part, {b.words + c, b.row, b.step}, steps, out + first * ld + c, ld, accumulate);
-    }
+    block_of<T, kBlockRows, VECTORS>(n, {a.words + first * a.row, a.row, a.step}, b, steps, out + first * ld, ld,
+                                     accumulate);
+  }
+}
+
+template <typename T>
+void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld, bool accumulate) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+    product_of_columns<T, 2>(a, {b.words + c, b.row, b.step}, rows, steps, out + c, ld, accumulate);
+  }
+  for (; c < cols; c += kLanes) {
+    product_of_columns<T, 1>(a, {b.words + c, b.row, b.step}, rows, steps, out + c, ld, accumulate);
   }
 }
 

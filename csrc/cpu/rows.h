@@ -32,7 +32,7 @@ void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, 
 // the corrected two-pass formula: the residuals' mean is zero but for rounding, and corrects both results
 template <typename T>
 void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2) {
-  columns(cols, [&]<int N>(int64_t c) {
+  lines(cols, [&]<int N>(int64_t c) {
     const float count = static_cast<float>(rows);
     floats<N> sum = {};
     for (int64_t r = 0; r < rows; ++r) sum += load<N>(x + r * ld + c);
@@ -55,13 +55,13 @@ inline void to_panel(int64_t rows, uint32_t* out, int64_t width, F row) {
   if constexpr (sizeof(T) == 4) {
     for (int64_t r = 0; r < rows; ++r) {
       const floats<N> v = row(r);
-      if (out) __builtin_memcpy(out + r * width, &v, sizeof(v));
+      if (out) store_bits(out + r * width, v);
     }
   } else {
     for (int64_t r = 0; r < rows; r += 2) {
       const floats<N> first = row(r), second = r + 1 < rows ? row(r + 1) : floats<N>{};
       const auto words = pair<N>(first, second);
-      if (out) __builtin_memcpy(out + r / 2 * width, &words, sizeof(words));
+      if (out) store_bits(out + r / 2 * width, words);
     }
   }
 }
@@ -70,7 +70,7 @@ template <typename T>
 void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                      Affine affine, const T* source, int64_t source_ld, T* total, int64_t total_ld, uint32_t* a,
                      int64_t a_width, float* sum_d, float* sum_dx) {
-  columns(cols, [&]<int N>(int64_t c) {
+  lines(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
     floats<N> sum = {}, sum_x = {};
@@ -80,7 +80,7 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
       const floats<N> centred = load<N>(x + r * ld + c) - mean;
       const floats<N> y = centred * scale + shift;
       if (grad) {
-        const floats<N> d = y <= 0 ? floats<N>{} : load<N>(grad + r * grad_ld + c);
+        const floats<N> d = select(y <= 0, floats<N>{}, load<N>(grad + r * grad_ld + c));
         sum += d;
         sum_x += d * centred;
         if (total) store<N>(total + r * total_ld + c, load<N>(source + r * source_ld + c) + scale * d);
@@ -126,7 +126,7 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
                   int64_t cols, Affine affine, T* const* out, uint32_t* a, int64_t a_width, float* sum_d,
                   float* sum_dx) {
   const float factor = 1.0f / static_cast<float>(window);
-  columns(cols, [&]<int N>(int64_t c) {
+  lines(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
     floats<N> sum = {}, sum_x = {};
@@ -140,7 +140,7 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
         const floats<N> y = centred * scale + shift;
         mean_a += relu(y);
         if (!grad) continue;
-        const floats<N> d = y <= 0 ? floats<N>{} : share;
+        const floats<N> d = select(y <= 0, floats<N>{}, share);
         sum += d;
         sum_x += d * centred;
         store<N>(out[i] + offset + c, scale * d);

@@ -17,6 +17,29 @@
 namespace densenet_fast {
 namespace {
 
+// Of a register. GCC makes scalar instructions of comparisons between wider vectors.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// Registers that are used as one vector
+template <typename V>
+struct Wide {
+  V low, high;
+
+  friend Wide operator+(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
+  friend Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
+  friend Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
+  friend Wide operator*(float a, Wide b) { return {a * b.low, a * b.high}; }
+  friend Wide operator/(Wide a, float b) { return {a.low / b, a.high / b}; }
+  friend Wide& operator+=(Wide& a, Wide b) { return a = a + b; }
+  friend auto operator<=(Wide a, float b) { return Wide<decltype(a.low <= b)>{a.low <= b, a.high <= b}; }
+};
+
 // N lanes of each type
 template <int N>
 struct Lanes {
@@ -27,37 +50,63 @@ struct Lanes {
   typedef uint8_t bytes __attribute__((vector_size(N)));
 };
 template <int N>
+  requires(N > kLanes)
+struct Lanes<N> {
+  using floats = Wide<typename Lanes<N / 2>::floats>;
+  using words = Wide<typename Lanes<N / 2>::words>;
+};
+template <int N>
 using floats = typename Lanes<N>::floats;
 template <int N>
 using ints = typename Lanes<N>::ints;
 
 template <int N>
 inline floats<N> load(const float* p) {
-  floats<N> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+  if constexpr (N > kLanes) {
+    return {load<N / 2>(p), load<N / 2>(p + N / 2)};
+  } else {
+    floats<N> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
 }
 
 // In intrinsics where GCC makes several instructions of the portable form
 template <int N>
 inline floats<N> load(const bf16* p) {
+  if constexpr (N > kLanes) {
+    return {load<N / 2>(p), load<N / 2>(p + N / 2)};
+  } else {
 #if defined(__AVX512F__)
-  if constexpr (N == 16) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return (floats<N>)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(-1, bits), 16);
-  }
+    if constexpr (N == 16) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      return (floats<N>)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(-1, bits), 16);
+    }
 #endif
-  typename Lanes<N>::halves bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
-  const typename Lanes<N>::words wide = __builtin_convertvector(bits, typename Lanes<N>::words) << 16;
-  floats<N> v;
-  __builtin_memcpy(&v, &wide, sizeof(v));
-  return v;
+    typename Lanes<N>::halves bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    const typename Lanes<N>::words wide = __builtin_convertvector(bits, typename Lanes<N>::words) << 16;
+    floats<N> v;
+    __builtin_memcpy(&v, &wide, sizeof(v));
+    return v;
+  }
+}
+
+// p's four bytes a lane = v's bits
+template <typename P, typename V>
+inline void store_bits(P* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <typename P, typename V>
+inline void store_bits(P* p, Wide<V> v) {
+  store_bits(p, v.low);
+  store_bits(p + sizeof(V) / sizeof(P), v.high);
 }
 
 template <int N>
 inline void store(float* p, floats<N> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
+  store_bits(p, v);
 }
 
 // the bits of v as bf16, in the low half of each word: to nearest, ties to even; NaN stays NaN
@@ -72,30 +121,39 @@ inline typename Lanes<N>::words round_bits(floats<N> v) {
 
 template <int N>
 inline void store(bf16* p, floats<N> v) {
+  if constexpr (N > kLanes) {
+    store<N / 2>(p, v.low);
+    store<N / 2>(p + N / 2, v.high);
+  } else {
 #if defined(__AVX512BF16__)
-  if constexpr (N == 16) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
-    __builtin_memcpy(p, &narrow, sizeof(narrow));
-    return;
-  }
+    if constexpr (N == 16) {
+      const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+      __builtin_memcpy(p, &narrow, sizeof(narrow));
+      return;
+    }
 #endif
-  const typename Lanes<N>::halves narrow = __builtin_convertvector(round_bits<N>(v), typename Lanes<N>::halves);
-  __builtin_memcpy(p, &narrow, sizeof(narrow));
+    const typename Lanes<N>::halves narrow = __builtin_convertvector(round_bits<N>(v), typename Lanes<N>::halves);
+    __builtin_memcpy(p, &narrow, sizeof(narrow));
+  }
 }
 
 // words of two bf16, of `low` and of `high`
 template <int N>
 inline typename Lanes<N>::words pair(floats<N> low, floats<N> high) {
+  if constexpr (N > kLanes) {
+    return {pair<N / 2>(low.low, high.low), pair<N / 2>(low.high, high.high)};
+  } else {
 #if defined(__AVX512BF16__)
-  if constexpr (N == 16) {
-    alignas(64) static constexpr uint16_t interleaved[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (typename Lanes<N>::words)_mm512_permutexvar_epi16(_mm512_load_si512(interleaved), both);
-  }
+    if constexpr (N == 16) {
+      alignas(64) static constexpr uint16_t interleaved[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                               21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                               11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      return (typename Lanes<N>::words)_mm512_permutexvar_epi16(_mm512_load_si512(interleaved), both);
+    }
 #endif
-  return round_bits<N>(low) | round_bits<N>(high) << 16;
+    return round_bits<N>(low) | round_bits<N>(high) << 16;
+  }
 }
 
 // Bytes become words and back by way of halves: GCC converts a vector in one instruction between neighbouring widths
@@ -126,20 +184,47 @@ inline V relu(V v) {
   return v < 0 ? V{} : v;
 }
 
-// f<lanes>(column) over the columns of a row: sixteen at a time, the rest by eight, four and one
-template <typename F>
+template <typename V>
+inline Wide<V> relu(Wide<V> v) {
+  return {relu(v.low), relu(v.high)};
+}
+
+// a where `condition` holds, and else b
+template <typename C, typename V>
+inline V select(C condition, V a, V b) {
+  return condition ? a : b;
+}
+
+template <typename C, typename V>
+inline Wide<V> select(Wide<C> condition, Wide<V> a, Wide<V> b) {
+  return {select(condition.low, a.low, b.low), select(condition.high, a.high, b.high)};
+}
+
+// f<lanes>(column) over the columns of a row: WIDEST at a time, by default a register's, and the rest by eight, four
+// and one
+template <int WIDEST = kLanes, typename F>
 inline void columns(int64_t cols, F f) {
   int64_t c = 0;
-  for (; c + 16 <= cols; c += 16) f.template operator()<16>(c);
-  if (c + 8 <= cols) {
-    f.template operator()<8>(c);
-    c += 8;
+  for (; c + WIDEST <= cols; c += WIDEST) f.template operator()<WIDEST>(c);
+  if constexpr (WIDEST > 8) {
+    if (c + 8 <= cols) {
+      f.template operator()<8>(c);
+      c += 8;
+    }
   }
-  if (c + 4 <= cols) {
-    f.template operator()<4>(c);
-    c += 4;
+  if constexpr (WIDEST > 4) {
+    if (c + 4 <= cols) {
+      f.template operator()<4>(c);
+      c += 4;
+    }
   }
   for (; c < cols; ++c) f.template operator()<1>(c);
+}
+
+// The same for f that goes down the rows: sixteen at a time, a line of the cache of float32
+template <typename F>
+inline void lines(int64_t cols, F f) {
+  columns<16>(cols, f);
 }
 
 }  // namespace

@@ -203,24 +203,24 @@ void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int
                      uint32_t* out, int64_t position) {
   constexpr int64_t per_word = 4 / sizeof(T);
   const int64_t steps = (depth + per_word - 1) / per_word;
-  using V = floats<16>;
+  using V = floats<kLanes>;
   for (int64_t k = 0; k < steps; ++k) {
-    for (int64_t c = 0; c < width; c += 16) {
+    for (int64_t c = 0; c < width; c += kLanes) {
       V u[2][16];
       for (int64_t half = 0; half < per_word; ++half) {
-        float taps[9][16] = {};
+        float taps[9][kLanes] = {};
         const S* first = filters + (k * per_word + half) * strides.in + c * strides.out;
         const bool inside = k * per_word + half < depth;
-        const bool adjacent = strides.out == 1 && c + 16 <= cols;
+        const bool adjacent = strides.out == 1 && c + kLanes <= cols;
         if (inside && !adjacent) {
-          for (int64_t j = 0; j < 16 && c + j < cols; ++j) {
+          for (int64_t j = 0; j < kLanes && c + j < cols; ++j) {
             for (int i = 0; i < 9; ++i)
               taps[turned ? 8 - i : i][j] = load<1>(first + j * strides.out + i * strides.tap)[0];
           }
         }
         V g[9], rows[12];
         for (int i = 0; i < 9; ++i) {
-          g[i] = inside && adjacent ? load<16>(first + (turned ? 8 - i : i) * strides.tap) : load<16>(taps[i]);
+          g[i] = inside && adjacent ? load<kLanes>(first + (turned ? 8 - i : i) * strides.tap) : load<kLanes>(taps[i]);
         }
         for (int j = 0; j < 3; ++j) filter_line(g[j], g[3 + j], g[6 + j], rows + j, 3);
         for (int i = 0; i < 4; ++i) filter_line(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], u[half] + 4 * i, 1);
@@ -230,7 +230,7 @@ void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int
         if constexpr (per_word == 1) {
           __builtin_memcpy(words, &u[0][i], sizeof(V));
         } else {
-          const auto pairs = pair<16>(u[0][i], u[1][i]);
+          const auto pairs = pair<kLanes>(u[0][i], u[1][i]);
           __builtin_memcpy(words, &pairs, sizeof(pairs));
         }
       }
