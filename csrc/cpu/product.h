@@ -27,21 +27,13 @@ inline WordLanes load_words(const uint32_t* p) {
 
 // sum + a * b, with one word of `a` for all lanes
 template <typename T>
-inline Floats add_product(Floats sum, uint32_t a, WordLanes b);
-
-template <>
-inline Floats add_product<float>(Floats sum, uint32_t a, WordLanes b) {
-  return sum + same_bits<float>(a) * same_bits<Floats>(b);
-}
-
-template <>
-inline Floats add_product<bf16>(Floats sum, uint32_t a, WordLanes b) {
+inline Floats add_product(Floats sum, uint32_t a, WordLanes b) {
 #if defined(__AVX512BF16__)
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-#else
-  sum += same_bits<float>(a << 16) * same_bits<Floats>(b << 16);
-  return sum + same_bits<float>(a & 0xffff0000) * same_bits<Floats>(b & 0xffff0000);
+  if constexpr (sizeof(T) == 2) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  }
 #endif
+  return sum + same_bits<float>(a) * same_bits<Floats>(b);
 }
 
 // Every loop over the sums is unrolled, or they would live in memory. What is accumulated on is added last, so that
@@ -107,6 +99,48 @@ void product(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, fl
     product_of_columns<T, 1>(a, {b.words + c, b.row, b.step}, rows, steps, out + c, ld, accumulate);
   }
 }
+
+#if !defined(__AVX512BF16__)
+// [2 * steps, count] floats from words [steps, count]
+inline void unpack(const uint32_t* words, int64_t step, int64_t steps, int64_t count, uint32_t* out) {
+  for (int64_t k = 0; k < steps; ++k, words += step, out += 2 * count) {
+    for (int64_t j = 0; j < count; ++j) {
+      out[j] = words[j] << 16;
+      out[count + j] = words[j] & 0xffff0000;
+    }
+  }
+}
+
+// [2 * steps] floats from [steps] words
+inline void unpack_row(const uint32_t* words, int64_t steps, uint32_t* out) {
+  const bf16* values = reinterpret_cast<const bf16*>(words);
+  columns(2 * steps, [&]<int N>(int64_t c) { store_bits(out + c, load<N>(values + c)); });
+}
+
+// Where no instruction multiplies bf16, products of parts that stay in the first-level cache as floats
+template <>
+void product<bf16>(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld,
+                   bool accumulate) {
+  constexpr int64_t kRows = 48, kSteps = 64;
+  alignas(64) uint32_t left[kRows * 2 * kSteps], right[2 * kSteps * 32];
+  for (int64_t k = 0; k < steps; k += kSteps) {
+    const int64_t depth = steps - k < kSteps ? steps - k : kSteps;
+    unpack(b.words + k * b.step, b.step, depth, cols, right);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const int64_t n = rows - r < kRows ? rows - r : kRows;
+      const uint32_t* words = a.words + r * a.row + k * a.step;
+      const bool by_row = a.step == 1;
+      if (by_row) {
+        for (int64_t i = 0; i < n; ++i) unpack_row(words + i * a.row, depth, left + i * 2 * depth);
+      } else {
+        unpack(words, a.step, depth, n, left);
+      }
+      product<float>({left, by_row ? 2 * depth : 1, by_row ? 1 : n}, {right, 0, cols}, n, cols, 2 * depth, out + r * ld,
+                     ld, accumulate || k > 0);
+    }
+  }
+}
+#endif
 
 // word(k, j) = value k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
 template <typename T>
