@@ -25,8 +25,8 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """The device's name as a folder: ``nvidia_h100_80gb_hbm3``, ``cpu_amd_epyc``."""
-    name = device_name(device) if device.type == "cuda" else f"cpu_{processor().split('(')[0]}"
+    """The device's name as a folder: ``nvidia_h100_80gb_hbm3``, ``cpu_amd_epyc_avx2``."""
+    name = device_name(device) if device.type == "cuda" else f"cpu_{processor().split(',')[0]}"
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
