@@ -1,13 +1,11 @@
 """``python peak_memory.py``: peak memory of one training step of each library's DenseNet-121, as it is and converted.
 
 Prints a JSON object, bytes added to the model's by its first step, [stock, converted] for each library that is
-installed: medians of three measurements, as what the C library keeps of freed memory varies. Every measurement has a
-process of its own, forked before torch has run anything.
+installed. Every measurement has a process of its own, forked before torch has run anything.
 """
 
 import json
 import multiprocessing
-import statistics
 
 import torch
 from libraries import DENSENET121, SHAPES
@@ -28,22 +26,16 @@ def measure(library: str, converted: bool, results: "multiprocessing.Queue[int]"
     results.put(memory.read().added)
 
 
-def in_own_process(library: str, converted: bool) -> int:
-    context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
-    process = context.Process(target=measure, args=(library, converted, results))
-    process.start()
-    added = results.get()
-    process.join()
-    return added
-
-
 def main() -> None:
-    peaks = {}
+    context = multiprocessing.get_context("fork")
+    results, peaks = context.SimpleQueue(), {}
     for library in DENSENET121:
         peaks[library] = []
         for converted in (False, True):
-            peaks[library].append(statistics.median(in_own_process(library, converted) for _ in range(3)))
+            process = context.Process(target=measure, args=(library, converted, results))
+            process.start()
+            peaks[library].append(results.get())
+            process.join()
     print(json.dumps(peaks))
 
 
