@@ -38,4 +38,4 @@ if timm is not None:
 if monai is not None:
     DENSENET121["monai 2-D"] = lambda: monai.DenseNet121(2, 1, 10)
     DENSENET121["monai 3-D"] = lambda: monai.DenseNet121(3, 1, 10)
-SHAPES["monai 2-D"], SHAPES["monai 3-D"] = (6, 1, 128, 128), (2, 1, 64, 64, 64)
+SHAPES["monai 2-D"], SHAPES["monai 3-D"] = (6, 1, 128, 128), (8, 1, 64, 64, 64)

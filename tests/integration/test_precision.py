@@ -44,7 +44,7 @@ def train(
 @pytest.mark.parametrize("memory_efficient", [False, True])
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, None), (torch.float16, 2.0**10)], ids=str)
 def test_autocast_trains_as_torchvision(dtype, scale, memory_efficient):
-    """The losses of the steps are as near to the exact ones as stock's, in the root mean square over several runs."""
+    """The losses of several runs are as near to the exact ones as stock's, at worst and in the root mean square."""
     got, expected = pair(torch.float32, memory_efficient=memory_efficient)
     mine, theirs = [], []
     for seed in range(6):
@@ -53,6 +53,7 @@ def test_autocast_trains_as_torchvision(dtype, scale, memory_efficient):
             losses, scales = train(model, dtype, scale, seed)
             assert scales == [scale or 1.0] * STEPS
             errors += [loss - exact for loss, exact in zip(losses, truth, strict=True)]
+    assert max(map(abs, mine)) <= 2 * max(map(abs, theirs))
     assert math.hypot(*mine) <= 2 * math.hypot(*theirs)
 
 
