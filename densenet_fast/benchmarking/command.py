@@ -321,6 +321,9 @@ def run_profile(options: argparse.Namespace, files: Files) -> int:
     parts = profile.profile_step(
         options.model, options.batch[0], options.size, DTYPES[options.dtype], options.device, False, trace
     )
+    setting = {"network": options.model, "batch": options.batch[0], "size": options.size, "dtype": options.dtype}
+    rows = [{**setting, "part": part, "ms": ms, **files.conditions} for part, ms in parts.items()]
+    write_csv(files.path("_profile", "csv"), rows)
     files.markdown("_profile", profile.profile_table(parts))
     print(f"{trace}: the trace, for https://ui.perfetto.dev")
     return 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from densenet_fast.benchmarking.competitors import Entry
 
-__all__ = ["DTYPES", "Disagreement", "agree", "compiled_agrees", "step", "without_tf32"]
+__all__ = ["DTYPES", "Disagreement", "agree", "compiled_agrees", "enqueue", "step", "without_tf32"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCHES = (4, 5, 6, 7)
@@ -28,7 +28,15 @@ class Disagreement(RuntimeError):
 
 
 def step(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: Sequence[Tensor] = ()) -> Tensor:
-    """A training step without the optimizer's, or inference; returns the logits when the device is done.
+    """:func:`enqueue`; returns the logits when the device is done."""
+    logits = enqueue(run, images, dtype, train, parameters)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return logits
+
+
+def enqueue(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: Sequence[Tensor] = ()) -> Tensor:
+    """A training step without the optimizer's, or inference; returns the logits, which the device may still be at.
 
     Args:
         run: the model, or what ``torch.compile`` made of it.
@@ -44,8 +52,6 @@ def step(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: 
             parameter.grad = None
         labels = torch.arange(len(images), device=images.device) % logits.shape[1]
         F.cross_entropy(logits.float(), labels).backward()
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
     return logits
 
 

@@ -25,16 +25,24 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which(str(Path(home, "bin/nvcc"))) for home in homes)), shutil.which("nvcc"))
 
 
-def build(sanitize: bool = False) -> Path:
-    """The library, compiled if its sources changed; with the address sanitizer if asked for."""
-    home, host_flags = Path(torch.__file__).parent, HOST_FLAGS + (SANITIZE if sanitize else "")
-    key = hashlib.sha256((torch.__version__ + host_flags).encode())
+def library(sanitize: bool = False) -> Path:
+    """Where it is once it is built; its name changes with its sources."""
+    key = hashlib.sha256((torch.__version__ + _host_flags(sanitize)).encode())
     for path in [Path(__file__).with_name("emulator.h"), Path(__file__), *SOURCES]:
         key.update(path.read_bytes())
-    library = ROOT / "build/emulated" / f"{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    work = library.with_suffix(f".{os.getpid()}")
+    return ROOT / "build/emulated" / f"{key.hexdigest()[:16]}.so"
+
+
+def _host_flags(sanitize: bool) -> str:
+    return HOST_FLAGS + (SANITIZE if sanitize else "")
+
+
+def build(sanitize: bool = False) -> Path:
+    """The library, compiled if its sources changed; with the address sanitizer if asked for."""
+    home, host_flags, made = Path(torch.__file__).parent, _host_flags(sanitize), library(sanitize)
+    if made.exists():
+        return made
+    work = made.with_suffix(f".{os.getpid()}")
     work.mkdir(parents=True)
     objects = []
     for source in SOURCES:
@@ -47,14 +55,14 @@ def build(sanitize: bool = False) -> Path:
     link = [os.environ.get("CXX", "c++"), "-shared", *objects, "-o", work / "library.so", f"-L{home / 'lib'}"]
     link += ["-ltorch_cpu", "-ltorch", *(["-fsanitize=address"] if sanitize else [])]
     subprocess.run(link, check=True)
-    os.replace(work / "library.so", library)
+    os.replace(work / "library.so", made)
     shutil.rmtree(work)
-    return library
+    return made
 
 
-def environment(library: Path, order: str = "forward") -> dict[str, str]:
-    """What a process needs to run on ``library``, its threads in ``order`` or ``"reverse"``."""
-    return {"DENSENET_FAST_LIBRARY": str(library), "DENSENET_FAST_EMULATED_ORDER": order, "TRITON_INTERPRET": "0"}
+def environment(path: Path, order: str = "forward") -> dict[str, str]:
+    """What a process needs to run on the library at ``path``, its threads in ``order`` or ``"reverse"``."""
+    return {"DENSENET_FAST_LIBRARY": str(path), "DENSENET_FAST_EMULATED_ORDER": order, "TRITON_INTERPRET": "0"}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import torch
 
+from backends.comparison import Comparison, compare
+from densenet_fast.backends import aten
 from densenet_fast.backends.affine import Affine, empty_statistics
 
 LAYERS = [
@@ -11,6 +13,9 @@ LAYERS = [
     ((3, 2, 1), 5, 1, 3),
     ((1, 5, 8), 17, 33, 17),
 ]
+
+TF32_ROUNDING = 2.0**-9
+"""Relative, of operands."""
 
 
 class Layer:
@@ -105,3 +110,8 @@ class Layer:
             only_weight = backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, False, True)
             keep("transition backward, weight", *only_weight)
         return results
+
+    def against_aten(self, backend, dtype, rounding=0.0) -> list[Comparison]:
+        """Every kernel's results beside those of ``aten`` in ``dtype``, the layer's."""
+        exact = self.to(torch.float64).run(aten)
+        return compare(exact, self.run(aten), self.run(backend), dtype, rounding)

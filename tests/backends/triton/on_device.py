@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import densenet_fast
-from backends.triton.cases import LAYERS, Layer
+from backends.triton.cases import LAYERS, TF32_ROUNDING, Layer
 from densenet_fast import backends, functional
 from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
@@ -43,15 +43,9 @@ def precision(request):
 def assert_as_aten(layer, dtype, precision):
     """Against ``aten`` in float64 no worse than ``aten`` in ``dtype``, twice its error and the rounding of one result;
     what nobody writes is still NaN."""
-    results = [layer.to(torch.float64).run(aten), layer.run(aten), layer.run(backend)]
-    rounding = 2.0**-9 if dtype == torch.float32 and precision == "tf32" and DEVICE == "cuda" else 0
-    for name, truth in results[0].items():
-        theirs, ours = results[1][name], results[2][name]
-        assert ours.isnan().equal(truth.isnan()), name
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, name
-        truth, theirs, ours = (t.double().nan_to_num(0) for t in (truth, theirs, ours))
-        allowed = 2 * (theirs - truth).norm() + (2 * torch.finfo(dtype).eps + rounding) * truth.norm() + 1e-6
-        assert (ours - truth).norm() <= allowed, (name, error(ours, truth), error(theirs, truth))
+    rounded = DEVICE == "cuda" and dtype == torch.float32 and precision == "tf32"
+    for result in layer.against_aten(backend, dtype, TF32_ROUNDING if rounded else 0.0):
+        assert result.right, result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,13 +3,10 @@ processes of their own; and what the backend says of itself."""
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import gpu
 import pytest
 import torch
 
@@ -29,43 +26,27 @@ def run(*arguments, **environment):
     )
 
 
-def test_every_step_of_the_gpu_command_in_the_interpreter(tmp_path):
-    """Every kernel, a network's training step, the ops, traffic, launches, and the tuner's plans."""
-    result = run("tests/gpu.py", "--dry-run", "--out", str(tmp_path))
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
-    assert "FAILED" not in result.stdout and result.stdout.count(" passed") >= 8
-    summary, log = ((tmp_path / f"{name}.txt").read_text() for name in ("summary", "log"))
-    assert summary.count("  passed") >= 8 and log.count("\n== ") >= 8 and "kernel" in log
+TESTS = {
+    "every kernel": ["tests/backends/triton/on_device.py"],
+    "every access": ["tests/backends/triton/in_interpreter.py"],
+    "the suite of all backends": [
+        "tests/backends/test_kernels.py",
+        "-k",
+        "triton- and float32 and not 33 and not 16",
+    ],
+    "the ops": ["tests/ops", "-k", "opcheck_bn_relu_conv1x1 or ten_thousand and float32 and True"],
+}
 
 
-FAILING = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session="leaves" in sys.argv)
-print("child", child.pid, flush=True)
-time.sleep(60 if "late" in sys.argv else 0)
-sys.exit("fails" in sys.argv)
-"""
+@pytest.mark.parametrize("tests", TESTS.values(), ids=TESTS)
+def test_in_the_interpreter(tests):
+    result = run("-m", "pytest", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-3000:]
 
 
-@pytest.mark.parametrize(
-    "how, state", [("", "passed"), ("fails", "FAILED"), ("late", "TIMED OUT"), ("late leaves", "TIMED OUT")]
-)
-def test_a_step_of_the_gpu_command_ends_in_time(tmp_path, how, state):
-    """Whatever a child of it does that holds its output; what it printed is kept."""
-    log = tmp_path / "log.txt"
-    log.write_text("before\n")
-    start = time.perf_counter()
-    assert gpu.run([sys.executable, "-c", FAILING, *how.split()], dict(os.environ), log, 10) == state
-    assert time.perf_counter() - start < 40
-    before, child = log.read_text().splitlines()
-    assert before == "before" and child.startswith("child ")
-    if "leaves" in how:
-        os.kill(int(child.split()[1]), signal.SIGKILL)
-
-
-def test_the_gpu_command_wants_a_gpu():
-    result = run("tests/gpu.py", CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
+def test_the_tuner_plans_without_a_gpu_and_else_wants_one():
+    result = run("-m", "densenet_fast.backends.triton.tune", "--dry-run")
+    assert result.returncode == 0 and '"bn_relu_conv1x1": (90,' in result.stdout, result.stderr[-3000:]
     result = run("-m", "densenet_fast.backends.triton.tune", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
 

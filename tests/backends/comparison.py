@@ -1,0 +1,52 @@
+"""Results of a backend beside ``aten``'s, both measured against ``aten``'s in float64."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from helpers import error
+
+
+class Comparison(NamedTuple):
+    """Relative errors of one result against float64: ours, stock's, and what is allowed."""
+
+    name: str
+    ours: float
+    stock: float
+    allowed: float
+
+    @property
+    def right(self) -> bool:
+        return self.ours <= self.allowed
+
+    def __str__(self) -> str:
+        return f"{self.name}: off by {self.ours:.2e}, stock by {self.stock:.2e}, allowed {self.allowed:.2e}"
+
+
+def compare(
+    truth: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    ours: dict[str, Tensor],
+    dtype: torch.dtype,
+    rounding: float = 0.0,
+) -> list[Comparison]:
+    """Each result of ``ours``; allowed are twice stock's error in ``dtype`` and the rounding of one result.
+
+    Args:
+        truth: results in float64, those of ``theirs`` and ``ours`` in ``dtype``; NaN where nobody writes.
+        rounding: relative, of operands that are rounded more than ``dtype`` says.
+
+    Raises:
+        AssertionError: another shape or dtype than stock's, or NaN elsewhere than in the truth.
+    """
+    found = []
+    for name, exact in truth.items():
+        stock, got = theirs[name], ours[name]
+        assert got.dtype == stock.dtype and got.shape == stock.shape, (name, got.dtype, got.shape, stock.shape)
+        assert got.isnan().equal(exact.isnan()), f"{name}: NaN in other places than in the truth"
+        exact, stock, got = (t.double().nan_to_num(0) for t in (exact, stock, got))
+        norm = exact.norm().item()
+        allowed = 2 * (stock - exact).norm().item() + (2 * torch.finfo(dtype).eps + rounding) * norm + 1e-6
+        found.append(Comparison(name, error(got, exact), error(stock, exact), allowed / max(norm, 1e-300)))
+    return found

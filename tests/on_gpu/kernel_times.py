@@ -1,0 +1,95 @@
+"""The GPU time of each kernel in a training step, beside the least that bandwidth and products allow."""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from densenet_fast.benchmarking.ceilings import Ceilings, measure_ceilings
+from densenet_fast.benchmarking.competitors import Entry
+from densenet_fast.benchmarking.floor import summarise
+from densenet_fast.benchmarking.networks import architecture
+from densenet_fast.benchmarking.profile import kernel_by_kernel
+from densenet_fast.benchmarking.steps import DTYPES, step
+from densenet_fast.benchmarking.traffic import training_step
+from on_gpu.checks import Check, Record
+from on_gpu.settings import Settings
+
+STEPS = 3
+SELF_TIME = {"cuda": "self_device_time_total", "cpu": "self_cpu_time_total"}
+TYPES = {"cuda": torch.autograd.DeviceType.CUDA, "cpu": torch.autograd.DeviceType.CPU}
+FLOORS = {
+    "bn_relu": "bn_relu_conv3x3",
+    "bn_relu_conv3x3_grad_input": "bn_relu_conv3x3_backward",
+    "bn_relu_conv3x3_grad_weight": "bn_relu_conv3x3_backward",
+    "append_kernel": "append_features",
+    "finalise_kernel": "finalise_gradient",
+    "bn_relu_maxpool_kernel": "bn_relu_maxpool",
+    "bn_relu_global_avgpool_kernel": "bn_relu_global_avgpool",
+}
+"""The function of the backends, by the kernel on the GPU, where their names differ."""
+
+
+def checks(settings: Settings) -> list[Check]:
+    """One step's."""
+    return [Check(f"batch {settings.profiled}", partial(kernels_of_a_step, settings), 60)]
+
+
+def kernels_of_a_step(settings: Settings) -> Record:
+    """Of ours: a row a function of the backends, of the time of all its kernels; and one for every other kernel."""
+    device, dtype = torch.device(settings.device), DTYPES[settings.autocast[0]]
+    entry = Entry("ours", "channels_last", settings.network)
+    torch.backends.cudnn.benchmark = True
+    model, images = entry.model(device, True), entry.images(settings.profiled, settings.size, device)
+    parameters = list(model.parameters())
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with kernel_by_kernel():
+        for _ in range(STEPS):
+            step(model, images, dtype, True, parameters)
+        with profile(activities=activities) as profiler:
+            for _ in range(STEPS):
+                step(model, images, dtype, True, parameters)
+    rows = by_function(profiler.key_averages(), device.type)
+    del model, images, parameters
+    ceilings = measure_ceilings(device, dtype)
+    add_floors(rows, settings, ceilings, dtype)
+    total = {key: sum(row[key] for row in rows.values()) for key in ("seconds", "launches")}
+    ordered = sorted(rows.items(), key=lambda item: -item[1]["seconds"])
+    return {
+        "kernels": [{"kernel": name, **row} for name, row in ordered],
+        "total_s": total["seconds"],
+        "launches": total["launches"],
+        "copied_bytes_per_s": ceilings.bandwidth,
+        "products_per_s": ceilings.products,
+    }
+
+
+def by_function(averages: Iterable[Any], device: str) -> dict[str, Record]:
+    """Seconds and launches a step, by the backends' function or the kernel's name."""
+    rows: dict[str, Record] = {}
+    for event in averages:
+        seconds = getattr(event, SELF_TIME[device]) * 1e-6 / STEPS
+        if event.device_type != TYPES[device] or event.is_user_annotation or not seconds:
+            continue
+        name = short(event.key)
+        row = rows.setdefault(FLOORS.get(name, name), {"seconds": 0.0, "launches": 0.0})
+        row["seconds"] += seconds
+        row["launches"] += event.count / STEPS
+    return rows
+
+
+def short(name: str) -> str:
+    """A kernel's name without what its types and templates add."""
+    name = re.sub(r"^void |\(anonymous namespace\)::", "", name).split("(")[0].split("<")[0]
+    return name.split("::")[-1] if "::" in name else name
+
+
+def add_floors(rows: dict[str, Record], settings: Settings, ceilings: Ceilings, dtype: torch.dtype) -> None:
+    """The floor of each function's calls in a step."""
+    calls = training_step(architecture(settings.network), settings.profiled, settings.size, dtype.itemsize)
+    for line in summarise(calls, [0.0] * len(calls), ceilings, False):
+        if line.kernel in rows:
+            rows[line.kernel] |= {"floor": line.floor, "calls": line.calls}

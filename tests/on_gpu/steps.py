@@ -1,0 +1,130 @@
+"""The commands of ``python3 tests/gpu.py``, in order of their worth: what the minutes do not reach comes last."""
+
+import csv
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from backends.cuda import emulation
+
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
+WORKERS = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+COLLECT = ["--collect-only", "-q"]
+TRITON = "tests/backends/triton"
+CUDA = "tests/backends/cuda"
+WHOLE = "tests/integration"
+KERNELS = ["tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py"]
+BENCH = [sys.executable, "-m", "densenet_fast", "bench"]
+TINY = ["--device", "cpu", "--model", "densenet_bc10", "--batch", "2", "--dtype", "fp32", "--repeats", "1"]
+WORST = 3
+"""Kernels that are tuned."""
+PRODUCTS = {"bn_relu_conv3x3_backward": ("bn_relu_conv3x3_grad_input", "bn_relu_conv3x3_grad_weight")}
+"""The kernels of a function with several."""
+USUAL = ("bn_relu_conv1x1_backward", "bn_relu_conv3x3_grad_input", "bn_relu_conv3x3_grad_weight")
+"""Those that are tuned where no floor was measured."""
+
+Command = list[str]
+
+
+class Step(NamedTuple):
+    """A command that may take ``seconds``; ``dry`` is what takes its place without a GPU.
+
+    Attributes:
+        needs: the module without which it is left out.
+        program: the program without which it is left out on a GPU.
+        environment: of the dry command.
+        made: the command from the folder of the results, where it depends on them, in place of ``command``.
+    """
+
+    name: str
+    command: Command
+    dry: Command
+    seconds: float
+    needs: str = "torch"
+    program: str = sys.executable
+    environment: dict[str, str] = {}
+    made: Callable[[Path], Command] | None = None
+
+
+def steps(work: Path) -> list[Step]:
+    """All of them; tables go to ``work``."""
+    interpreted = {"TRITON_INTERPRET": "1"}
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    info = [sys.executable, "-m", "densenet_fast", "info"]
+    bandwidth = [sys.executable, "benchmarks/kernel_bandwidth.py"]
+    tuner = [sys.executable, "-m", "on_gpu.tuning", str(work / "tuning")]
+    return [
+        Step("build", build, [sys.executable, f"{CUDA}/emulation.py"], 120, "setuptools"),
+        Step("what runs where", info, info, 30),
+        tests("Triton on the device", [f"{TRITON}/on_device.py"], 90, interpreted),
+        tests("CUDA C++ on the device", [f"{CUDA}/on_device.py"], 60, emulated()),
+        bench(work, "training", ["--train", "--batch", "32,128,256", "--memory", "faster", "--minutes", "1.6"], 140),
+        bench(work, "floor", ["--floor", "--batch", "128", "--repeats", "10"], 60),
+        bench(work, "profile", ["--profile", "--batch", "128"], 60),
+        bench(work, "inference", ["--infer", "--batch", "32,128,256", "--memory", "faster", "--minutes", "0.8"], 80),
+        tests("every kernel against float64", [*KERNELS, "-k", "triton- or cuda- and not conv"], 120),
+        tests("ops, CUDA graphs", ["tests/ops", f"{WHOLE}/test_cuda_graphs.py", "-k", "not bad_input"], 150),
+        Step("bandwidth of CUDA C++", bandwidth, [*bandwidth, "--dry-run"], 60, environment=emulated()),
+        Step(
+            "tuning",
+            [],
+            [*tuner, "dry", ",".join(USUAL)],
+            100,
+            environment=interpreted,
+            made=lambda work: [*tuner, "gpu", worst(work)],
+        ),
+        *sanitizers(),
+        bench(work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60),
+        bench(work, "compiled", ["--batch", "128", "--compile-limit", "150", "--minutes", "0.5"], 220, "compile"),
+    ]
+
+
+def tests(name: str, arguments: Command, seconds: float, environment: dict[str, str] | None = None) -> Step:
+    """Tests in parallel; without a GPU they are collected, not run."""
+    command = [*PYTEST, *arguments]
+    dry = [*command, *COLLECT]
+    return Step(f"tests: {name}", [*command, *WORKERS], dry, seconds, "pytest", environment=environment or {})
+
+
+def bench(work: Path, name: str, flags: Command, seconds: float, rival: str = "torchvision-me") -> Step:
+    """A benchmark in channels_last and bfloat16, whose tables go to a folder of its name."""
+    to = ["--out", str(work / name)]
+    alone = name in ("floor", "profile")
+    compared = [] if alone else ["--layout", "channels_last", "--against"]
+    whom, whom_dry = ([], []) if alone else ([f"torchvision,{rival}"], ["reference"])
+    memory = [] if alone or "--memory" in flags else ["--memory", "none"]
+    mode = [flag for flag in flags if flag in ("--floor", "--profile", "--train", "--infer")]
+    quick = [] if alone else ["--memory", "none"]
+    command = [*BENCH, *to, "--dtype", "bf16", *flags, *memory, *compared, *whom]
+    return Step(name, command, [*BENCH, *to, *TINY, *mode, *quick, *compared, *whom_dry], seconds)
+
+
+def sanitizers() -> list[Step]:
+    """Small tests of the kernels in CUDA C++ under compute-sanitizer, where they take a hundred times as long."""
+    tools = {"memcheck": ["--leak-check", "no"], "racecheck": ["--racecheck-report", "all"]}
+    small = "bfloat16 and not runs and not many_rows and not 40 and not 288 and not 300"
+    own = [*PYTEST, f"{CUDA}/on_device.py", "-k", small]
+    # Every tensor an allocation of its own, with bounds
+    uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
+    found = []
+    for tool, flags in tools.items():
+        name, command = f"compute-sanitizer {tool}", [*uncached, "--tool", tool, *flags, *own]
+        dry = [*own, *COLLECT] if not found else [sys.executable, "--version"]
+        found.append(Step(name, command, dry, 60, "pytest", "compute-sanitizer", emulated()))
+    return found
+
+
+def emulated() -> dict[str, str]:
+    return emulation.environment(emulation.library())
+
+
+def worst(work: Path) -> str:
+    """The kernels furthest above their floor, with commas between them."""
+    rows = [row for path in (work / "floor").rglob("*.csv") for row in csv.DictReader(path.open())]
+    found = []
+    for row in sorted(rows, key=lambda row: -float(row["gap_s"])):
+        found += [k for k in PRODUCTS.get(row["kernel"], (row["kernel"],)) if k.startswith("bn_relu_") and "conv" in k]
+    return ",".join(found[:WORST] or USUAL)
