@@ -65,7 +65,7 @@ def steps(work: Path) -> list[Step]:
         bench(work, "floor", ["--floor", "--batch", "128", "--repeats", "10"], 60),
         bench(work, "profile", ["--profile", "--batch", "128"], 60),
         bench(work, "inference", ["--infer", "--batch", "32,128,256", "--memory", "faster", "--minutes", "0.8"], 80),
-        tests("every kernel against float64", [*KERNELS, "-k", "triton- or cuda- and not conv"], 120),
+        tests("every kernel against float64", [*KERNELS, "-k", "triton- or cuda- and not conv"], 120, interpreted),
         tests("ops, CUDA graphs", ["tests/ops", f"{WHOLE}/test_cuda_graphs.py", "-k", "not bad_input"], 150),
         Step("bandwidth of CUDA C++", bandwidth, [*bandwidth, "--dry-run"], 60, environment=emulated()),
         Step(
