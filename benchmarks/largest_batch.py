@@ -13,8 +13,8 @@ from densenet_fast.benchmarking.competitors import COMPETITORS, available
 from densenet_fast.benchmarking.largest import largest_batch
 from densenet_fast.benchmarking.memory import Job
 from densenet_fast.benchmarking.plots import grouped_bars
-from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.steps import DTYPES
+from densenet_fast.progress import progress
 from densenet_fast.reference import ARCHITECTURES
 from densenet_fast.table import table
 from figures import GIB, Figure, parser_of

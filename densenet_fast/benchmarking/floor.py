@@ -10,9 +10,9 @@ from densenet_fast.benchmarking.ceilings import Ceilings, measure_ceilings, medi
 from densenet_fast.benchmarking.competitors import Entry
 from densenet_fast.benchmarking.kernels import Kernels
 from densenet_fast.benchmarking.networks import architecture
-from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.times import measure_times
 from densenet_fast.benchmarking.traffic import Call, training_step
+from densenet_fast.progress import progress
 from densenet_fast.table import table
 
 __all__ = ["Line", "as_row", "floor_lines", "floor_table", "largest_gap", "measure_calls"]

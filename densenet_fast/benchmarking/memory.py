@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from densenet_fast.benchmarking.competitors import Entry, compiled
-from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.steps import DTYPES, Run, step
 from densenet_fast.memory import PeakMemory
+from densenet_fast.progress import progress
 
 __all__ = ["Job", "Memory", "compile_ahead", "measure", "measure_all"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.benchmarking.competitors import Entry, compiled
-from densenet_fast.benchmarking.progress import progress
 from densenet_fast.benchmarking.steps import Disagreement, Run, compiled_agrees, step
+from densenet_fast.progress import progress
 
 __all__ = ["Timing", "measure_times"]
 

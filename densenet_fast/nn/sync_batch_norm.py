@@ -37,7 +37,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         self._check_non_zero_input_channels(x)
         values = x.movedim(1, -1).reshape(-1, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
-        count = values.new_tensor(values.shape[0])
+        count = values.new_full((), values.shape[0])
         dist.all_reduce(count, group=group)
         mean = all_reduce(values.sum(0), group=group) / count
         centred = values - mean

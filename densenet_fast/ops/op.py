@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
 
 PLAIN = (Tensor, nn.Parameter)
@@ -110,6 +111,7 @@ def with_autograd(
         inputs = (x, mean, var, tensors, eps, *constants)
         if seen_by_dispatcher(inputs):
             return _flat(op.custom_op(x, mean, var, present(tensors, x), eps, *constants))
+        compile_ahead(call, x, mean, var, stages, *constants)
         with torch.profiler.record_function(op.name):
             return Direct.apply(inputs, x, mean, var, *tensors)
 

@@ -160,7 +160,7 @@ def synchronise(statistics: Statistics | None, rows: int, group: str | None) -> 
     if statistics is None or group is None:
         return
     mean, var, rstd, eps = statistics
-    shard = torch.cat([mean, var, mean.new_tensor([rows])])
+    shard = torch.cat([mean, var, mean.new_full((1,), rows)])
     process_group = _process_group(group)
     shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(shards, shard, group=process_group)

@@ -26,6 +26,7 @@ from densenet_fast.backends.aten import (
     channel_statistics,
     finalise_gradient,
 )
+from densenet_fast.backends.triton import config, launch
 
 __all__ = [
     "append_features",
@@ -78,18 +79,23 @@ def unavailable() -> str | None:
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this backend has kernels for ``dtype`` on ``device``."""
+    """Whether this backend has kernels for ``dtype`` on ``device``; on the meta device, where launches are planned."""
     if device.type == "cpu":
         return interpreted() and dtype in (torch.float32, torch.float16)
-    return dtype in (torch.float32, torch.float16, torch.bfloat16) and nvidia.serves(device, MINIMUM_CAPABILITY)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    return launch.is_planning() if device.type == "meta" else nvidia.serves(device, MINIMUM_CAPABILITY)
 
 
 def describe() -> str:
-    """What the kernels are made of, and the devices they leave to another backend."""
+    """What the kernels are made of, the devices they leave to another backend, and what is configured for another."""
     version = f"Triton {importlib.metadata.version('triton')}"
     if interpreted():
         return f"{version}, interpreted"
-    return "; ".join([version, *filter(None, nvidia.obstacles(MINIMUM_CAPABILITY))])
+    served = [i for i, why in enumerate(nvidia.obstacles(MINIMUM_CAPABILITY)) if why is None]
+    return "; ".join(
+        filter(None, [version, *nvidia.obstacles(MINIMUM_CAPABILITY), *(config.borrowed(i) for i in served)])
+    )
 
 
 def __getattr__(attribute: str) -> Callable[..., Any]:

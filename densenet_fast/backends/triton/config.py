@@ -4,12 +4,12 @@ Reasoned from registers, shared memory and the instructions that the compiler ma
 ``python -m densenet_fast.backends.triton.tune`` measures candidates there and prints rows for this table. Nothing is
 tuned during training: a kernel that adds to its output must not be run twice on it.
 
-Rows for more than 128 columns take 256 at once, so that F is read once; for sm_90 Triton 3.7 compiles them well, 3.6
-serialises their products (the assembler's warning C7515).
+Rows for more than 128 columns take 256 at once, so that F is read once.
 """
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ Rows = dict[tuple[int, str], tuple[tuple[int, Tile], ...]]
 
 TABLE: dict[str, Rows] = {
     "bn_relu_conv1x1": {
-        (90, "half"): ((128, Tile(128, 128, 64, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
+        (90, "half"): ((128, Tile(128, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
         (80, "half"): ((128, Tile(128, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
         (90, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 2))),
         (80, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 16, 8, 3))),
@@ -112,23 +112,28 @@ PROGRAMS_PER_PROCESSOR = 2
 TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
-_assumed: list[Device] = []
+_this_thread = threading.local()
 
 
 @contextlib.contextmanager
 def assume(device: Device) -> Iterator[None]:
-    """Configures for ``device``, whatever the tensors are on: for compiling ahead of time and audits."""
-    _assumed.append(device)
+    """Configures this thread's launches for ``device``, whatever the tensors are on: for compiling ahead and audits."""
+    before, _this_thread.assumed = assumed(), device
     try:
         yield
     finally:
-        _assumed.pop()
+        _this_thread.assumed = before
+
+
+def assumed() -> Device | None:
+    """The device of the ``with`` block of :func:`assume` that this thread is in."""
+    return getattr(_this_thread, "assumed", None)
 
 
 def device_of(device: torch.device) -> Device:
     """What the configuration depends on of ``device``."""
-    if _assumed:
-        return _assumed[-1]
+    if found := assumed():
+        return found
     if device.type == "cpu":
         return INTERPRETER
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
@@ -137,7 +142,20 @@ def device_of(device: torch.device) -> Device:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(90 if properties.major in (9, 10) else 80, properties.multi_processor_count)
+    return Device(_generation(properties.major), properties.multi_processor_count)
+
+
+def _generation(major: int) -> int:
+    return 90 if major in (9, 10) else 80
+
+
+def borrowed(index: int) -> str | None:
+    """What GPU ``index`` is, where its launches are configured as for another; None where rows of the table are its."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) in ((8, 0), (9, 0)):
+        return None
+    of = _generation(major) / 10
+    return f"cuda:{index} has compute capability {major}.{minor} and uses the launch configurations of {of}"
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -49,7 +49,7 @@ def bn_relu_conv3x3(
     columns = config.fit(width, tile.columns)
     tiles = tiles_of(rows, tile.rows)
     partials = float32(x, 0 if statistics is None else tiles, 2, width)
-    (b, b_unit), (ld_out, out_unit) = units(channels), units(out.stride(0))
+    (b, b_unit), (k, k_unit), (ld_out, out_unit) = units(channels), units(width), units(out.stride(0))
     launch(
         conv3x3_kernel,
         (tiles * tiles_of(width, columns),),
@@ -61,7 +61,7 @@ def bn_relu_conv3x3(
         partials,
         rows,
         b,
-        width,
+        k,
         *grid[1:],
         ld_out,
         9,
@@ -69,6 +69,7 @@ def bn_relu_conv3x3(
         keep_scale,
         tile=tile,
         B_UNIT=b_unit,
+        K_UNIT=k_unit,
         OUT_UNIT=out_unit,
         ROWS=tile.rows,
         COLUMNS=columns,
@@ -118,7 +119,7 @@ def _conv3x3_grad_input(
     tiles = tiles_of(rows, tile.rows)
     a = z.new_empty(rows, channels) if keep_a else None
     partials = float32(z, tiles, 2, channels)
-    (b, b_unit), (ld_scaled, scaled_unit) = units(channels), units(scaled.stride(0))
+    (b, b_unit), (k, k_unit), (ld_scaled, scaled_unit) = units(channels), units(outputs), units(scaled.stride(0))
     (ld_grad, grad_unit), (ld_z, z_unit) = units(grad.stride(0)), units(z.stride(0))
     launch(
         bn_relu_conv3x3_grad_input,
@@ -132,7 +133,7 @@ def _conv3x3_grad_input(
         partials,
         rows,
         b,
-        outputs,
+        k,
         *grid[1:],
         ld_grad,
         ld_z,
@@ -140,6 +141,7 @@ def _conv3x3_grad_input(
         9,
         tile=tile,
         B_UNIT=b_unit,
+        K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,
         Z_UNIT=z_unit,
         SCALED_UNIT=scaled_unit,
@@ -162,7 +164,7 @@ def _conv3x3_grad_weight(grad: Tensor, a: Tensor, grid: tuple[int, ...]) -> Tens
     programs = 3 * tiles_of(channels, block) * tiles_of(outputs, width)
     ranges, range_rows = config.ranges(device, rows, tile.rows, programs)
     partials = float32(a, ranges, outputs, 9 * channels)
-    (b, b_unit), (ld_grad, grad_unit) = units(channels), units(grad.stride(0))
+    (b, b_unit), (k, k_unit), (ld_grad, grad_unit) = units(channels), units(outputs), units(grad.stride(0))
     launch(
         bn_relu_conv3x3_grad_weight,
         (programs, ranges),
@@ -171,12 +173,13 @@ def _conv3x3_grad_weight(grad: Tensor, a: Tensor, grid: tuple[int, ...]) -> Tens
         partials,
         rows,
         b,
-        outputs,
+        k,
         *grid[1:],
         ld_grad,
         range_rows,
         tile=tile,
         B_UNIT=b_unit,
+        K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,
         ROWS=tile.rows,
         BLOCK=block,

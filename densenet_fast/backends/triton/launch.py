@@ -1,17 +1,22 @@
-"""How every kernel is launched: on its tensors' device and that device's current stream, and counted if asked.
+"""How every kernel is launched: on its tensors' device and that device's current stream, and counted if asked; and how
+launches that are planned are compiled before they come.
 
 Nothing here waits for the device, so launches can be captured in a CUDA graph.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from densenet_fast.backends.triton.config import Tile
+from densenet_fast.progress import progress
 
 
 class Launch(NamedTuple):
@@ -27,13 +32,30 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told besides the arguments: all that a kernel is specialised by, with their types and
+        alignment."""
+        return {
+            **self.constants,
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """Equal for launches that one compiled kernel serves: numbers are not specialised on."""
+        tensors = [(t.dtype, t.data_ptr() % 16 == 0) for t in self.arguments if isinstance(t, Tensor)]
+        return self.kernel, tuple(tensors), tuple(self.options.items())
+
     def __str__(self) -> str:
         constants = ", ".join(f"{key}={value}" for key, value in self.constants.items())
         return f"{self.name}[{self.grid}]({constants}; {self.tile.warps} warps, {self.tile.stages} stages)"
 
 
 _recordings: list[list[Launch]] = []
-_planning = 0
+_this_thread = threading.local()
 
 
 @contextlib.contextmanager
@@ -49,14 +71,18 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def planning() -> Iterator[list[Launch]]:
-    """Collects the launches of the ``with`` block and runs none: results stay uninitialised."""
-    global _planning
-    _planning += 1
+    """Collects the launches of the ``with`` block and runs none of this thread: results stay uninitialised."""
+    before, _this_thread.planning = is_planning(), True
     try:
         with recording() as launches:
             yield launches
     finally:
-        _planning -= 1
+        _this_thread.planning = before
+
+
+def is_planning() -> bool:
+    """Whether this thread's launches are collected and not run."""
+    return getattr(_this_thread, "planning", False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, tile: Tile, **constants: Any) -> None:
@@ -64,7 +90,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float,
     item = Launch(kernel, grid, arguments, constants, tile)
     for launches in _recordings:
         launches.append(item)
-    if not _planning:
+    if not is_planning():
         run(item)
 
 
@@ -72,15 +98,32 @@ def run(item: Launch) -> None:
     """Runs a launch."""
     if math.prod(item.grid) == 0:
         return
-    device = item.arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        item.kernel[item.grid](
-            *item.arguments,
-            **item.constants,
-            num_warps=item.tile.warps,
-            num_stages=item.tile.stages,
-            enable_fp_fusion=True,
-        )
+    with _current(item.arguments[0].device):
+        item.kernel[item.grid](*item.arguments, **item.options)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``device`` torch's current one, if it is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def compiled(item: Launch) -> Any:
+    """The kernel that would be launched, compiled for the current device: Triton's ``CompiledKernel``."""
+    return item.kernel.warmup(*item.arguments, grid=item.grid, **item.options)
+
+
+def compile_all(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compiles what ``launches`` need for ``device`` and is not compiled yet: in parallel, with a progress bar where it
+    takes more than a second."""
+    import triton
+
+    variants = {item.variant: item for item in launches if math.prod(item.grid)}
+    workers = max(1, min(len(variants), os.cpu_count() or 1))
+    with _current(device), ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+        kernels = [compiled(item) for item in variants.values()]
+        for kernel in progress(kernels, "densenet_fast: compiling kernels, once", delay=1):
+            if hasattr(kernel, "result"):
+                kernel.result()
 
 
 def units(stride: int) -> tuple[int, int]:

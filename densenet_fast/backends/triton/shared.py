@@ -9,26 +9,27 @@ from densenet_fast.backends import aten, cuda_kernels
 from densenet_fast.backends.affine import Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels import partials as kernels
-from densenet_fast.backends.triton.launch import launch
+from densenet_fast.backends.triton.launch import launch, units
 
 Sums = tuple[Tensor, Tensor]
 
 
 def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statistics) -> None:
     """The statistics [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
-    tiles, _, n = partials.shape
-    tile = config.STATISTICS
+    tiles, _, columns = partials.shape
+    tile, (n, unit) = config.STATISTICS, units(columns)
     launch(
         kernels.combine_statistics,
-        (tiles_of(n, tile.columns),),
+        (tiles_of(columns, tile.columns),),
         partials,
         *out[:3],
         tiles,
         n,
         rows,
+        tile_rows,
         out.eps,
         tile=tile,
-        TILE_ROWS=tile_rows,
+        UNIT=unit,
         LANES=tile.rows,
         COLUMNS=tile.columns,
     )
@@ -36,19 +37,22 @@ def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statist
 
 def sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over the rows of partials [tiles, n]: of the first columns in ``first``, of the others in float32."""
-    tiles, n = partials.shape
-    tile = config.sums_tile(config.device_of(partials.device), n)
-    rest = float32(partials, n - first.numel())
+    tiles, columns = partials.shape
+    tile = config.sums_tile(config.device_of(partials.device), columns)
+    rest = float32(partials, columns - first.numel())
+    (n, unit), (n_first, first_unit) = units(columns), units(first.numel())
     launch(
         kernels.sum_partials,
-        (tiles_of(n, tile.columns),),
+        (tiles_of(columns, tile.columns),),
         partials,
         first,
         rest,
         tiles,
         n,
-        first.numel(),
+        n_first,
         tile=tile,
+        UNIT=unit,
+        FIRST_UNIT=first_unit,
         LANES=tile.rows,
         COLUMNS=tile.columns,
     )

@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.nvidia.compiler import get_ptxas
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+from backends.triton.absent_gpu import absent_gpu
+from densenet_fast.backends.triton import launch
+from densenet_fast.backends.triton.hazards import disassembled, register_hazards
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 """What a block may use: of 8.0 to 8.9 the least, and 9.0's."""
@@ -28,28 +28,14 @@ class Compiled(NamedTuple):
     narrow_copies: int
     warnings: str
     keeps_nan: bool
+    hazards: list[str]
 
 
-def compile_launch(launch, generation, disassemble=True):
-    """``launch`` as Triton would compile it on a device of ``generation``, from the arguments it was planned with;
-    without disassembly, which takes half the time, the counts of instructions are zero."""
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments)):
-        if isinstance(value, Tensor):
-            signature[name] = TYPES[value.dtype]
-            divisible = value.storage_offset() * value.element_size() % 16 == 0
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        elif value == 1:
-            signature[name], constants[name], divisible = "constexpr", 1, False
-        else:
-            signature[name], divisible = "i32", value % 16 == 0
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(launch.constants, "constexpr")
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+def compile_launch(item, generation, disassemble=True):
+    """``item`` as Triton would compile it on a device of ``generation``; without disassembly, which takes half the time,
+    the counts of instructions are zero and there are no hazards."""
+    with absent_gpu(generation):
+        compiled = launch.compiled(item)
     return inspect(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared, generation, disassemble)
 
 
@@ -57,11 +43,12 @@ def inspect(cubin, ptx, shared, generation, disassemble):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = run("cuobjdump", "-res-usage", path)
-        code = run("nvdisasm", "-c", path) if disassemble else ""
+        command = [TOOLS / "cuobjdump", "-res-usage", path]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         source = Path(directory) / "kernel.ptx"
         source.write_text(ptx)
         verbose = assemble(source, generation) if disassemble and "wgmma" in ptx else ""
+    code = disassembled(cubin) if disassemble else ""
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     copies = re.findall(r"\bLDGSTS\S*", code)
     wide = sum(".128" in copy for copy in copies)
@@ -77,14 +64,12 @@ def inspect(cubin, ptx, shared, generation, disassemble):
         narrow_copies=len(copies) - wide,
         warnings="\n".join(line for line in verbose.splitlines() if re.search(r"\bC75\d\d\b|warning", line)),
         keeps_nan="max.NaN" in ptx,
+        hazards=register_hazards(code),
     )
 
 
 def assemble(source, generation):
     """What the assembler says, among it that it serialises matrix products (C7508 and its like)."""
     arguments = ["-v", f"--gpu-name=sm_{generation}a", source, "-o", source.with_suffix(".cubin")]
-    return subprocess.run([TOOLS / "ptxas", *arguments], capture_output=True, text=True, check=True).stderr
-
-
-def run(tool, *arguments):
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+    ptxas = get_ptxas(generation).path
+    return subprocess.run([ptxas, *arguments], capture_output=True, text=True, check=True).stderr

@@ -57,6 +57,8 @@ def faults(item, got, dtype, generation, shape):
         yield "registers spill"
     if got.shared > SHARED_BYTES[generation]:
         yield "too much shared memory"
+    if got.hazards:
+        yield f"{len(got.hazards)} registers of unfinished products are used: {got.hazards[0]}"
     rectifies = "scale" in item.kernel.arg_names and item.constants.get("WEIGHT", True)
     if rectifies and not got.keeps_nan:
         yield "the ReLU hides a NaN"

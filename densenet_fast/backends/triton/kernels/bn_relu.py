@@ -10,7 +10,7 @@ from densenet_fast.backends.triton.kernels.pieces import bn_relu as normalise
 from densenet_fast.backends.triton.kernels.pieces import load_affine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "ld_x"])
 def bn_relu(
     x,  # [M, C], rows ld_x apart
     mean,  # [C]

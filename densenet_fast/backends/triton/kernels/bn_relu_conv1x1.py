@@ -10,10 +10,10 @@ product. The programs of one row tile are neighbours in the grid, so that furthe
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import bn_relu, load_affine, store_statistics
+from densenet_fast.backends.triton.kernels.pieces import bn_relu, load_affine, settled, store_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "ld_x", "B", "ld_z"])
 def bn_relu_conv1x1(
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
@@ -60,7 +60,7 @@ def bn_relu_conv1x1(
         m, s, t = load_affine(mean, scale, shift, channels, inside)
         features = tl.load(x_rows + channels[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
         w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
-        total = tl.dot(bn_relu(features, m, s, t), w, total, input_precision=PRECISION)
+        total = settled(tl.dot(bn_relu(features, m, s, t), w, total, input_precision=PRECISION))
     if BIAS:
         total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
     if THEN:

@@ -18,7 +18,7 @@ import triton.language as tl
 from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "B", "ld_grad", "ld_x", "ld_grad_x", "range_rows", "partial_rows", "sums_row"])
 def bn_relu_conv1x1_backward(
     grad,  # [M, B], rows ld_grad apart
     x,  # [M, C], rows ld_x apart

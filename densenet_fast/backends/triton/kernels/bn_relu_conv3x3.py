@@ -12,7 +12,7 @@ import triton.language as tl
 from densenet_fast.backends.triton.kernels.pieces import store_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_out", "taps", "keep_n", "keep_k", "keep_h", "keep_w"])
 def bn_relu_conv3x3(
     a,  # [M, B]
     weight,  # [k, 3, 3, B]
@@ -33,6 +33,7 @@ def bn_relu_conv3x3(
     keep_w,
     keep_scale,
     B_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     OUT_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -42,7 +43,7 @@ def bn_relu_conv3x3(
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    B, ld_out = B * B_UNIT, ld_out * OUT_UNIT
+    B, k, ld_out = B * B_UNIT, k * K_UNIT, ld_out * OUT_UNIT
     column_tiles = tl.cdiv(k, COLUMNS)
     tile = tl.program_id(0) // column_tiles
     rows = tile * ROWS + tl.arange(0, ROWS)

@@ -15,7 +15,7 @@ import triton.language as tl
 from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_grad", "ld_z", "ld_scaled", "taps"])
 def bn_relu_conv3x3_grad_input(
     grad,  # [M, k], rows ld_grad apart
     z,  # [M, B], rows ld_z apart
@@ -36,6 +36,7 @@ def bn_relu_conv3x3_grad_input(
     ld_scaled,
     taps,
     B_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     GRAD_UNIT: tl.constexpr,
     Z_UNIT: tl.constexpr,
     SCALED_UNIT: tl.constexpr,
@@ -45,7 +46,7 @@ def bn_relu_conv3x3_grad_input(
     KEEP_A: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    B, ld_grad = B * B_UNIT, ld_grad * GRAD_UNIT
+    B, k, ld_grad = B * B_UNIT, k * K_UNIT, ld_grad * GRAD_UNIT
     ld_z, ld_scaled = ld_z * Z_UNIT, ld_scaled * SCALED_UNIT
     column_tiles = tl.cdiv(B, COLUMNS)
     tile = tl.program_id(0) // column_tiles
@@ -86,7 +87,7 @@ def bn_relu_conv3x3_grad_input(
         tl.store(a + wide_rows[:, None] * B + columns[None, :], rectified.to(a.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_grad", "range_rows"])
 def bn_relu_conv3x3_grad_weight(
     grad,  # [M, k], rows ld_grad apart
     a,  # [M, B]
@@ -99,13 +100,14 @@ def bn_relu_conv3x3_grad_weight(
     ld_grad,
     range_rows,
     B_UNIT: tl.constexpr,
+    K_UNIT: tl.constexpr,
     GRAD_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    B, ld_grad = B * B_UNIT, ld_grad * GRAD_UNIT
+    B, k, ld_grad = B * B_UNIT, k * K_UNIT, ld_grad * GRAD_UNIT
     dy = tl.program_id(0) % 3 - 1
     blocks = tl.cdiv(B, BLOCK)
     channels = (tl.program_id(0) // 3 % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -9,10 +9,10 @@ Pooling and the product are linear and commute, so the pooling comes first: a qu
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import load_affine, store_statistics, top_left
+from densenet_fast.backends.triton.kernels.pieces import load_affine, settled, store_statistics, top_left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "ld_x", "K", "H", "W"])
 def bn_relu_pool_conv1x1(
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
@@ -59,7 +59,7 @@ def bn_relu_pool_conv1x1(
             normalised = (features.to(tl.float32) - m) * s + t
             pooled += tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
         w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
-        total = tl.dot((0.25 * pooled).to(w.dtype), w, total, input_precision=PRECISION)
+        total = settled(tl.dot((0.25 * pooled).to(w.dtype), w, total, input_precision=PRECISION))
     if BIAS:
         total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
     stored = total.to(out.dtype.element_ty)

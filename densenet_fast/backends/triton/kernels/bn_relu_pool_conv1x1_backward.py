@@ -13,7 +13,7 @@ import triton.language as tl
 from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums, top_left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "C", "K", "ld_grad", "ld_x", "H", "W"])
 def bn_relu_pool_conv1x1_backward(
     grad,  # [M', K], rows ld_grad apart
     x,  # [M, C], rows ld_x apart

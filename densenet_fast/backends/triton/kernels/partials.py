@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "n", "M", "tile_rows"])
 def combine_statistics(
     partials,  # [tiles, 2, n] float32: mean and M2 of each tile
     mean,  # [n]
@@ -19,11 +19,13 @@ def combine_statistics(
     tiles,
     n,
     M,
+    tile_rows,
     eps,
-    TILE_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    n = n * UNIT
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < n
     lane = tl.arange(0, LANES)
@@ -36,7 +38,7 @@ def combine_statistics(
         row = partials + (tile.to(tl.int64) * 2 * n)[:, None] + columns[None, :]
         tile_mean = tl.load(row, mask=valid, other=0.0)
         tile_m2 = tl.load(row + n, mask=valid, other=0.0)
-        added = tl.where(valid, tl.minimum(M - tile * TILE_ROWS, TILE_ROWS)[:, None].to(tl.float32), 0.0)
+        added = tl.where(valid, tl.minimum(M - tile * tile_rows, tile_rows)[:, None].to(tl.float32), 0.0)
         total = count + added
         share = added / tl.maximum(total, 1.0)
         delta = tile_mean - lane_mean
@@ -51,7 +53,7 @@ def combine_statistics(
     tl.store(rstd + columns, 1.0 / tl.sqrt_rn(m2 / M + eps), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "n", "n_first"])
 def sum_partials(
     partials,  # [tiles, n] float32
     first,  # [n_first], any floating dtype: the sums of the first n_first columns
@@ -59,9 +61,12 @@ def sum_partials(
     tiles,
     n,
     n_first,
+    UNIT: tl.constexpr,
+    FIRST_UNIT: tl.constexpr,
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    n, n_first = n * UNIT, n_first * FIRST_UNIT
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < n
     lane = tl.arange(0, LANES)

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from densenet_fast.backends.triton import interpreted
+
+COMPILED = tl.constexpr(not interpreted())
+
 
 @triton.jit
 def load_affine(mean, scale, shift, columns, inside):
@@ -18,6 +22,19 @@ def bn_relu(x, mean, scale, shift):
     """relu((x - mean) * scale + shift) in x's dtype; a NaN stays a NaN."""
     normalised = (x.to(tl.float32) - mean) * scale + shift
     return tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@triton.jit
+def settled(total):
+    """``total``, a product's sum, when it is complete: for products whose first operand is made in registers.
+
+    On sm_90 products are asynchronous, and Triton makes the next iteration's operand in registers that the last one's
+    product may still read (triton issue 9433); for a sum that is used it has to wait. Triton's interpreter has no
+    inline assembler, and no need of it.
+    """
+    if COMPILED:
+        total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return total
 
 
 @triton.jit

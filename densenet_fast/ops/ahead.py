@@ -1,0 +1,63 @@
+"""The kernels that a call of an op on a GPU and its backward pass will launch, compiled together before the first runs.
+
+What a call launches is found by running it, and its backward pass, on the meta device, where tensors have shapes and no
+values. Without this every kernel would be compiled when it is first launched, one after the other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends import triton
+from densenet_fast.ops.stage import Stage
+
+DEVICE = "cuda"
+"""The type of the devices whose kernels are compiled when they are needed."""
+
+Call = Callable[..., tuple[Tensor, ...]]
+
+_known: set[tuple[Any, ...]] = set()
+
+
+def compile_ahead(
+    call: Call, x: Tensor, mean: Tensor | None, var: Tensor | None, stages: Sequence[Stage], *constants: Any
+) -> None:
+    """Compiles what ``call(x, mean, var, stages, *constants)`` will launch on a GPU, if it is the first of its kind."""
+    if x.device.type != DEVICE:
+        return
+    widths = tuple(stage.conv_weight.shape[0] for stage in stages[:2] if stage.conv_weight is not None)
+    flags = tuple(constant for constant in constants if isinstance(constant, bool))
+    kind = call, x.device, x.dtype, x.shape[1], mean is None, widths, flags, torch.is_grad_enabled()
+    if kind in _known:
+        return
+    _known.add(kind)
+    if triton.unavailable() is None and triton.supports(x.device, x.dtype):
+        from densenet_fast.backends.triton import config, launch
+
+        planned = plan(call, config.device_of(x.device), x, mean, var, stages, *constants)
+        launch.compile_all(planned, x.device)
+
+
+def plan(call: Call, device: Any, *arguments: Any) -> list[Any]:
+    """What ``call(*arguments)`` and its backward pass launch on ``device``, a ``triton.config.Device``."""
+    from densenet_fast.backends.triton import config, launch
+
+    with config.assume(device), launch.planning() as launches:
+        outputs = [t for t in call(*map(on_meta, arguments)) if t.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+    return launches
+
+
+def on_meta(value: Any) -> Any:
+    """An argument of an op with its tensors on the meta device. A process group becomes None: a plan meets nobody."""
+    if isinstance(value, Tensor):
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return made.requires_grad_(value.requires_grad)
+    if isinstance(value, Stage):
+        return Stage(*map(on_meta, value))
+    if isinstance(value, list | tuple):
+        return [on_meta(v) for v in value]
+    return None if isinstance(value, str) else value

@@ -1,0 +1,33 @@
+"""A driver for a GPU that is not there: Triton compiles for it, by its own just-in-time compiler, and launches nothing."""
+
+import contextlib
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class AbsentGPU:
+    """Of a generation, 80 for compute capability 8.0; a device of its own, for Triton keeps kernels per device."""
+
+    def __init__(self, generation):
+        self.generation = generation
+
+    def get_current_device(self):
+        return self.generation
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.generation, 32)
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@contextlib.contextmanager
+def absent_gpu(generation):
+    """Makes it Triton's current device."""
+    before = driver._active
+    driver.set_active(AbsentGPU(generation))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
