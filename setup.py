@@ -1,9 +1,9 @@
 """Metadata of densenet_fast, and the build of its extension.
 
-One shared library serves every Python and every torch from 2.11 on. Ninja builds it; without a compiler, ninja or torch
-the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds CUDA kernels too,
-for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES; DENSENET_FAST_CUDA=0 leaves
-them out. Their runtime is linked in, so the library loads where there is no CUDA.
+One shared library serves every Python and every torch from 2.11 on. Ninja builds it where it is found; without a
+compiler or torch the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds
+CUDA kernels too, for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES;
+DENSENET_FAST_CUDA=0 leaves them out. Their runtime is linked in, so the library loads where there is no CUDA.
 """
 
 import os
@@ -12,7 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import Template
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -94,8 +98,17 @@ def cuda_libraries(nvcc: str) -> str:
     return " ".join([*folders, "-lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,libcudart_static.a"])
 
 
+class Edge(NamedTuple):
+    """A file, the rule that makes it, of what, and more flags."""
+
+    output: str
+    rule: str
+    inputs: list[str]
+    more: str
+
+
 class BuildLibrary(build_ext):
-    """Builds the library with ninja, or explains why not."""
+    """Builds the library, or explains why not."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
@@ -107,8 +120,10 @@ class BuildLibrary(build_ext):
             return
         build = Path(self.build_temp).resolve() / "densenet_fast"
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.ninja(build))
-        if subprocess.run([find("ninja"), "-C", str(build)]).returncode:
+        rules, edges = self.rules(), self.edges()
+        (build / "build.ninja").write_text(ninja(rules, edges))
+        program = find("ninja")
+        if subprocess.run([program, "-C", str(build)]).returncode if program else not run_all(rules, edges, build):
             without_cuda = "DENSENET_FAST_CUDA=0 pip install ... without the CUDA kernels, " if find_nvcc() else ""
             raise SystemExit(
                 "densenet_fast: the compiled kernels did not build (the compiler's message is above); "
@@ -116,7 +131,8 @@ class BuildLibrary(build_ext):
             )
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / LIBRARY, target)
+        shutil.copy2(build / LIBRARY, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)  # who has loaded the old one keeps it
 
     def missing(self) -> str:
         """What stands in the way of a build, or nothing."""
@@ -124,9 +140,8 @@ class BuildLibrary(build_ext):
             return "DENSENET_FAST_PURE is set"
         if sys.platform != "linux":
             return f"no build for {sys.platform} yet"
-        for program in (self.compiler_name(), "ninja"):
-            if find(program) is None:
-                return f"{program} was not found"
+        if find(self.compiler_name()) is None:
+            return f"{self.compiler_name()} was not found"
         try:
             import torch  # noqa: F401
         except ImportError:
@@ -145,11 +160,23 @@ class BuildLibrary(build_ext):
         source = 'void f() { asm("tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
         return subprocess.run(command, input=source, text=True, stderr=subprocess.DEVNULL).returncode == 0
 
-    def ninja(self, build: Path) -> str:
-        """The build file."""
+    def rules(self) -> dict[str, str]:
+        """The commands by name, with $in, $out and $more for what differs."""
         import torch
 
-        home = Path(torch.__file__).parent
+        home, nvcc, ldflags = Path(torch.__file__).parent, find_nvcc(), os.environ.get("LDFLAGS", "")
+        compiler = self.compiler_name()
+        flags = f"{FLAGS} -isystem {home / 'include'} {os.environ.get('CXXFLAGS', '')}"
+        commands = {"compile": f"{compiler} -MMD -MF $out.d {flags} $more -c $in -o $out"}
+        if nvcc:
+            code = " ".join(gpu_code(nvcc))
+            commands["cuda"] = f"{nvcc} -ccbin {compiler} -MD -MF $out.d {CUDA_FLAGS} {code} -c $in -o $out"
+            ldflags = f"{cuda_libraries(nvcc)} {ldflags}"
+        commands["link"] = f"{compiler} -shared $in -o $out -L{home / 'lib'} -ltorch_cpu -ltorch {ldflags}"
+        return commands
+
+    def edges(self) -> list[Edge]:
+        """Every object, those that take longest first, and last the library."""
         objects = [("ops", "ops", "")]
         tiles = self.has_tile_registers()
         objects += [(f"cpu_{name}", f"cpu/{name}", "-DAMX_BF16" if tiles else "") for name in CPU_SOURCES]
@@ -161,32 +188,36 @@ class BuildLibrary(build_ext):
         if tiles:
             flags = f"{KERNEL_FLAGS} {INSTRUCTION_SETS['avx512_bf16']}"
             objects.append((f"cpu_{TILE_PRODUCT}", f"cpu/{TILE_PRODUCT}", flags))
-        nvcc, ldflags = find_nvcc(), os.environ.get("LDFLAGS", "")
-        kernels = CUDA_KERNELS if nvcc else ()
-        if nvcc:
+        source, edges = HERE.resolve() / "csrc", []
+        if find_nvcc():
             objects += [(f"cuda_{name}", f"cuda/{name}", "") for name in CUDA_SOURCES]
-            ldflags = f"{cuda_libraries(nvcc)} {ldflags}"
-        lines = [
-            f"flags = {FLAGS} -isystem {home / 'include'} {os.environ.get('CXXFLAGS', '')}",
-            f"ldflags = -L{home / 'lib'} -ltorch_cpu -ltorch {ldflags}",
-            f"rule compile\n  command = {self.compiler_name()} -MMD -MF $out.d $flags $more -c $in -o $out",
-            "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
-            f"rule link\n  command = {self.compiler_name()} -shared $in -o $out $ldflags",
-            "  description = link $out",
-        ]
-        if nvcc:
-            lines += [
-                f"rule cuda\n  command = {nvcc} -ccbin {self.compiler_name()} -MD -MF $out.d {CUDA_FLAGS} "
-                f"{' '.join(gpu_code(nvcc))} -c $in -o $out",
-                "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
-            ]
-        for name in kernels:
-            lines.append(f"build cuda_{name}.o: cuda {HERE.resolve() / 'csrc/cuda' / name}.cu")
-        for name, source, more in objects:
-            lines.append(f"build {name}.o: compile {HERE.resolve() / 'csrc' / source}.cpp\n  more = {more}")
-        linked = [f"{name}.o" for name, _, _ in objects] + [f"cuda_{name}.o" for name in kernels]
-        lines.append(f"build {LIBRARY}: link {' '.join(linked)}\ndefault {LIBRARY}\n")
-        return "\n".join(lines)
+            edges += [Edge(f"cuda_{name}.o", "cuda", [f"{source / 'cuda' / name}.cu"], "") for name in CUDA_KERNELS]
+        edges += [Edge(f"{name}.o", "compile", [f"{source / path}.cpp"], more) for name, path, more in objects]
+        return [*edges, Edge(LIBRARY, "link", [edge.output for edge in edges], "")]
+
+
+def ninja(rules: dict[str, str], edges: Sequence[Edge]) -> str:
+    """The build file."""
+    lines = []
+    for name, command in rules.items():
+        lines.append(f"rule {name}\n  command = {command}\n  description = {name} $out")
+        lines += ["  depfile = $out.d\n  deps = gcc"] if "$out.d" in command else []
+    for output, rule, inputs, more in edges:
+        lines.append(f"build {output}: {rule} {' '.join(inputs)}\n  more = {more}")
+    return "\n".join([*lines, f"default {LIBRARY}\n"])
+
+
+def run_all(rules: dict[str, str], edges: Sequence[Edge], build: Path) -> bool:
+    """Without ninja: runs every command, one on each core, then the last alone; whether all succeeded."""
+
+    def succeeds(edge: Edge) -> bool:
+        words = {"in": " ".join(edge.inputs), "out": edge.output, "more": edge.more}
+        command = Template(rules[edge.rule]).substitute(words)
+        print(f"{edge.rule} {edge.output}", flush=True)
+        return subprocess.run(command, shell=True, cwd=build).returncode == 0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return all(pool.map(succeeds, edges[:-1])) and succeeds(edges[-1])
 
 
 class PlatformWheel(bdist_wheel):

@@ -91,6 +91,39 @@ def test_with_a_compiler(tmp_path):
     assert (site / "densenet_fast/_kernels.so").read_text() == "made by compiler"
 
 
+WITHOUT_NINJA = """
+import runpy, shutil, sys
+which = shutil.which
+shutil.which = lambda name, **options: None if name == "ninja" else which(name, **options)
+sys.argv = ["setup.py", "build_ext", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux alone")
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_ninja(tmp_path, fails):
+    """The same commands run; one that fails is shown and ends the build."""
+    compiler = tmp_path / "compiler"
+    end = "sys.exit('a word from the compiler') if '-shared' in arguments else None" if fails else ""
+    compiler.write_text(COMPILER.format(python=sys.executable) + end)
+    compiler.chmod(0o755)
+    build = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NINJA, "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(compiler), "DENSENET_FAST_CUDA": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert "link _kernels.so" in build.stdout and "compile cpu_dispatch.o" in build.stdout, build.stdout
+    library = tmp_path / "lib/densenet_fast/_kernels.so"
+    if fails:
+        assert build.returncode != 0 and "a word from the compiler" in build.stdout and not library.exists()
+    else:
+        assert build.returncode == 0 and library.read_text() == "made by compiler", build.stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux alone")
 def test_with_a_compiler_that_fails(tmp_path):
     """The installation fails, shows the compiler's words and names the way around."""

@@ -1,4 +1,4 @@
-"""The library, built for the GPU at hand alone."""
+"""The library, built for the GPU at hand alone; ``python -m on_gpu.build SETTINGS`` does nothing else."""
 
 import os
 import subprocess
@@ -8,12 +8,18 @@ from functools import partial
 import torch
 
 from on_gpu.checks import Check, LeftOut, Record
-from on_gpu.settings import ROOT, Settings
+from on_gpu.settings import ROOT, SETTINGS, Settings
 
 TAIL = 3000
 """Characters of the compiler's output that are kept."""
-MISSING = ("was not found", "No module named")
+MISSING = ("was not found", "No module named 'setuptools'")
 """What the build says where it cannot be tried."""
+
+
+def main(name: str) -> None:
+    """Builds it and says for what."""
+    SETTINGS[name].stand_in()
+    print(build(SETTINGS[name]))
 
 
 def checks(settings: Settings) -> list[Check]:
@@ -41,3 +47,7 @@ def build(settings: Settings) -> Record:
     if result.returncode:
         raise RuntimeError(said)
     return {"architecture": architecture}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

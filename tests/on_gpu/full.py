@@ -10,12 +10,10 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +22,7 @@ from densenet_fast.benchmarking.conditions import conditions, sentence
 from on_gpu.archive import pack, write_json, write_text
 from on_gpu.checks import ERROR, HUNG, LEFT_OUT, NOT_RUN, PASSED, Record
 from on_gpu.page import Section, build
-from on_gpu.runner import ROOT
+from on_gpu.runner import ROOT, kill
 from on_gpu.steps import Step, steps
 
 SECONDS = 550.0
@@ -94,16 +92,14 @@ def run(command: list[str], environment: dict[str, str], log: Path, seconds: flo
     except subprocess.TimeoutExpired:
         state = HUNG
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
+        kill(process)
     text = log.read_text(errors="replace")
     record: Record = {"state": state, "seconds": round(time.monotonic() - start, 1)}
     counts = {kind: int(count) for count, kind in COUNTS.findall(text.rstrip().rpartition("\n")[2])}
     if counts:
         record["tests"] = counts
     if state != PASSED:
-        why = f"not done after {seconds:.0f} s" if state == HUNG else f"exit code {code}"
+        why = f"not done after {seconds:.0f} s" if state == HUNG else f"exit code {process.returncode}"
         record["error"] = {"type": "step", "message": f"{why}; {reasons(text)}", "frames": text.splitlines()[-6:]}
     return record
 

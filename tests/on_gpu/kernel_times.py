@@ -84,7 +84,7 @@ def by_function(averages: Iterable[Any], device: str) -> dict[str, Record]:
 def short(name: str) -> str:
     """A kernel's name without what its types and templates add."""
     name = re.sub(r"^void |\(anonymous namespace\)::", "", name).split("(")[0].split("<")[0]
-    return name.split("::")[-1] if "::" in name else name
+    return name.split("::")[-1].removeprefix("cpu_")
 
 
 def add_floors(rows: dict[str, Record], settings: Settings, ceilings: Ceilings, dtype: torch.dtype) -> None:

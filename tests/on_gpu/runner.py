@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 START_LIMIT = 60.0
 """Seconds until a group must be imported."""
 POLL = 0.05
+GRACE = 5.0
 FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 """As faulthandler prints it."""
 TAIL = 1500
@@ -32,6 +33,14 @@ class Group(NamedTuple):
     environment: dict[str, str] = {}
     after: tuple[str, ...] = ()
     wait: float = 0.0
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills it with all that it started; one that the device holds is left behind after a while."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
 
 
 class Worker:
@@ -64,9 +73,7 @@ class Worker:
         if where:
             self.process.send_signal(signal.SIGUSR1)
             time.sleep(0.5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill(self.process)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
 
@@ -162,8 +169,14 @@ class Runner:
         self.journal.write(record | {"seconds": round(seconds, 3), "error": error})
 
     def run_noting(self, group: Group, worker: Worker | None = None) -> None:
-        """:meth:`run`, after which the next group can run whatever happened."""
+        """:meth:`run`, if there is time, after which the next group can run whatever happened."""
         try:
-            self.run(group, worker)
+            if time.monotonic() < self.deadline:
+                self.run(group, worker)
+            else:
+                self.write(group, "all of its checks", NOT_RUN, {"message": "the time is up"})
         except Exception as error:
             self.write(group, "its process", ERROR, describe(error))
+        finally:
+            if worker is not None:
+                worker.end()

@@ -51,7 +51,8 @@ def run(
     out: Path, settings: str, seconds: float = SECONDS, beside: Sequence[Group] = (), checks: Sequence[Group] = ()
 ) -> tuple[str, list[Record]]:
     """Runs the groups ``beside`` in the background and, one after the other, ``checks``; the page and the records."""
-    deadline = time.monotonic() + seconds - RESERVE
+    start = time.monotonic()
+    deadline = start + seconds - RESERVE
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "smoke.jsonl")
     journal.path.unlink(missing_ok=True)
@@ -60,21 +61,28 @@ def run(
     threads = {group.name: threading.Thread(target=runner.run_noting, args=(group,)) for group in beside}
     for thread in threads.values():
         thread.start()
-    ahead = runner.worker(checks[0])
+    ahead = runner.worker(checks[0]) if checks else None
     for i, group in enumerate(checks):
         worker, ahead = ahead, runner.worker(checks[i + 1]) if i + 1 < len(checks) else None
         waited = time.monotonic() + group.wait
         for name in group.after:
             threads[name].join(max(0.0, min(waited, deadline) - time.monotonic()))
+        print(f"{time.monotonic() - start:5.0f} s  {group.name}", flush=True)
         runner.run_noting(group, worker)
-        pack(logs, out / "logs.tar.gz")
+        keep(out, journal, logs)
     for thread in threads.values():
         thread.join()
+    kept = keep(out, journal, logs)
+    shutil.rmtree(logs)
+    return kept
+
+
+def keep(out: Path, journal: Journal, logs: Path) -> tuple[str, list[Record]]:
+    """Writes everything that is known; the page and the records."""
     records = [record for record in journal.read() if "state" in record]
     page = build(records, sections(records))
     write_text(out / "page.txt", page)
     pack(logs, out / "logs.tar.gz")
-    shutil.rmtree(logs)
     return page, records
 
 

@@ -12,9 +12,11 @@ GIB = 1 << 30
 
 RETURNED = {
     "current_device": 0,
+    "device_count": 1,
     "empty_cache": None,
     "get_device_capability": (9, 0),
     "get_device_name": "a stand-in",
+    "is_available": True,
     "max_memory_allocated": GIB,
     "mem_get_info": (GIB, GIB),
     "memory_allocated": 0,

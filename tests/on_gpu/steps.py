@@ -52,12 +52,12 @@ class Step(NamedTuple):
 def steps(work: Path) -> list[Step]:
     """All of them; tables go to ``work``."""
     interpreted = {"TRITON_INTERPRET": "1"}
-    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    build = [sys.executable, "-m", "on_gpu.build"]
     info = [sys.executable, "-m", "densenet_fast", "info"]
     bandwidth = [sys.executable, "benchmarks/kernel_bandwidth.py"]
     tuner = [sys.executable, "-m", "on_gpu.tuning", str(work / "tuning")]
     return [
-        Step("build", build, [sys.executable, f"{CUDA}/emulation.py"], 120, "setuptools"),
+        Step("build", [*build, "gpu"], [*build, "dry"], 120),
         Step("what runs where", info, info, 30),
         tests("Triton on the device", [f"{TRITON}/on_device.py"], 90, interpreted),
         tests("CUDA C++ on the device", [f"{CUDA}/on_device.py"], 60, emulated()),

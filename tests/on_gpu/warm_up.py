@@ -5,16 +5,14 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from unittest import mock
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 import densenet_fast
+from backends.triton.absent_gpu import AbsentGPU
 from backends.triton.cases import Layer
-from densenet_fast import backends
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.launch import Launch
@@ -28,22 +26,13 @@ LAUNCHES: list[Launch] = []
 """What the forked processes compile."""
 
 
-class Compiler:
+class Compiler(AbsentGPU):
     """A Triton driver for compiling for the device at hand, which it does not touch."""
 
     def __init__(self) -> None:
         major, minor = torch.cuda.get_device_capability()
-        self.target = GPUTarget("cuda", 10 * major + minor, 32)
+        super().__init__(10 * major + minor)
         self.utils = nvidia.CudaUtils()
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
 
 
 def checks(settings: Settings) -> list[Check]:
@@ -70,7 +59,7 @@ def compile_all(settings: Settings) -> Record:
 
 def compile_ahead(launches: Iterable[Launch], settings: Settings) -> list[float | str]:
     """Compiles what is distinct of ``launches``, one at a time on each core: how each ended."""
-    LAUNCHES[:] = list({key_of(item): item for item in launches}.values())[: settings.compiled]
+    LAUNCHES[:] = list({item.variant: item for item in launches}.values())[: settings.compiled]
     compiler = Compiler()
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(settings.processes, context, driver.set_active, (compiler,)) as pool:
@@ -92,12 +81,7 @@ def of_the_network(settings: Settings) -> list[Launch]:
     dtype = DTYPES[settings.autocast[0]]
     shape = (max(settings.speed_batches), 3, settings.size, settings.size)
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    with (
-        mock.patch.object(backends, "BACKENDS", (backend,)),
-        mock.patch.object(backend, "supports", lambda device, dtype: True),
-        mock.patch.object(backend, "unavailable", lambda: None),
-        launch.planning() as launches,
-    ):
+    with launch.planning() as launches:
         for memory_efficient in (False, True):
             with torch.device("meta"):
                 model = densenet_fast.DenseNet(**architecture(settings.network), memory_efficient=memory_efficient)
@@ -107,33 +91,11 @@ def of_the_network(settings: Settings) -> list[Launch]:
     return launches
 
 
-def key_of(item: Launch) -> tuple:
-    """The same for launches that Triton compiles once."""
-    arguments = tuple(map(specialised, item.arguments))
-    return item.name, arguments, tuple(sorted(item.constants.items(), key=str)), item.tile
-
-
-def specialised(value: torch.Tensor | int | float) -> tuple:
-    """What Triton's compiler sees of an argument: its type, and whether it is 1 and 16 divides it."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.storage_offset() * value.element_size() % 16 == 0
-    if isinstance(value, float):
-        return (float,)
-    return int, value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
-
-
 def compile_one(number: int) -> float | str:
     """Seconds that the launch of that number took to compile, with its launcher; or what went wrong."""
     item, start = LAUNCHES[number], time.perf_counter()
     try:
-        compiled = item.kernel.warmup(
-            *item.arguments,
-            grid=item.grid,
-            **item.constants,
-            num_warps=item.tile.warps,
-            num_stages=item.tile.stages,
-            enable_fp_fusion=True,
-        )
+        compiled = launch.compiled(item)
         nvidia.CudaLauncher(compiled.src, compiled.metadata)
     except Exception as error:
         return f"{item}: {type(error).__name__}: {error}"
