@@ -1,5 +1,5 @@
-# make demo | make test | make lint | make gpu. To use an environment that is active already, with its own torch (for
-# CUDA, say):
+# make demo | make test | make lint | make smoke | make gpu. To use an environment that is active already, with its own
+# torch (for CUDA, say):
 #     make test PYTHON=python VENV=
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,7 +19,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test lint gpu versions sanitize clean installed-in-active-environment
+.PHONY: demo test lint smoke gpu versions sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -32,9 +32,14 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
-# The backends for GPUs on one: results, then times. make gpu FLAGS=--dry-run walks the steps without one.
-gpu: $(INSTALLED)
-	$(RUN) tests/gpu.py $(FLAGS)
+# The backends for GPUs on one, in this checkout, with the torch and Triton of an environment that is there: nothing is
+# installed. make gpu FLAGS=--dry-run does the same without a GPU.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(RUN),$(PYTHON))
+smoke:
+	$(GPU_PYTHON) tests/gpu.py --smoke $(FLAGS)
+
+gpu:
+	$(GPU_PYTHON) tests/gpu.py $(FLAGS)
 
 # The installed library under other versions of torch, in environments of their own (some gigabytes each).
 VERSIONS ?= 2.11.0 2.13.0 newest

@@ -22,7 +22,7 @@ from densenet_fast.benchmarking.conditions import conditions, sentence
 from on_gpu.archive import pack, write_json, write_text
 from on_gpu.checks import ERROR, HUNG, LEFT_OUT, NOT_RUN, PASSED, Record
 from on_gpu.page import Section, build
-from on_gpu.runner import ROOT, kill
+from on_gpu.runner import ROOT, kill, search_path
 from on_gpu.steps import Step, steps
 
 SECONDS = 550.0
@@ -54,7 +54,7 @@ def carry_out(step: Step, work: Path, dry: bool, deadline: float) -> Record:
     """Runs a step; how it ended."""
     start = time.monotonic()
     command = step.dry if dry else step.made(work) if step.made else step.command
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PYTEST_ADDOPTS": ""}
+    environment = {**os.environ, "PYTHONPATH": search_path(), "PYTEST_ADDOPTS": ""}
     if dry:
         environment |= step.environment
     else:

@@ -35,6 +35,11 @@ class Group(NamedTuple):
     wait: float = 0.0
 
 
+def search_path() -> str:
+    """Where processes find this package and the one it tests."""
+    return os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
 def kill(process: subprocess.Popen) -> None:
     """Kills it with all that it started; one that the device holds is left behind after a while."""
     with contextlib.suppress(ProcessLookupError):
@@ -50,13 +55,12 @@ class Worker:
         self.log = logs / f"{group.name.replace(' ', '_')}.txt"
         self.logged = self.log.stat().st_size if self.log.exists() else 0
         self.lines = len(journal.read(group.name))
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "on_gpu.worker", group.name, group.module, settings, str(journal.path)]
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": path, **group.environment},
+                env={**os.environ, "PYTHONPATH": search_path(), **group.environment},
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
