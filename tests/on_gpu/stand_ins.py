@@ -1,6 +1,9 @@
 """What stands in for a GPU in a dry run: functions and classes that take the arguments of the real ones."""
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,16 +32,37 @@ RETURNED = {
 """What each function returns."""
 
 
+CLASSES = {torch.cuda: ("CUDAGraph", "Stream", "graph"), driver: ("CudaUtils", "CudaLauncher")}
+SMALL = {"COPIED": {"cpu": 1 << 20}, "PRODUCTS": {"cpu": ((64, 64, 64),)}}
+"""What the ceilings are measured with."""
+
+_installed = contextlib.ExitStack()
+
+
 def install() -> None:
     """For the rest of this process."""
-    for name, value in RETURNED.items():
-        setattr(torch.cuda, name, mock.create_autospec(getattr(torch.cuda, name), return_value=value))
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=GIB)
-    torch.cuda.get_device_properties = mock.create_autospec(torch.cuda.get_device_properties, return_value=properties)
-    for owner, names in ((torch.cuda, ("CUDAGraph", "Stream", "graph")), (driver, ("CudaUtils", "CudaLauncher"))):
-        for name in names:
-            setattr(owner, name, mock.create_autospec(getattr(owner, name)))
-    torch.cuda.current_stream = mock.create_autospec(torch.cuda.current_stream, return_value=torch.cuda.Stream())
-    torch.cuda.graph.return_value.__enter__ = mock.MagicMock()
-    torch.cuda.graph.return_value.__exit__ = mock.MagicMock(return_value=False)
-    ceilings.COPIED["cpu"], ceilings.PRODUCTS["cpu"] = 1 << 20, ((64, 64, 64),)
+    _installed.enter_context(installed())
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """In a ``with`` block."""
+    with contextlib.ExitStack() as stack:
+
+        def replace(owner: Any, name: str, **options: Any) -> Any:
+            made = mock.create_autospec(getattr(owner, name), **options)
+            return stack.enter_context(mock.patch.object(owner, name, made))
+
+        for name, value in RETURNED.items():
+            replace(torch.cuda, name, return_value=value)
+        properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=GIB)
+        replace(torch.cuda, "get_device_properties", return_value=properties)
+        for owner, names in CLASSES.items():
+            for name in names:
+                replace(owner, name)
+        replace(torch.cuda, "current_stream", return_value=torch.cuda.Stream())
+        torch.cuda.graph.return_value.__enter__ = mock.MagicMock()
+        torch.cuda.graph.return_value.__exit__ = mock.MagicMock(return_value=False)
+        for name, value in SMALL.items():
+            stack.enter_context(mock.patch.dict(getattr(ceilings, name), value))
+        yield

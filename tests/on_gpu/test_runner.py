@@ -6,7 +6,7 @@ import pytest
 
 from on_gpu import page, smoke
 from on_gpu.checks import DIED, ERROR, HUNG, MEMORY, NOT_RUN, PASSED, WRONG, Journal
-from on_gpu.runner import ROOT, Group, Runner
+from on_gpu.runner import Group, Runner, search_path
 from on_gpu.worker import IMPORTING
 
 PLANTED = """
@@ -66,8 +66,7 @@ def group(tmp_path):
 
     def make(name, text, **options):
         (tmp_path / f"{name}.py").write_text(text)
-        path = ":".join(map(str, (ROOT, ROOT / "tests", tmp_path)))
-        return Group(name, name, {"PYTHONPATH": path}, **options)
+        return Group(name, name, {"PYTHONPATH": f"{tmp_path}:{search_path()}"}, **options)
 
     return make
 
