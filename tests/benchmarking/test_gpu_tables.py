@@ -60,6 +60,18 @@ def test_tables_of_made_up_results(tmp_path):
     assert gpu_tables.tests(loaded).endswith("2030-01-02: tests 23 passed, 1 failed")
 
 
+def test_the_command_writes_the_pages(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for name in gpu_tables.PAGES:
+        (tmp_path / name).write_text("before <!-- gpu table -->old<!-- end of gpu table --> after")
+    monkeypatch.setattr(gpu_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_tables, "load", lambda: [RESULTS])
+    gpu_tables.main()
+    for name, render in gpu_tables.PAGES.items():
+        expected = f"before <!-- gpu table -->\n{render([RESULTS])}\n<!-- end of gpu table --> after"
+        assert (tmp_path / name).read_text() == expected
+
+
 def test_without_results(tmp_path):
     assert gpu_tables.speeds(gpu_tables.load(tmp_path)) == gpu_tables.tests([]) == gpu_tables.NONE
 

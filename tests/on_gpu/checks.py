@@ -113,11 +113,7 @@ def shortened(frames: list[str]) -> list[str]:
     return [re.sub(r"^\S*/(site-packages|lib/python[\d.]+)/", "", f.replace(f"{root}/", "")) for f in told]
 
 
-def signal_name(code: int) -> str:
+def end_of(code: int) -> str:
     """How a process ended, of its exit code."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+    names = {-known: known.name for known in signal.Signals}
+    return names.get(code, f"exit code {code}")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from on_gpu.checks import DIED, ERROR, HUNG, NOT_RUN, Journal, Record, describe, shortened, signal_name
+from on_gpu.checks import DIED, ERROR, HUNG, NOT_RUN, Journal, Record, describe, end_of, shortened
 from on_gpu.worker import IMPORTING
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ class Runner:
             state = NOT_RUN if over else HUNG
             error = {"type": "TimeLimit", "message": "the time is up" if over else f"not done after {seconds:.0f} s"}
         else:
-            state, error = DIED, {"type": signal_name(code), "message": "its process ended"}
+            state, error = DIED, {"type": end_of(code), "message": "its process ended"}
         self.write(group, check, state, error | {"frames": shortened(worker.frames())}, number, seconds)
 
     def write(

@@ -40,6 +40,14 @@ def test_another_configuration_with_other_results(monkeypatch):
         choices.compared(DRY, DRY.choices[0], DRY.choices[0].tiles["smaller"])
 
 
+def test_partial_results_of_different_numbers_are_compared_by_their_sums(monkeypatch):
+    few, many = (SimpleNamespace(arguments=(torch.empty(ranges, 3), 7)) for ranges in (2, 4))
+    monkeypatch.setattr(choices.launch, "run", lambda item: item.arguments[0].fill_(1 / len(item.arguments[0])))
+    assert choices.difference(few, many) == 0
+    monkeypatch.setattr(choices.launch, "run", lambda item: item.arguments[0].fill_(1))
+    assert choices.difference(few, many) == 1
+
+
 def test_a_replayed_step_with_other_results(monkeypatch):
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(network, "error", lambda got, expected: float(got.dim() == 1))

@@ -81,16 +81,18 @@ def test_every_failure_is_told_and_stops_nothing(tmp_path, group):
     planted = group("planted", PLANTED)
     unusable = group("unusable", "import no_such_module")
     deadly = group("deadly", "import os\nos._exit(7)")
+    deaf = group("deaf", f"{PLANTED}    sys.stdin.close()\n    return found[:2]".replace("    return found\n", ""))
     last = group("last", PLANTED.replace("(wrong, raises", "(passes,) or (wrong, raises"), after=("beside",), wait=60.0)
     beside = group("beside", PLANTED.replace("(wrong, raises", "(left_out,) or (wrong, raises"))
-    text, records = smoke.run(tmp_path / "out", "dry", 120, [beside], [planted, unusable, deadly, last])
+    text, records = smoke.run(tmp_path / "out", "dry", 120, [beside], [planted, unusable, deadly, deaf, last])
     found = states(records, "planted")
     assert found == {**ENDS, **{f"after {name}": PASSED for name in ENDS}}
     assert states(records, "unusable") == {IMPORTING: ERROR} and states(records, "deadly") == {IMPORTING: DIED}
+    assert states(records, "deaf") == {"wrong": DIED, "after wrong": DIED}
     assert set(states(records, "last").values()) == {PASSED}
     assert text == (tmp_path / "out/page.txt").read_text() and len(list((tmp_path / "out").iterdir())) == 3
     first, *lines = text.splitlines()
-    assert first.startswith("9 of 20 checks failed (1 wrong, 2 error, 1 out of memory, 1 CUDA error, 1 hung, 3 died)")
+    assert first.startswith("11 of 22 checks failed (1 wrong, 2 error, 1 out of memory, 1 CUDA error, 1 hung, 5 died)")
     assert lines[2].startswith("WRONG: planted: wrong") and "allowed 1.20e-02" in lines[3]
     for expected in (
         "ERROR: planted: raises",
@@ -119,11 +121,13 @@ def test_every_failure_is_told_and_stops_nothing(tmp_path, group):
 
 def test_the_time_is_up(tmp_path, group):
     """The page comes in time, with what has not run."""
-    slow = group("slow", PLANTED.replace("(wrong, raises", "(passes, hangs, passes) or (wrong, raises"))
+    text = PLANTED.replace("(wrong, raises", "(passes, hangs, passes) or (wrong, raises").replace("2.0", "60.0")
+    slow = group("slow", text)
     start = time.monotonic()
-    text, records = smoke.run(tmp_path / "out", "dry", smoke.RESERVE + 9, [], [slow._replace(name="slow"), slow])
+    text, records = smoke.run(tmp_path / "out", "dry", smoke.RESERVE + 9, [], [slow, slow._replace(name="later")])
     assert time.monotonic() - start < 9 + 2 * smoke.RESERVE
-    assert NOT_RUN in {record["state"] for record in records}
+    assert [record["state"] for record in records if record["group"] == "slow"] == [*2 * [PASSED], *4 * [NOT_RUN]]
+    assert records[-1]["group"] == "later" and records[-1]["state"] == NOT_RUN
     assert "== NOT RUN" in text and "(not run, the time is up)" in text
 
 
