@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ _this_thread = threading.local()
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects the launches of the ``with`` block, of every thread."""
+    """Collects the launches that the ``with`` block runs, of every thread."""
     launches: list[Launch] = []
     _recordings.append(launches)
     try:
@@ -71,27 +71,33 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def planning() -> Iterator[list[Launch]]:
-    """Collects the launches of the ``with`` block and runs none of this thread: results stay uninitialised."""
-    before, _this_thread.planning = is_planning(), True
+    """Collects this thread's launches of the ``with`` block and runs none: results stay uninitialised."""
+    before, _this_thread.plan = _plan(), []
     try:
-        with recording() as launches:
-            yield launches
+        yield _this_thread.plan
     finally:
-        _this_thread.planning = before
+        _this_thread.plan = before
 
 
 def is_planning() -> bool:
     """Whether this thread's launches are collected and not run."""
-    return getattr(_this_thread, "planning", False)
+    return _plan() is not None
+
+
+def _plan() -> list[Launch] | None:
+    return getattr(_this_thread, "plan", None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, tile: Tile, **constants: Any) -> None:
     """Launches ``kernel`` on the device of its first argument, a tensor."""
     item = Launch(kernel, grid, arguments, constants, tile)
+    plan = _plan()
+    if plan is not None:
+        plan.append(item)
+        return
     for launches in _recordings:
         launches.append(item)
-    if not is_planning():
-        run(item)
+    run(item)
 
 
 def run(item: Launch) -> None:
@@ -112,18 +118,18 @@ def compiled(item: Launch) -> Any:
     return item.kernel.warmup(*item.arguments, grid=item.grid, **item.options)
 
 
-def compile_all(launches: Iterable[Launch], device: torch.device) -> None:
+def compile_all(launches: Iterable[Launch], device: torch.device, ignore_errors: bool = False) -> None:
     """Compiles what ``launches`` need for ``device`` and is not compiled yet: in parallel, with a progress bar where it
     takes more than a second."""
     import triton
 
     variants = {item.variant: item for item in launches if math.prod(item.grid)}
-    workers = max(1, min(len(variants), os.cpu_count() or 1))
-    with _current(device), ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+    pool = ThreadPoolExecutor(max(1, min(len(variants), os.cpu_count() or 1)))
+    with _current(device), pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
         kernels = [compiled(item) for item in variants.values()]
         for kernel in progress(kernels, "densenet_fast: compiling kernels, once", delay=1):
-            if hasattr(kernel, "result"):
-                kernel.result()
+            if hasattr(kernel, "future"):
+                wait([kernel.future])
 
 
 def units(stride: int) -> tuple[int, int]:

@@ -1,23 +1,31 @@
 """``python -m densenet_fast.backends.triton.tune``: measures launch configurations and prints rows for config.TABLE.
 
 For each product and each class of widths, every candidate runs on scratch tensors of a few layers' shapes; the one of
-the least total time is printed as the table writes it, with the time of the row in the table beside it. Candidates that
-do not fit the device are left out. With --dry-run nothing runs: it plans every launch, on any machine.
+the least total time is printed as the table writes it, with the time of the row in the table beside it. Left out are
+candidates that do not fit the device, whose machine code has hazards (``hazards.py``), or whose results are not as near
+to float64 as torch's. With --dry-run nothing runs: it plans every launch, on any machine.
 """
 
 import argparse
+import copy
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from math import inf, nan
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import ANY, Device, Tile
+from densenet_fast.backends.triton.hazards import disassembled, register_hazards
 
 DTYPES = {
     "bf16": (torch.bfloat16, "tf32"),
@@ -45,30 +53,62 @@ SHAPES = {
 """By the widest result that a row of the table serves: layers of DenseNet-121 and of DenseNet-161."""
 
 
-def training_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[launch.Launch]:
-    """The launches of a layer's and a transition's forward and backward pass, on scratch tensors; none is run."""
+class Step:
+    """A layer's and a transition's forward and backward pass, on scratch tensors."""
 
-    def scratch(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(sizes, dtype=dtype, device=device)
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
-    def affine(n: int) -> Affine:
-        return Affine(*scratch(3, n, dtype=torch.float32).unbind())
+        def scratch(*sizes: int, like: float = 1.0) -> Tensor:
+            return torch.randn(sizes, device=device, generator=generator).mul_(like).to(dtype)
 
-    images, size, channels, bottleneck, growth, transition = shape
-    grid, rows = (images, size, size), images * size * size
-    buffer, gradient = scratch(rows, channels + 4 * growth), scratch(rows, channels + 4 * growth)
-    features, new = buffer[:, :channels], buffer[:, channels : channels + growth]
-    first, second = affine(channels), affine(bottleneck)
-    w1, w2, w3 = scratch(bottleneck, channels), scratch(growth, bottleneck, 3, 3), scratch(transition, channels)
-    with launch.planning() as launches:
-        z, dz = scratch(rows, bottleneck), scratch(rows, bottleneck)
-        backend.bn_relu_conv1x1(features, first, w1, None, z, empty_statistics(z, bottleneck, 1e-5))
-        backend.bn_relu_conv3x3(z, second, w2, None, grid, new, None, 1.0, empty_statistics(new, growth, 1e-5))
-        backend.bn_relu_conv3x3_backward(scratch(rows, growth), z, second, w2, grid, dz, True)
-        backend.bn_relu_conv1x1_backward(dz, features, first, w1, gradient[:, :channels], True, True)
-        out = backend.bn_relu_pool_conv1x1(features, first, w3, None, grid, empty_statistics(z, transition, 1e-5))
-        backend.bn_relu_pool_conv1x1_backward(out, features, first, w3, grid, True, True)
-    return launches
+        def affine(n: int) -> Affine:
+            return Affine(*torch.randn(3, n, device=device, generator=generator).unbind())
+
+        images, size, channels, bottleneck, growth, transition = shape
+        self.shape, self.grid, rows = shape, (images, size, size), images * size * size
+        self.buffer, self.gradient = scratch(rows, channels + 4 * growth), scratch(rows, channels + 4 * growth)
+        self.first, self.second = affine(channels), affine(bottleneck)
+        self.w1 = scratch(bottleneck, channels, like=channels**-0.5)
+        self.w2 = scratch(growth, bottleneck, 3, 3, like=bottleneck**-0.5 / 3)
+        self.w3 = scratch(transition, channels, like=channels**-0.5)
+        self.z, self.dz, self.dy = scratch(rows, bottleneck), scratch(rows, bottleneck), scratch(rows, growth)
+        self.dout = scratch(images * (size // 2) ** 2, transition)
+
+    def run(self, backend: ModuleType) -> list[Tensor]:
+        """The results of every function of ``backend``."""
+        channels, growth, grid = self.shape.channels, self.shape.growth, self.grid
+        buffer, gradient = self.buffer.clone(), self.gradient.clone()
+        features, new = buffer[:, :channels], buffer[:, channels : channels + growth]
+        z, dz = torch.empty_like(self.z), torch.empty_like(self.dz)
+        own = [empty_statistics(z, n, 1e-5) for n in (self.shape.bottleneck, growth, self.shape.transition)]
+        w1, w2, w3, first, second = self.w1, self.w2, self.w3, self.first, self.second
+        backend.bn_relu_conv1x1(features, first, w1, None, z, own[0])
+        backend.bn_relu_conv3x3(self.z, second, w2, None, grid, new, None, 1.0, own[1])
+        found = [backend.bn_relu_conv3x3_backward(self.dy, self.z, second, w2, grid, dz, True)]
+        grad_x = gradient[:, :channels]
+        found.append(backend.bn_relu_conv1x1_backward(self.dz, features, first, w1, grad_x, True, True))
+        found.append((backend.bn_relu_pool_conv1x1(features, first, w3, None, grid, own[2]),))
+        found.append(backend.bn_relu_pool_conv1x1_backward(self.dout, features, first, w3, grid, True, True))
+        statistics = [t for one in own for t in one[:3]]
+        flat = [t for result in found for part in result for t in (part if isinstance(part, tuple) else (part,))]
+        return [z, dz, new, grad_x, *statistics, *flat]
+
+    def launches(self) -> list[launch.Launch]:
+        """What the Triton backend launches; none is run."""
+        with launch.planning() as launches:
+            self.run(backend)
+        return launches
+
+    def to(self, dtype: torch.dtype) -> "Step":
+        """The same values in ``dtype``."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Affine):
+                setattr(other, name, Affine(*(t.to(torch.promote_types(dtype, torch.float32)) for t in value)))
+            elif isinstance(value, Tensor):
+                setattr(other, name, value.to(dtype))
+        return other
 
 
 def candidates(kernel: str, limit: int) -> Iterator[Tile]:
@@ -99,31 +139,86 @@ def row_of(kernel: str, key: tuple[int, str], tile: Tile) -> Iterator[None]:
         config.TABLE[kernel][key] = before
 
 
+class Results:
+    """Of a :class:`Step`: what is right, and how far torch is from it in the same dtype."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.truth = step.to(torch.float64).run(aten)
+        dtype = step.z.dtype
+        rounding = 2.0**-10 if config.precision(dtype) == "tf32" else torch.finfo(dtype).eps
+        self.allowed = [
+            2 * (theirs.double() - truth).norm() + 4 * rounding * truth.norm()
+            for theirs, truth in zip(step.run(aten), self.truth, strict=True)
+        ]
+
+    def fault(self, backend: ModuleType = backend) -> str | None:
+        """What is wrong with the results of ``backend``, or None."""
+        for i, (ours, truth, allowed) in enumerate(zip(self.step.run(backend), self.truth, self.allowed)):
+            error = (ours.double() - truth).norm()
+            if not error <= allowed:
+                return f"result {i} is off by {error / truth.norm():.1e}, where {allowed / truth.norm():.1e} is allowed"
+        return None
+
+
+def code_fault(items: Iterable[launch.Launch]) -> str | None:
+    """What is wrong with the machine code of the launches, or None."""
+    variants = {item.variant: item for item in items}.values()
+    found = [h for item in variants for h in register_hazards(disassembled(launch.compiled(item).asm["cubin"]))]
+    return f"{len(found)} hazards: {found[0]}" if found else None
+
+
 def milliseconds(items: Iterable[launch.Launch]) -> float:
-    """The sum of the launches' median times; infinite where one does not fit the device."""
+    """The sum of the launches' median times; infinite where one does not compile or does not fit the device."""
     import triton
 
     try:
-        return sum(triton.testing.do_bench(lambda item=item: launch.run(item), return_mode="median") for item in items)
-    except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+        return sum(triton.testing.do_bench(partial(launch.run, item), return_mode="median") for item in items)
+    except (triton.runtime.errors.TritonError, RuntimeError) as error:
         print(f"# left out: {error}", file=sys.stderr)
-        return float("inf")
+        return inf
+
+
+def fastest(times: dict[Tile, float], fault: Callable[[Tile], str | None]) -> Tile:
+    """The one of the least time that has no fault."""
+    for tile in sorted(times, key=times.__getitem__):
+        why = fault(tile)
+        if why is None:
+            return tile
+        print(f"# left out: {tuple(tile)}, {times[tile]:.4f} ms: {why}", file=sys.stderr)
+    raise RuntimeError("every candidate is wrong")
 
 
 def tune(kernel: str, dtype: torch.dtype, device: torch.device, target: Device, dry_run: bool) -> str:
     """The table's row of ``kernel`` for ``dtype``, measured; the one it has after planning every candidate if
-    ``dry_run``."""
+    ``dry_run``.
+
+    Raises:
+        RuntimeError: no candidate gives right results.
+    """
     key = (target.generation, config.precision(dtype))
     found = []
     for limit, shapes in SHAPES.items():
         now = config.tile(kernel, target, dtype, limit)
-        times = {}
-        for tile in dict.fromkeys([now, *candidates(kernel, limit)]):
+        steps = [Step(shape, dtype, device) for shape in shapes]
+
+        def items(tile: Tile, steps: list[Step] = steps) -> list[launch.Launch]:
             with row_of(kernel, key, tile):
-                steps = [training_step(shape, dtype, device) for shape in shapes]
-            items = [item for step in steps for item in step if item.name == kernel]
-            times[tile] = float("nan") if dry_run else milliseconds(items)
-        best = now if dry_run else min(times, key=times.__getitem__)
+                return [item for step in steps for item in step.launches() if item.name == kernel]
+
+        planned = {tile: items(tile) for tile in dict.fromkeys([now, *candidates(kernel, limit)])}
+        if dry_run:
+            times, best = dict.fromkeys(planned, nan), now
+        else:
+            launch.compile_all([item for each in planned.values() for item in each], device, ignore_errors=True)
+            times = {tile: milliseconds(each) for tile, each in planned.items()}
+            results = Results(steps[-1])
+
+            def fault(tile: Tile, planned: Any = planned, results: Results = results) -> str | None:
+                with row_of(kernel, key, tile):
+                    return code_fault(planned[tile]) or results.fault()
+
+            best = fastest(times, fault)
         found.append(f"({'ANY' if limit == ANY else limit}, Tile{tuple(best)})")
         print(
             f"# {kernel}: {len(times)} candidates; now {times[now]:.4f} ms, best {times[best]:.4f} ms", file=sys.stderr

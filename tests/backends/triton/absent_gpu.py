@@ -1,4 +1,4 @@
-"""A driver for a GPU that is not there: Triton compiles for it, by its own just-in-time compiler, and launches nothing."""
+"""A driver for a GPU that is not there: Triton's just-in-time compiler compiles for it, nothing is launched."""
 
 import contextlib
 

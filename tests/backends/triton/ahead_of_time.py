@@ -32,8 +32,8 @@ class Compiled(NamedTuple):
 
 
 def compile_launch(item, generation, disassemble=True):
-    """``item`` as Triton would compile it on a device of ``generation``; without disassembly, which takes half the time,
-    the counts of instructions are zero and there are no hazards."""
+    """``item`` as Triton compiles it on a device of ``generation``; without disassembly, which takes half the time, the
+    counts of instructions are zero and there are no hazards."""
     with absent_gpu(generation):
         compiled = launch.compiled(item)
     return inspect(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared, generation, disassemble)

@@ -14,7 +14,7 @@ from backends.triton.ahead_of_time import SHARED_BYTES, compile_launch
 from backends.triton.cases import Layer
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.triton import config, launch
-from densenet_fast.backends.triton.tune import DTYPES, Shape, training_step
+from densenet_fast.backends.triton.tune import DTYPES, Shape, Step
 
 PAIR = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
 PRODUCTS = tuple(config.TABLE)
@@ -24,7 +24,7 @@ NETWORKS = {
     "161": (Shape(32, 28, 384, 192, 48, 192), "bf16", None),
     "BC with k = 12": (Shape(64, 32, 24, 48, 12, 12), "bf16", None),
     "wide bottleneck": (Shape(32, 28, 128, 320, 80, 320), "bf16", PAIR),
-    "121 in float16": (Shape(32, 28, 256, 128, 32, 128), "fp16", PAIR),
+    "121 in float16": (Shape(32, 28, 256, 128, 32, 128), "fp16", None),
     "121 in TF32": (Shape(32, 28, 256, 128, 32, 128), "tf32", None),
     "161 in TF32": (Shape(32, 28, 384, 192, 48, 192), "tf32", PAIR),
     "121 in float32": (Shape(32, 28, 256, 128, 32, 128), "fp32", None),
@@ -40,7 +40,7 @@ def test_configurations_compile_well(network, generation):
     torch.backends.cudnn.conv.fp32_precision = precision
     try:
         with config.assume(config.Device(generation, 132)):
-            launches = {str(item): item for item in training_step(shape, dtype, torch.device("meta"))}.values()
+            launches = {str(item): item for item in Step(shape, dtype, torch.device("meta")).launches()}.values()
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
     complaints = []
@@ -69,7 +69,8 @@ def faults(item, got, dtype, generation, shape):
     aligned = all(unit >= 8 for name, unit in item.constants.items() if name.endswith("_UNIT"))
     if aligned and not got.wide_copies:
         yield "no 16-byte asynchronous copies"
-    if got.warnings and shape.bottleneck == 128:
+    reads_early = dtype == torch.float16 and item.name == "bn_relu_conv3x3"
+    if got.warnings and not reads_early:
         yield "the assembler warns"
 
 
