@@ -44,6 +44,7 @@ def groups(settings: Settings) -> list[Group]:
         Group("speed", "on_gpu.speed", **both),
         Group("kernels", "on_gpu.kernel_times", **both),
         Group("choices", "on_gpu.choices", settings.interpreted, **both),
+        Group("machine code", "on_gpu.machine_code"),
     ]
 
 

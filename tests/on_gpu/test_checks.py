@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backends.comparison import compare
-from on_gpu import build, choices, cuda_kernels, kernels, network, stand_ins, tuning, warm_up
+from on_gpu import build, choices, cuda_kernels, kernels, machine_code, network, stand_ins, tuning, warm_up
 from on_gpu.checks import CUDA, ERROR, LEFT_OUT, MEMORY, Check, Wrong, carry_out
 from on_gpu.settings import DRY
 
@@ -34,18 +34,9 @@ def test_another_result_in_a_later_run():
 
 
 def test_another_configuration_with_other_results(monkeypatch):
-    monkeypatch.setattr(choices, "launches", lambda *_: [1])
-    monkeypatch.setattr(choices, "difference", lambda *_: 0.5)
-    with pytest.raises(Wrong, match="off by 5.00e-01 from those of the table's"):
+    monkeypatch.setattr(choices, "Bench", lambda *_: SimpleNamespace(fault=lambda tile: "result 3 is off by 5.0e-01"))
+    with pytest.raises(Wrong, match="result 3 is off by 5.0e-01"):
         choices.compared(DRY, DRY.choices[0], DRY.choices[0].tiles["smaller"])
-
-
-def test_partial_results_of_different_numbers_are_compared_by_their_sums(monkeypatch):
-    few, many = (SimpleNamespace(arguments=(torch.empty(ranges, 3), 7)) for ranges in (2, 4))
-    monkeypatch.setattr(choices.launch, "run", lambda item: item.arguments[0].fill_(1 / len(item.arguments[0])))
-    assert choices.difference(few, many) == 0
-    monkeypatch.setattr(choices.launch, "run", lambda item: item.arguments[0].fill_(1))
-    assert choices.difference(few, many) == 1
 
 
 def test_a_replayed_step_with_other_results(monkeypatch):
@@ -81,25 +72,33 @@ def test_kernels_that_do_not_compile(monkeypatch):
         warm_up.compile_all(DRY)
 
 
-def test_a_configuration_that_fails_is_left_out_of_the_tuning(monkeypatch):
-    rows = []
-    fails = {"now": 0}
+def test_kernels_with_faults_in_their_machine_code(monkeypatch):
+    monkeypatch.setattr(machine_code.tune, "code_fault", lambda items: "3 hazards")
+    with stand_ins.installed(), pytest.raises(Wrong, match="2 of 2 kernels: .*: 3 hazards"):
+        machine_code.faults(DRY)
 
-    def difference(one, other):
-        fails["now"] += 1
-        if fails["now"] > 1:
-            raise RuntimeError("out of resources")
-        return 0.0
 
-    monkeypatch.setattr(tuning, "launches", lambda *_: [1])
-    monkeypatch.setattr(tuning, "compile_ahead", lambda *_: None)
-    monkeypatch.setattr(tuning, "median_seconds", lambda *_: 1e-6)
-    monkeypatch.setattr(tuning, "difference", difference)
-    tuning.tuned("bn_relu_conv1x1", DRY, SimpleNamespace(writerow=rows.append))
-    assert [row.get("error") for row in rows] == [0.0, "RuntimeError: out of resources", None]
-    assert rows[-1]["line"].endswith("1.0 us, the table's 1.0 us")
-    with pytest.raises(RuntimeError, match="bn_relu_conv1x1: the table's .* does not run"):
-        tuning.tuned("bn_relu_conv1x1", DRY, SimpleNamespace(writerow=rows.append))
+def test_what_fails_or_is_wrong_is_left_out_of_the_tuning(monkeypatch):
+    class Bench:
+        now, planned = "now", staticmethod(lambda tile: [SimpleNamespace(variant=tile)])
+        faults, times = {"wrong": "result 0 is off"}, {"now": 2e-6, "wrong": 1e-6, "hazardous": 1e-6, "better": 1.5e-6}
+
+        def __init__(self, *_):
+            self.fault, self.seconds = self.faults.get, self.times.__getitem__
+
+    rows, writer = [], SimpleNamespace()
+    writer.writerow = rows.append
+    settings = DRY._replace(compiled=9)
+    monkeypatch.setattr(tuning, "Bench", Bench)
+    monkeypatch.setattr(tuning.tune, "candidates", lambda *_: ["wrong", "does not fit", "hazardous", "better"])
+    monkeypatch.setattr(tuning, "in_parallel", lambda *_: {"hazardous": SimpleNamespace(fault="4 hazards")})
+    tuning.tuned("bn_relu_conv1x1", settings, writer)
+    told = [None, "result 0 is off", "KeyError: 'does not fit'", "4 hazards", None, None]
+    assert [row.get("error") for row in rows] == told
+    assert rows[-1]["line"] == "bn_relu_conv1x1: Tile('b', 'e', 't', 't', 'e', 'r') 1.5 us, the table's 2.0 us"
+    monkeypatch.setattr(Bench, "faults", {"now": "result 0 is off"})
+    with pytest.raises(RuntimeError, match="bn_relu_conv1x1: the table's now does not run"):
+        tuning.tuned("bn_relu_conv1x1", settings, writer)
 
 
 @pytest.mark.parametrize(

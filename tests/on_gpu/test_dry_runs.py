@@ -41,6 +41,7 @@ def test_smoke(tmp_path):
         "speed",
         "kernels",
         "choices",
+        "machine code",
     }
     for title in ("A TRAINING STEP", "GPU TIME", "OPEN CHOICES", "LARGEST ERRORS", "VERSIONS"):
         assert f"== {title}" in page

@@ -6,16 +6,13 @@ best, written as the table has it.
 
 import csv
 import sys
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from densenet_fast.backends.triton import config, launch, tune
-from densenet_fast.benchmarking.ceilings import median_seconds
-from on_gpu.choices import LIMIT, difference, launches
+from densenet_fast.backends.triton import tune
+from on_gpu.choices import LIMIT, Bench
+from on_gpu.machine_code import fault_of
 from on_gpu.settings import SETTINGS, Settings
-from on_gpu.warm_up import compile_ahead
+from on_gpu.warm_up import in_parallel
 
 COLUMNS = ("kernel", "tile", "seconds", "error", "line")
 
@@ -34,30 +31,26 @@ def main(folder: str, name: str, kernels: str) -> None:
 
 
 def tuned(kernel: str, settings: Settings, writer: csv.DictWriter) -> None:
-    """Measures each configuration of the kernel; one that fails, or that computes something else, is left out."""
-    device, dtype = torch.device(settings.device), tune.DTYPES[settings.dtypes[0]][0]
-    target = config.device_of(device)
-    now = config.tile(kernel, target, dtype, LIMIT)
-    tiles = list(dict.fromkeys([now, *tune.candidates(kernel, LIMIT)]))[: settings.compiled]
-    with config.assume(target):
-        planned = [item for tile in tiles for item in launches(kernel, settings, tile, torch.device("meta"))]
-    compile_ahead(planned, settings)
-    table, found = launches(kernel, settings, now, device), {}
-    for tile in tiles:
+    """Measures each configuration of the kernel; one that fails, is wrong, or whose machine code is, is left out."""
+    bench, found = Bench(kernel, settings), {}
+    tiles = list(dict.fromkeys([bench.now, *tune.candidates(kernel, LIMIT)]))[: settings.compiled]
+    planned = {tile: bench.planned(tile) for tile in tiles}
+    read = in_parallel(fault_of, [item for items in planned.values() for item in items], settings)
+    for tile, items in planned.items():
         row = {"kernel": kernel, "tile": tuple(tile)}
         try:
-            items = launches(kernel, settings, tile, device)
-            row["error"] = max(map(difference, table, items))
-            row["seconds"] = sum(median_seconds(partial(launch.run, i), device, settings.repeats) for i in items)
+            faults = [read[item.variant].fault for item in items if item.variant in read]
+            row["error"] = bench.fault(tile) or next(filter(None, faults), None)
+            row["seconds"] = bench.seconds(tile)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"
         writer.writerow(row)
-        if "seconds" in row and row["error"] <= torch.finfo(dtype).eps:
+        if not row["error"]:
             found[tile] = row["seconds"]
-    if now not in found:
-        raise RuntimeError(f"{kernel}: the table's {now} does not run")
+    if bench.now not in found:
+        raise RuntimeError(f"{kernel}: the table's {bench.now} does not run")
     best = min(found, key=found.__getitem__)
-    line = f"{kernel}: Tile{tuple(best)} {1e6 * found[best]:.1f} us, the table's {1e6 * found[now]:.1f} us"
+    line = f"{kernel}: Tile{tuple(best)} {1e6 * found[best]:.1f} us, the table's {1e6 * found[bench.now]:.1f} us"
     writer.writerow({"kernel": kernel, "line": line})
 
 

@@ -2,9 +2,10 @@
 
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from triton.backends.nvidia import driver as nvidia
@@ -22,8 +23,16 @@ from on_gpu.checks import Check, Record, Wrong
 from on_gpu.kernels import numerics
 from on_gpu.settings import Settings
 
-LAUNCHES: list[Launch] = []
-"""What the forked processes compile."""
+WORK: list[tuple[Callable[[Launch], str | None], Launch]] = []
+"""What the forked processes do, and with what."""
+
+
+class Outcome(NamedTuple):
+    """Seconds that it took, the fault it found and the error it ended with, or nothing."""
+
+    seconds: float
+    fault: str
+    error: str
 
 
 class Compiler(AbsentGPU):
@@ -47,33 +56,60 @@ def compile_all(settings: Settings) -> Record:
         Wrong: some do not compile.
     """
     start = time.perf_counter()
-    with config.assume(config.device_of(torch.device("cuda"))):
-        launches = list(planned(settings))
+    launches = planned(settings)
     planning = time.perf_counter() - start
-    outcomes = compile_ahead(launches, settings)
-    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
-    if failures:
-        raise Wrong(f"{len(failures)} of {len(outcomes)} kernels: {'; '.join(failures[:3])}")
-    return {"kernels": len(outcomes), "planning_s": planning, "slowest_s": max(outcomes)}
+    outcomes = in_parallel(with_launcher, launches, settings)
+    raise_if_any([outcome.error for outcome in outcomes.values()])
+    slowest = max(outcome.seconds for outcome in outcomes.values())
+    return {"kernels": len(outcomes), "planning_s": planning, "slowest_s": slowest}
 
 
-def compile_ahead(launches: Iterable[Launch], settings: Settings) -> list[float | str]:
-    """Compiles what is distinct of ``launches``, one at a time on each core: how each ended."""
-    LAUNCHES[:] = list({item.variant: item for item in launches}.values())[: settings.compiled]
-    compiler = Compiler()
+def with_launcher(item: Launch) -> None:
+    """Compiles a launch and what launches it."""
+    compiled = launch.compiled(item)
+    nvidia.CudaLauncher(compiled.src, compiled.metadata)
+
+
+def raise_if_any(faults: Sequence[str]) -> None:
+    """Raises:
+    Wrong: with the first of the faults, if there are any.
+    """
+    found = [fault for fault in faults if fault]
+    if found:
+        raise Wrong(f"{len(found)} of {len(faults)} kernels: {'; '.join(found[:3])}")
+
+
+def in_parallel(
+    work: Callable[[Launch], str | None], launches: Iterable[Launch], settings: Settings
+) -> dict[Any, Outcome]:
+    """What came of ``work`` on each distinct launch, by its variant; a core has one at a time."""
+    distinct = list({item.variant: item for item in launches}.values())[: settings.compiled]
+    WORK[:] = [(work, item) for item in distinct]
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(settings.processes, context, driver.set_active, (compiler,)) as pool:
-        return list(pool.map(compile_one, range(len(LAUNCHES))))
+    with ProcessPoolExecutor(settings.processes, context, driver.set_active, (Compiler(),)) as pool:
+        return dict(zip([item.variant for item in distinct], pool.map(outcome, range(len(WORK)))))
 
 
-def planned(settings: Settings) -> Iterator[Launch]:
+def outcome(number: int) -> Outcome:
+    """Does the work of that number."""
+    (work, item), start = WORK[number], time.perf_counter()
+    try:
+        fault, error = work(item), ""
+    except Exception as caught:
+        fault, error = None, f"{item}: {type(caught).__name__}: {caught}"
+    return Outcome(time.perf_counter() - start, f"{item}: {fault}" if fault else "", error)
+
+
+def planned(settings: Settings) -> list[Launch]:
     """The launches of the training step and of the inference of the network, then those of the checks of kernels."""
-    yield from of_the_network(settings)
-    for name in settings.dtypes:
-        for layer in settings.layers:
-            with numerics(name) as dtype, launch.planning() as launches:
-                Layer(*layer, dtype, "meta").run(backend)
-            yield from launches
+    with config.assume(config.device_of(torch.device("cuda"))):
+        found = of_the_network(settings)
+        for name in settings.dtypes:
+            for layer in settings.layers:
+                with numerics(name) as dtype, launch.planning() as launches:
+                    Layer(*layer, dtype, "meta").run(backend)
+                found += launches
+    return found
 
 
 def of_the_network(settings: Settings) -> list[Launch]:
@@ -89,14 +125,3 @@ def of_the_network(settings: Settings) -> list[Launch]:
         with torch.no_grad():
             model.eval()(x)
     return launches
-
-
-def compile_one(number: int) -> float | str:
-    """Seconds that the launch of that number took to compile, with its launcher; or what went wrong."""
-    item, start = LAUNCHES[number], time.perf_counter()
-    try:
-        compiled = launch.compiled(item)
-        nvidia.CudaLauncher(compiled.src, compiled.metadata)
-    except Exception as error:
-        return f"{item}: {type(error).__name__}: {error}"
-    return time.perf_counter() - start
