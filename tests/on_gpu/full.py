@@ -116,7 +116,8 @@ def keep(out: Path, work: Path, records: Sequence[Record], device: str) -> str:
     """Writes everything that is known; the page."""
     tables = {name: read(work / name) for name in TABLES}
     under = under_which(device)
-    write_json(out / "results.json", {"conditions": under, "steps": list(records), **tables})
+    ended = [{"name": r["check"], **{k: v for k, v in r.items() if k not in ("group", "check")}} for r in records]
+    write_json(out / "results.json", {"conditions": under, "steps": ended, **tables})
     page = build(records, [*sections(tables), steps_section(records), Section("VERSIONS", [sentence(under)])])
     write_text(out / "page.txt", page)
     pack(work, out / "rest.tar.gz")

@@ -72,7 +72,7 @@ def by_function(averages: Iterable[Any], device: str) -> dict[str, Record]:
     rows: dict[str, Record] = {}
     for event in averages:
         seconds = getattr(event, SELF_TIME[device]) * 1e-6 / STEPS
-        if event.device_type != TYPES[device] or event.is_user_annotation or not seconds:
+        if event.device_type != TYPES[device] or getattr(event, "is_user_annotation", False) or not seconds:
             continue
         name = short(event.key)
         row = rows.setdefault(FLOORS.get(name, name), {"seconds": 0.0, "launches": 0.0})

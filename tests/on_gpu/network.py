@@ -24,7 +24,7 @@ def checks(settings: Settings) -> list[Check]:
     """Each with and without recomputation, in each precision."""
     found = []
     for name, ours in itertools.product(settings.autocast, ("ours", "ours-me")):
-        found.append(Check(f"training step against float64, {name}, {ours}", partial(step, settings, ours, name)))
+        found.append(Check(f"training step against float64, {name}, {ours}", partial(step, settings, ours, name), 45))
     half = settings.autocast[0]
     for ours in ("ours", "ours-me"):
         found.append(Check(f"no wait for the device, {half}, {ours}", partial(without_waiting, settings, ours)))

@@ -1,5 +1,6 @@
 """The steps of the long command: how each ends, what is kept of it, and what the page tells."""
 
+import argparse
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from densenet_fast.benchmarking import command
 from on_gpu import full, steps
 from on_gpu.checks import ERROR, HUNG, LEFT_OUT, NOT_RUN, PASSED
 from on_gpu.runner import ROOT
@@ -78,6 +80,19 @@ def test_what_is_not_there_or_not_reached(tmp_path):
 def test_failures_of_a_benchmark_are_in_its_table():
     row = {"batch": 32.0, "competitor": "ours", "failure": "out of memory"}
     assert full.speed("training", [row]).lines == ["batch   32  ours             out of memory"]
+
+
+def test_the_benchmarks_know_their_flags(tmp_path):
+    """Also those that a dry run does without."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    found = [step for step in steps.steps(tmp_path) if step.command[: len(steps.BENCH)] == steps.BENCH]
+    assert {step.name for step in found} == set(full.TABLES) - {"tuning"}
+    for step in found:
+        for arguments in (step.dry, step.command):
+            options = parser.parse_args(arguments[len(steps.BENCH) :])
+            assert options.out == tmp_path / step.name
+        assert step.seconds > 60 * options.minutes or "--minutes" not in step.command
 
 
 def test_the_worst_kernels_are_tuned(tmp_path):
