@@ -92,4 +92,4 @@ def add_floors(rows: dict[str, Record], settings: Settings, ceilings: Ceilings, 
     calls = training_step(architecture(settings.network), settings.profiled, settings.size, dtype.itemsize)
     for line in summarise(calls, [0.0] * len(calls), ceilings, False):
         if line.kernel in rows:
-            rows[line.kernel] |= {"floor": line.floor, "calls": line.calls}
+            rows[line.kernel] |= {"floor": line.floor, "calls": line.calls, "bytes": line.bytes}

@@ -38,7 +38,7 @@ class Settings(NamedTuple):
         interpreted: the environment of what runs Triton's kernels.
         dtypes: of the checks of Triton's kernels, by the names that ``tune`` has for them.
         autocast: of the networks, the second of them for none.
-        layers: of those checks; the first repeats bitwise.
+        layers: of those checks.
         wide: rows of a product of ``wide_channels`` columns, repeated ``wide_repeats`` times.
         stem, head: grids of the kernels in CUDA C++, and their columns.
         repeats: of a kernel that is to give the same again.

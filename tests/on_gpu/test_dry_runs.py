@@ -18,7 +18,7 @@ FILES = 8
 
 def dry_run(out, *flags):
     """The page, of a run in which nothing failed."""
-    command = [sys.executable, "tests/gpu.py", *flags, "--dry-run", "--out", str(out)]
+    command = [sys.executable, "tests/gpu.py", *flags, "--dry-run", "--seconds", "900", "--out", str(out)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
     page = (out / "page.txt").read_text()

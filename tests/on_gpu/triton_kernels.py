@@ -16,19 +16,21 @@ from on_gpu.settings import Layer, Settings
 
 
 def checks(settings: Settings) -> list[Check]:
-    """One a dtype and layer, then what is repeated."""
-    repeated, (dtype, *_) = settings.layers[0], settings.dtypes
+    """One a layer in the first dtype, what is repeated in it, then the other dtypes."""
+    dtype, *others = settings.dtypes
+    repeated = [
+        Check(f"bitwise the same, {dtype}, {title(layer)}", partial(repeats, settings, layer, dtype))
+        for layer in settings.layers
+    ]
+    product = f"bn_relu_conv1x1 {settings.wide_repeats} times, {dtype}, C = {settings.wide_channels}"
+    repeated += [Check(f"{product}, M = {rows}", partial(wide, settings, rows)) for rows in settings.wide]
+    return [*every_kernel(settings, dtype), *repeated, *(c for name in others for c in every_kernel(settings, name))]
+
+
+def every_kernel(settings: Settings, dtype: str) -> list[Check]:
     return [
-        *(
-            Check(f"every kernel, {dtype}, {title(layer)}", partial(against_aten, settings, layer, dtype), 40)
-            for dtype in settings.dtypes
-            for layer in settings.layers
-        ),
-        Check(f"bitwise the same, {dtype}, {title(repeated)}", partial(repeats, settings, repeated, dtype)),
-        *(
-            Check(f"bn_relu_conv1x1, {dtype}, C = {settings.wide_channels}, M = {rows}", partial(wide, settings, rows))
-            for rows in settings.wide
-        ),
+        Check(f"every kernel, {dtype}, {title(layer)}", partial(against_aten, settings, layer, dtype), 40)
+        for layer in settings.layers
     ]
 
 
