@@ -9,7 +9,7 @@ import torch
 
 from backends.comparison import compare
 from on_gpu import build, choices, cuda_kernels, kernels, machine_code, network, stand_ins, tuning, warm_up
-from on_gpu.checks import CUDA, ERROR, LEFT_OUT, MEMORY, Check, Wrong, carry_out
+from on_gpu.checks import CUDA, ERROR, LEFT_OUT, MEMORY, WRONG, Check, Wrong, carry_out
 from on_gpu.settings import DRY
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -104,6 +104,7 @@ def test_what_fails_or_is_wrong_is_left_out_of_the_tuning(monkeypatch):
 @pytest.mark.parametrize(
     "error, state",
     [
+        (Wrong("dW is off"), WRONG),
         (MemoryError("no"), MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
         (torch.AcceleratorError("CUDA error: misaligned address"), CUDA),

@@ -102,6 +102,8 @@ def test_the_worst_kernels_are_tuned(tmp_path):
     (tmp_path / "floor/floor.csv").write_text("\n".join(rows))
     names = "bn_relu_conv3x3_grad_input,bn_relu_conv3x3_grad_weight,bn_relu_conv1x1"
     assert steps.worst(tmp_path) == names
+    (tuning,) = (step for step in steps.steps(tmp_path) if step.made)
+    assert tuning.made(tmp_path)[-2:] == ["gpu", names]
 
 
 def test_the_commands_want_a_gpu():
