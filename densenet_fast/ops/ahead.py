@@ -27,9 +27,9 @@ def compile_ahead(
     """Compiles what ``call(x, mean, var, stages, *constants)`` will launch on a GPU, if it is the first of its kind."""
     if x.device.type != DEVICE:
         return
-    widths = tuple(stage.conv_weight.shape[0] for stage in stages[:2] if stage.conv_weight is not None)
+    layer = tuple((s.frozen, None if s.conv_weight is None else s.conv_weight.shape[0]) for s in stages[:2])
     flags = tuple(constant for constant in constants if isinstance(constant, bool))
-    kind = call, x.device, x.dtype, x.shape[1], mean is None, widths, flags, torch.is_grad_enabled()
+    kind = call, x.device, x.dtype, x.shape[1], mean is None, layer, flags, torch.is_grad_enabled()
     if kind in _known:
         return
     _known.add(kind)

@@ -45,7 +45,7 @@ def disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-ndf", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def register_hazards(code: str) -> list[str]:

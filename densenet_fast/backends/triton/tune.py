@@ -2,8 +2,8 @@
 
 For each product and each class of widths, every candidate runs on scratch tensors of a few layers' shapes; the one of
 the least total time is printed as the table writes it, with the time of the row in the table beside it. Left out are
-candidates that do not fit the device, whose machine code has hazards (``hazards.py``), or whose results are not as near
-to float64 as torch's. With --dry-run nothing runs: it plans every launch, on any machine.
+candidates that do not fit the device, whose code has hazards (``hazards.py``, ``races.py``), or whose results are not
+as near to float64 as torch's. With --dry-run nothing runs: it plans every launch, on any machine.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import ANY, Device, Tile
 from densenet_fast.backends.triton.hazards import disassembled, register_hazards
+from densenet_fast.backends.triton.races import races_of
 
 DTYPES = {
     "bf16": (torch.bfloat16, "tf32"),
@@ -163,8 +164,10 @@ class Results:
 
 def code_fault(items: Iterable[launch.Launch]) -> str | None:
     """What is wrong with the machine code of the launches, or None."""
-    variants = {item.variant: item for item in items}.values()
-    found = [h for item in variants for h in register_hazards(disassembled(launch.compiled(item).asm["cubin"]))]
+    found = []
+    for item in {item.variant: item for item in items}.values():
+        asm = launch.compiled(item).asm
+        found += [*register_hazards(disassembled(asm["cubin"])), *races_of(item, asm["ptx"])]
     return f"{len(found)} hazards: {found[0]}" if found else None
 
 

@@ -1,19 +1,22 @@
 """A driver for a GPU that is not there: Triton's just-in-time compiler compiles for it, nothing is launched."""
 
 import contextlib
+import itertools
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 
 class AbsentGPU:
-    """Of a generation, 80 for compute capability 8.0; a device of its own, for Triton keeps kernels per device."""
+    """Of a generation, 80 for compute capability 8.0, with an index of its own: Triton keeps kernels by index."""
+
+    indices = itertools.count()
 
     def __init__(self, generation):
-        self.generation = generation
+        self.generation, self.index = generation, next(self.indices)
 
     def get_current_device(self):
-        return self.generation
+        return self.index
 
     def get_current_target(self):
         return GPUTarget("cuda", self.generation, 32)

@@ -12,6 +12,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from backends.triton.absent_gpu import absent_gpu
 from densenet_fast.backends.triton import launch
 from densenet_fast.backends.triton.hazards import disassembled, register_hazards
+from densenet_fast.backends.triton.races import races_of
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
@@ -29,6 +30,7 @@ class Compiled(NamedTuple):
     warnings: str
     keeps_nan: bool
     hazards: list[str]
+    races: list[str]
 
 
 def compile_launch(item, generation, disassemble=True):
@@ -36,10 +38,11 @@ def compile_launch(item, generation, disassemble=True):
     counts of instructions are zero and there are no hazards."""
     with absent_gpu(generation):
         compiled = launch.compiled(item)
-    return inspect(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared, generation, disassemble)
+    return inspect(item, compiled, generation, disassemble)
 
 
-def inspect(cubin, ptx, shared, generation, disassemble):
+def inspect(item, compiled, generation, disassemble):
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -56,7 +59,7 @@ def inspect(cubin, ptx, shared, generation, disassemble):
         registers=int(found["REG"]),
         stack=int(found["STACK"]),
         spilled=len(re.findall(r"\bSTL\b", code)),
-        shared=shared,
+        shared=compiled.metadata.shared,
         tensor_core=bool(re.search(r"\bHGMMA", code)) > bool(re.search(r"\bHMMA", code))
         if generation >= 90
         else "HMMA" in code,
@@ -65,6 +68,7 @@ def inspect(cubin, ptx, shared, generation, disassemble):
         warnings="\n".join(line for line in verbose.splitlines() if re.search(r"\bC75\d\d\b|warning", line)),
         keeps_nan="max.NaN" in ptx,
         hazards=register_hazards(code),
+        races=races_of(item, ptx) if disassemble else [],
     )
 
 

@@ -14,6 +14,7 @@ from densenet_fast.backends import triton as backend
 from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.functional import BatchNorm, BNReLUConv
+from densenet_fast.ops import ahead
 from helpers import error, randomise, step, twin
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
@@ -151,6 +152,26 @@ def test_launches_of_a_layer(precision):
             output.backward(torch.ones_like(output))
         names = [item.name for item in launches]
         assert names == 3 * [*(["bn_relu_conv1x1"] * memory_efficient), *BACKWARD]
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precision, monkeypatch):
+    """Everything that a network's training step and its inference launch, and only once."""
+    compiled = []
+    monkeypatch.setattr(ahead, "DEVICE", DEVICE)
+    monkeypatch.setattr(ahead, "_known", set())
+    monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
+    net = densenet_fast.DenseNet(16, (2, 1), 32, 2, memory_efficient=memory_efficient, num_classes=3, small_inputs=True)
+    net, x = net.to(DEVICE), torch.randn(2, 3, 8, 6, device=DEVICE, requires_grad=True)
+    with launch.recording() as launches:
+        net(x).sum().backward()
+        with torch.no_grad():
+            net.eval()(x)
+    assert {item.variant for item in launches} <= {item.variant for item in compiled}
+    assert all(item.arguments[0].is_meta for item in compiled)
+    count = len(compiled)
+    net.train()(torch.randn(3, 3, 12, 6, device=DEVICE)).sum().backward()
+    assert len(compiled) == count
 
 
 VECTOR_WORK = {"_foreach_mul", "_foreach_mul_", "_foreach_add", "_foreach_add_", "_foreach_rsqrt_", "addcmul_", "rsqrt"}

@@ -59,6 +59,8 @@ def faults(item, got, dtype, generation, shape):
         yield "too much shared memory"
     if got.hazards:
         yield f"{len(got.hazards)} registers of unfinished products are used: {got.hazards[0]}"
+    if got.races:
+        yield f"{len(got.races)} races: {got.races[0]}"
     rectifies = "scale" in item.kernel.arg_names and item.constants.get("WEIGHT", True)
     if rectifies and not got.keeps_nan:
         yield "the ReLU hides a NaN"

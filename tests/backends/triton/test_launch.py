@@ -1,5 +1,7 @@
 """The launch layer and the table: no kernel is run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -47,3 +49,16 @@ def test_the_table_serves_every_width_on_every_device():
             assert limits == sorted(limits) and limits[-1] == config.ANY, (kernel, generation, precision)
             for _, tile in classes:
                 assert all(side & (side - 1) == 0 and side >= 16 for side in tile[:3])
+
+
+@pytest.mark.parametrize(
+    "capability, generation, borrowed",
+    [((8, 0), 80, None), ((8, 6), 80, "8.6"), ((9, 0), 90, None), ((10, 0), 90, "10.0"), ((12, 0), 80, "12.0")],
+)
+def test_a_gpu_without_rows_of_its_own_says_whose_it_borrows(monkeypatch, capability, generation, borrowed):
+    properties = SimpleNamespace(major=capability[0], multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert config._cuda_device.__wrapped__(0) == config.Device(generation, 7)
+    said = config.borrowed(0)
+    assert said is None if borrowed is None else borrowed in said and f"of {generation / 10}" in said
