@@ -57,17 +57,12 @@ class Bench:
 
     def row(self, tile: Tile) -> AbstractContextManager[None]:
         """The table with ``tile``."""
-        return tune.row_of(self.kernel, (self.target.generation, self.settings.precision), tile)
+        return tune.row_of(self.kernel, config.row(self.target, self.dtype), tile)
 
     def launches(self, tile: Tile, steps: Sequence[tune.Step]) -> list[Launch]:
         """The kernel's."""
         with self.row(tile), config.assume(self.target):
             return [item for step in steps for item in step.launches() if item.name == self.kernel]
-
-    def planned(self, tile: Tile) -> list[Launch]:
-        """The same launches, of tensors without memory."""
-        meta = torch.device("meta")
-        return self.launches(tile, [tune.Step(shape, self.dtype, meta) for shape in self.settings.shapes])
 
     def fault(self, tile: Tile) -> str | None:
         """What is wrong with the results, or None."""

@@ -153,7 +153,10 @@ def sections(tables: dict[str, list[Record]]) -> list[Section]:
         *(speed(name, tables[name]) for name in ("training", "compiled", "inference", "densenet201")),
         Section("EVERY KERNEL: ms, its floor, ratio", floor),
         Section("WHERE THE TIME GOES: ms", [f"{r['part'][:60]:60} {r['ms']:8.2f}" for r in tables["profile"]]),
-        Section("TUNING: best, the table's", [r["line"] for r in tables["tuning"] if r["line"]]),
+        Section(
+            "TUNING",
+            [f"{r['kernel']}: {r['tile']} {r['ms']:.4f} ms: {r['best']}" for r in tables["tuning"] if r["best"]],
+        ),
     ]
 
 

@@ -45,7 +45,7 @@ class Settings(NamedTuple):
         network: and ``batch`` images of ``size``: of the checks of a whole network.
         speed_batches, speed_rounds, speed_against: what is timed, and beside whom.
         profiled: images of the step whose kernels are timed.
-        shapes, choices, precision: of the choices, and the table's row for them.
+        shapes, choices: of the choices.
     """
 
     device: str
@@ -72,7 +72,6 @@ class Settings(NamedTuple):
     profiled: int
     shapes: tuple[Shape, ...]
     choices: tuple[Choice, ...]
-    precision: str
     stand_in: Callable[[], None]
 
 
@@ -117,7 +116,6 @@ GPU = Settings(
             {"32 columns, 3 stages": Tile(64, 32, 128, 8, 3), "64 columns, 2 stages": Tile(64, 64, 128, 8, 2)},
         ),
     ),
-    precision="half",
     stand_in=lambda: None,
 )
 
@@ -147,7 +145,6 @@ DRY = Settings(
     profiled=2,
     shapes=(Shape(1, 4, 8, 16, 4, 8),),
     choices=(Choice("bn_relu_conv1x1", {"smaller": TINY}), Choice("bn_relu_conv1x1_backward", {"smaller": TINY})),
-    precision="any",
     stand_in=stand_ins.install,
 )
 

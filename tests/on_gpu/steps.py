@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,14 @@ def steps(work: Path) -> list[Step]:
     build = [sys.executable, "-m", "on_gpu.build"]
     info = [sys.executable, "-m", "densenet_fast", "info"]
     bandwidth = [sys.executable, "benchmarks/kernel_bandwidth.py"]
-    tuner = [sys.executable, "-m", "on_gpu.tuning", str(work / "tuning")]
+    tuner = [
+        sys.executable,
+        "-m",
+        "densenet_fast.backends.triton.tune",
+        "--narrow",
+        "--csv",
+        str(work / "tuning/tuning.csv"),
+    ]
     return [
         Step("build", [*build, "gpu"], [*build, "dry"], 120),
         Step("what runs where", info, info, 30),
@@ -71,10 +78,9 @@ def steps(work: Path) -> list[Step]:
         Step(
             "tuning",
             [],
-            [*tuner, "dry", ",".join(USUAL)],
+            [*tuner, *of(USUAL), "--dry-run"],
             100,
-            environment=interpreted,
-            made=lambda work: [*tuner, "gpu", worst(work)],
+            made=lambda work: [*tuner, *of(worst(work))],
         ),
         *sanitizers(),
         bench(work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60),
@@ -121,10 +127,15 @@ def emulated() -> dict[str, str]:
     return emulation.environment(emulation.library())
 
 
-def worst(work: Path) -> str:
-    """The kernels furthest above their floor, with commas between them."""
+def of(kernels: Iterable[str]) -> Command:
+    """The tuner's flags for them."""
+    return [flag for kernel in kernels for flag in ("--kernel", kernel)]
+
+
+def worst(work: Path) -> Sequence[str]:
+    """The kernels furthest above their floor."""
     rows = [row for path in (work / "floor").rglob("*.csv") for row in csv.DictReader(path.open())]
     found = []
     for row in sorted(rows, key=lambda row: -float(row["gap_s"])):
         found += [k for k in PRODUCTS.get(row["kernel"], (row["kernel"],)) if k.startswith("bn_relu_") and "conv" in k]
-    return ",".join(found[:WORST] or USUAL)
+    return found[:WORST] or USUAL

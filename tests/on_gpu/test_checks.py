@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backends.comparison import compare
-from on_gpu import build, choices, cuda_kernels, kernels, machine_code, network, stand_ins, tuning, warm_up
+from on_gpu import build, choices, cuda_kernels, kernels, machine_code, network, stand_ins, warm_up
 from on_gpu.checks import CUDA, ERROR, LEFT_OUT, MEMORY, WRONG, Check, Wrong, carry_out
 from on_gpu.settings import DRY
 
@@ -76,29 +76,6 @@ def test_kernels_with_faults_in_their_machine_code(monkeypatch):
     monkeypatch.setattr(machine_code.tune, "code_fault", lambda items: "3 hazards")
     with stand_ins.installed(), pytest.raises(Wrong, match="2 of 2 kernels: .*: 3 hazards"):
         machine_code.faults(DRY)
-
-
-def test_what_fails_or_is_wrong_is_left_out_of_the_tuning(monkeypatch):
-    class Bench:
-        now, planned = "now", staticmethod(lambda tile: [SimpleNamespace(variant=tile)])
-        faults, times = {"wrong": "result 0 is off"}, {"now": 2e-6, "wrong": 1e-6, "hazardous": 1e-6, "better": 1.5e-6}
-
-        def __init__(self, *_):
-            self.fault, self.seconds = self.faults.get, self.times.__getitem__
-
-    rows, writer = [], SimpleNamespace()
-    writer.writerow = rows.append
-    settings = DRY._replace(compiled=9)
-    monkeypatch.setattr(tuning, "Bench", Bench)
-    monkeypatch.setattr(tuning.tune, "candidates", lambda *_: ["wrong", "does not fit", "hazardous", "better"])
-    monkeypatch.setattr(tuning, "in_parallel", lambda *_: {"hazardous": SimpleNamespace(fault="4 hazards")})
-    tuning.tuned("bn_relu_conv1x1", settings, writer)
-    told = [None, "result 0 is off", "KeyError: 'does not fit'", "4 hazards", None, None]
-    assert [row.get("error") for row in rows] == told
-    assert rows[-1]["line"] == "bn_relu_conv1x1: Tile('b', 'e', 't', 't', 'e', 'r') 1.5 us, the table's 2.0 us"
-    monkeypatch.setattr(Bench, "faults", {"now": "result 0 is off"})
-    with pytest.raises(RuntimeError, match="bn_relu_conv1x1: the table's now does not run"):
-        tuning.tuned("bn_relu_conv1x1", settings, writer)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,15 @@ def test_failures_of_a_benchmark_are_in_its_table():
     assert full.speed("training", [row]).lines == ["batch   32  ours             out of memory"]
 
 
+def test_the_best_configurations_are_told():
+    rows = [
+        {"kernel": "bn_relu", "tile": "(1, 2)", "ms": 0.5, "fault": "", "best": ""},
+        {"kernel": "bn_relu", "tile": "(1, 2)", "ms": 0.5, "fault": "", "best": "1.20 times as fast as the table's"},
+    ]
+    tuning = full.sections(dict.fromkeys(full.TABLES, []) | {"tuning": rows})[-1]
+    assert tuning.lines == ["bn_relu: (1, 2) 0.5000 ms: 1.20 times as fast as the table's"]
+
+
 def test_the_benchmarks_know_their_flags(tmp_path):
     """Also those that a dry run does without."""
     parser = argparse.ArgumentParser()
@@ -96,14 +105,14 @@ def test_the_benchmarks_know_their_flags(tmp_path):
 
 
 def test_the_worst_kernels_are_tuned(tmp_path):
-    assert steps.worst(tmp_path) == ",".join(steps.USUAL)
+    assert steps.worst(tmp_path) == steps.USUAL
     (tmp_path / "floor").mkdir()
     rows = ["kernel,gap_s", "bn_relu_conv1x1,0.1", "outside the kernels,9", "bn_relu_conv3x3_backward,0.2"]
     (tmp_path / "floor/floor.csv").write_text("\n".join(rows))
-    names = "bn_relu_conv3x3_grad_input,bn_relu_conv3x3_grad_weight,bn_relu_conv1x1"
+    names = ["bn_relu_conv3x3_grad_input", "bn_relu_conv3x3_grad_weight", "bn_relu_conv1x1"]
     assert steps.worst(tmp_path) == names
     (tuning,) = (step for step in steps.steps(tmp_path) if step.made)
-    assert tuning.made(tmp_path)[-2:] == ["gpu", names]
+    assert tuning.made(tmp_path)[-6:] == [word for name in names for word in ("--kernel", name)]
 
 
 def test_the_commands_want_a_gpu():

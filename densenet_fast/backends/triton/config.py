@@ -165,10 +165,14 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
+def row(device: Device, dtype: torch.dtype) -> tuple[int, str]:
+    """Which rows of the table are for ``dtype`` on ``device``."""
+    return device.generation, precision(dtype) if device.generation else "any"
+
+
 def tile(kernel: str, device: Device, dtype: torch.dtype, width: int) -> Tile:
     """The configuration of ``kernel`` for a result of ``width`` columns, or an operand where the table says so."""
-    key = (device.generation, precision(dtype) if device.generation else "any")
-    return next(found for limit, found in TABLE[kernel][key] if width <= limit)
+    return next(found for limit, found in TABLE[kernel][row(device, dtype)] if width <= limit)
 
 
 def sums_tile(device: Device, columns: int) -> Tile:

@@ -8,12 +8,15 @@ as near to float64 as torch's. With --dry-run nothing runs: it plans every launc
 
 import argparse
 import copy
+import csv
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import inf, nan
+from math import inf
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,6 +37,9 @@ DTYPES = {
     "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
 }
+
+
+COLUMNS = ("kernel", "columns", "tile", "ms", "fault", "best")
 
 
 class Shape(NamedTuple):
@@ -171,62 +177,77 @@ def code_fault(items: Iterable[launch.Launch]) -> str | None:
     return f"{len(found)} hazards: {found[0]}" if found else None
 
 
-def milliseconds(items: Iterable[launch.Launch]) -> float:
-    """The sum of the launches' median times; infinite where one does not compile or does not fit the device."""
+def milliseconds(items: Iterable[launch.Launch]) -> tuple[float, str | None]:
+    """The sum of the launches' median times; infinite, and why, where one does not compile or does not fit."""
     import triton
 
     try:
-        return sum(triton.testing.do_bench(partial(launch.run, item), return_mode="median") for item in items)
+        return sum(triton.testing.do_bench(partial(launch.run, item), return_mode="median") for item in items), None
     except (triton.runtime.errors.TritonError, RuntimeError) as error:
-        print(f"# left out: {error}", file=sys.stderr)
-        return inf
+        return inf, f"{type(error).__name__}: {error}"
 
 
-def fastest(times: dict[Tile, float], fault: Callable[[Tile], str | None]) -> Tile:
-    """The one of the least time that has no fault."""
-    for tile in sorted(times, key=times.__getitem__):
+def fastest(times: dict[Tile, float], fault: Callable[[Tile], str | None], found: Callable[..., None]) -> Tile:
+    """The one of the least time that has no fault; ``found(tile, fault=why)`` is told of those that have.
+
+    Raises:
+        RuntimeError: none has no fault.
+    """
+    for tile in sorted((tile for tile in times if times[tile] < inf), key=times.__getitem__):
         why = fault(tile)
         if why is None:
             return tile
-        print(f"# left out: {tuple(tile)}, {times[tile]:.4f} ms: {why}", file=sys.stderr)
+        found(tile, fault=why)
     raise RuntimeError("every candidate is wrong")
 
 
-def tune(kernel: str, dtype: torch.dtype, device: torch.device, target: Device, dry_run: bool) -> str:
-    """The table's row of ``kernel`` for ``dtype``, measured; the one it has after planning every candidate if
-    ``dry_run``.
+class Tuner:
+    """Measures the candidates of a kernel for ``dtype`` on ``device``; ``write`` takes a row of ``COLUMNS`` of each as
+    soon as it is measured, and again where it turns out to be wrong."""
 
-    Raises:
-        RuntimeError: no candidate gives right results.
-    """
-    key = (target.generation, config.precision(dtype))
-    found = []
-    for limit, shapes in SHAPES.items():
-        now = config.tile(kernel, target, dtype, limit)
-        steps = [Step(shape, dtype, device) for shape in shapes]
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, target: Device, write: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.dtype, self.device, self.target, self.write = dtype, device, target, write
+        self.key = config.row(target, dtype)
 
-        def items(tile: Tile, steps: list[Step] = steps) -> list[launch.Launch]:
-            with row_of(kernel, key, tile):
+    def row(self, kernel: str, limits: Iterable[int]) -> str:
+        """The table's row of ``kernel``, measured for results of up to ``limits`` columns; on the meta device, where
+        every candidate is planned and none is run, the row that it has."""
+        best = [self.best(kernel, limit) for limit in limits]
+        written = ", ".join(f"({'ANY' if limit == ANY else limit}, Tile{tuple(tile)})" for limit, tile in best)
+        return f'"{kernel}": {{{self.key}: ({written},)}}'
+
+    def best(self, kernel: str, limit: int) -> tuple[int, Tile]:
+        """The fastest candidate that is right."""
+        now = config.tile(kernel, self.target, self.dtype, limit)
+        steps = [Step(shape, self.dtype, self.device) for shape in SHAPES[limit]]
+
+        def items(tile: Tile) -> list[launch.Launch]:
+            with row_of(kernel, self.key, tile):
                 return [item for step in steps for item in step.launches() if item.name == kernel]
 
         planned = {tile: items(tile) for tile in dict.fromkeys([now, *candidates(kernel, limit)])}
-        if dry_run:
-            times, best = dict.fromkeys(planned, nan), now
-        else:
-            launch.compile_all([item for each in planned.values() for item in each], device, ignore_errors=True)
-            times = {tile: milliseconds(each) for tile, each in planned.items()}
-            results = Results(steps[-1])
+        if self.device.type == "meta":
+            return limit, now
 
-            def fault(tile: Tile, planned: Any = planned, results: Results = results) -> str | None:
-                with row_of(kernel, key, tile):
-                    return code_fault(planned[tile]) or results.fault()
+        def found(tile: Tile, **more: Any) -> None:
+            self.write({"kernel": kernel, "columns": limit, "tile": tuple(tile), **more})
 
-            best = fastest(times, fault)
-        found.append(f"({'ANY' if limit == ANY else limit}, Tile{tuple(best)})")
-        print(
-            f"# {kernel}: {len(times)} candidates; now {times[now]:.4f} ms, best {times[best]:.4f} ms", file=sys.stderr
-        )
-    return f"{key}: ({', '.join(found)}),"
+        launch.compile_all([item for each in planned.values() for item in each], self.device, ignore_errors=True)
+        times = {}
+        for tile, each in planned.items():
+            times[tile], why = milliseconds(each)
+            found(tile, ms=times[tile], fault=why)
+        results = Results(steps[-1])
+
+        def fault(tile: Tile) -> str | None:
+            with row_of(kernel, self.key, tile):
+                return code_fault(planned[tile]) or results.fault()
+
+        best = fastest(times, fault, found)
+        found(best, ms=times[best], best=f"{times[now] / times[best]:.2f} times as fast as the table's {tuple(now)}")
+        return limit, best
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m densenet_fast.backends.triton.tune", description=description)
     parser.add_argument("--kernel", choices=config.TABLE, action="append", help="only these (all)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the features; tf32 and fp32 are float32")
+    parser.add_argument("--narrow", action="store_true", help="only for results of up to 128 columns")
+    parser.add_argument("--csv", type=Path, help="where a row a candidate goes, as soon as it is measured")
     parser.add_argument("--dry-run", action="store_true", help="plan every launch for an sm_90 device, run none")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -243,11 +266,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype, torch.backends.cudnn.conv.fp32_precision = DTYPES[options.dtype]
     device = torch.device("meta" if options.dry_run else "cuda")
     target = Device(90, 132) if options.dry_run else config.device_of(device)
-    for kernel in options.kernel or config.TABLE:
-        if (target.generation, config.precision(dtype)) in config.TABLE[kernel]:
-            with config.assume(target):
-                print(f'"{kernel}": {tune(kernel, dtype, device, target, options.dry_run)}')
+    limits = [limit for limit in SHAPES if limit != ANY or not options.narrow]
+    with rows_to(options.csv) as write, config.assume(target):
+        tuner = Tuner(dtype, device, target, write)
+        for kernel in options.kernel or config.TABLE:
+            if tuner.key in config.TABLE[kernel]:
+                print(tuner.row(kernel, limits), flush=True)
     return 0
+
+
+@contextmanager
+def rows_to(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes rows of ``COLUMNS`` to ``path``, if there is one, and to stderr."""
+    path = path or Path(os.devnull)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", buffering=1) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+
+        def write(row: dict[str, Any]) -> None:
+            writer.writerow(row)
+            print("#", *(value for value in row.values() if value is not None), file=sys.stderr, flush=True)
+
+        yield write
 
 
 if __name__ == "__main__":
