@@ -15,11 +15,12 @@ from densenet_fast import info
 ROOT = Path(densenet_fast.__file__).parent
 TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
 LEVELS = [
-    ["version", "reference", "table", "thirdparty", "memory", "backends.affine", "backends.layout"],
+    ["version", "reference", "table", "thirdparty", "memory", "progress", "backends.affine", "backends.layout"],
     ["backends.spatial", "backends.extension", "backends.nvidia"],
     ["backends.aten", "backends.cpu", "backends.cuda_kernels"],
-    ["backends.triton.config", "backends.triton.kernels", "backends.triton.kernels.pieces"],
-    ["backends.triton.launch", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],
+    ["backends.triton.config", "backends.triton.kernels", "backends.triton.hazards"],
+    ["backends.triton.kernels.pieces", "backends.triton.launch"],
+    ["backends.triton.races", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],
     ["backends.triton.shared"],
     ["backends.triton.conv1x1", "backends.triton.conv3x3", "backends.triton.transition"],
     ["backends.triton"],
@@ -27,6 +28,7 @@ LEVELS = [
     ["backends.triton.tune"],
     ["backends"],
     ["ops.stage"],
+    ["ops.ahead"],
     ["ops.stock", "ops.batching", "ops.op"],
     ["ops.single"],
     ["ops.dense_block", "ops.bn_relu_conv1x1", "ops.bn_relu_maxpool", "ops.bn_relu_global_avgpool"],

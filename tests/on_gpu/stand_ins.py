@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from triton.backends.nvidia import driver
 
+from densenet_fast.backends import cuda_kernels, nvidia, triton
 from densenet_fast.benchmarking import ceilings
 
 GIB = 1 << 30
@@ -39,6 +40,12 @@ SMALL = {"COPIED": {"cpu": 1 << 20}, "PRODUCTS": {"cpu": ((64, 64, 64),)}}
 _installed = contextlib.ExitStack()
 
 
+def forget_devices() -> None:
+    """What was found out about them."""
+    for known in (triton.unavailable, cuda_kernels.unavailable, nvidia.obstacle):
+        known.cache_clear()
+
+
 def install() -> None:
     """For the rest of this process."""
     _installed.enter_context(installed())
@@ -48,6 +55,8 @@ def install() -> None:
 def installed() -> Iterator[None]:
     """In a ``with`` block."""
     with contextlib.ExitStack() as stack:
+        forget_devices()
+        stack.callback(forget_devices)
 
         def replace(owner: Any, name: str, **options: Any) -> Any:
             made = mock.create_autospec(getattr(owner, name), **options)

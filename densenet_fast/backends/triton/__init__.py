@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from densenet_fast.backends.aten import (
     finalise_gradient,
 )
 from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.config import interpreted
 
 __all__ = [
     "append_features",
@@ -61,11 +61,6 @@ MODULES = {
     "bn_relu_pool_conv1x1_backward": "transition",
 }
 """Where each function is, imported when it is first asked for."""
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache

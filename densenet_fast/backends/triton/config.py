@@ -9,6 +9,7 @@ Rows for more than 128 columns take 256 at once, so that F is read once.
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -113,6 +114,11 @@ TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
 _this_thread = threading.local()
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @contextlib.contextmanager

@@ -227,18 +227,18 @@ class Tuner:
             with row_of(kernel, self.key, tile):
                 return [item for step in steps for item in step.launches() if item.name == kernel]
 
-        planned = {tile: items(tile) for tile in dict.fromkeys([now, *candidates(kernel, limit)])}
-        if self.device.type == "meta":
-            return limit, now
-
         def found(tile: Tile, **more: Any) -> None:
             self.write({"kernel": kernel, "columns": limit, "tile": tuple(tile), **more})
 
+        planned = {tile: items(tile) for tile in dict.fromkeys([now, *candidates(kernel, limit)])}
+        if self.device.type == "meta":
+            found(now, best="not measured")
+            return limit, now
         launch.compile_all([item for each in planned.values() for item in each], self.device, ignore_errors=True)
         times = {}
         for tile, each in planned.items():
             times[tile], why = milliseconds(each)
-            found(tile, ms=times[tile], fault=why)
+            found(tile, ms=round(times[tile], 5), fault=why)
         results = Results(steps[-1])
 
         def fault(tile: Tile) -> str | None:
@@ -246,7 +246,11 @@ class Tuner:
                 return code_fault(planned[tile]) or results.fault()
 
         best = fastest(times, fault, found)
-        found(best, ms=times[best], best=f"{times[now] / times[best]:.2f} times as fast as the table's {tuple(now)}")
+        found(
+            best,
+            ms=round(times[best], 5),
+            best=f"{times[now] / times[best]:.2f} times as fast as the table's {tuple(now)}",
+        )
         return limit, best
 
 

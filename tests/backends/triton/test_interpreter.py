@@ -46,7 +46,7 @@ def test_in_the_interpreter(tests):
 
 def test_the_tuner_plans_without_a_gpu_and_else_wants_one():
     result = run("-m", "densenet_fast.backends.triton.tune", "--dry-run")
-    assert result.returncode == 0 and '"bn_relu_conv1x1": (90,' in result.stdout, result.stderr[-3000:]
+    assert result.returncode == 0 and '"bn_relu_conv1x1": {(90,' in result.stdout, result.stderr[-3000:]
     result = run("-m", "densenet_fast.backends.triton.tune", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
 

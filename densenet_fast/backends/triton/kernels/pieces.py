@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton import interpreted
+from densenet_fast.backends.triton.config import interpreted
 
 COMPILED = tl.constexpr(not interpreted())
 
