@@ -154,8 +154,7 @@ def sections(tables: dict[str, list[Record]]) -> list[Section]:
         Section("EVERY KERNEL: ms, its floor, ratio", floor),
         Section("WHERE THE TIME GOES: ms", [f"{r['part'][:60]:60} {r['ms']:8.2f}" for r in tables["profile"]]),
         Section(
-            "TUNING",
-            [f"{r['kernel']}: {r['tile']} {r['ms']:.4f} ms: {r['best']}" for r in tables["tuning"] if r["best"]],
+            "TUNING: ms", [f"{r['kernel']}: {r['tile']} {r['ms']}: {r['best']}" for r in tables["tuning"] if r["best"]]
         ),
     ]
 

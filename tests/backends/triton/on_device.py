@@ -161,6 +161,7 @@ def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precisi
     monkeypatch.setattr(ahead, "DEVICE", DEVICE)
     monkeypatch.setattr(ahead, "_known", set())
     monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
+    monkeypatch.setattr(launch, "run", lambda item: None)
     net = densenet_fast.DenseNet(16, (2, 1), 32, 2, memory_efficient=memory_efficient, num_classes=3, small_inputs=True)
     net, x = net.to(DEVICE), torch.randn(2, 3, 8, 6, device=DEVICE, requires_grad=True)
     with launch.recording() as launches:

@@ -93,7 +93,7 @@ def test_a_product_that_is_not_waited_for(name, dtype):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_other_versions_of_triton(version):
-    """Every product's configuration for sm_90, in every precision, compiled by another version: see
+    """Every product's configuration for sm_90, where it is asynchronous, compiled by another version: see
     ``test_compile.py``."""
     folder = ROOT / "build/triton" / version
     if not folder.exists():
@@ -119,6 +119,6 @@ def test_other_versions_of_triton(version):
         "no:cacheprovider",
         "tests/backends/triton/test_compile.py",
         "-k",
-        "configurations and 90",
+        "configurations and 90 and not float32 and not BC",
     ]
     assert " passed" in output(*tests)
