@@ -1,10 +1,13 @@
 """The kernels that a call of an op on a GPU and its backward pass will launch, compiled together before the first runs.
 
 What a call launches is found by running it, and its backward pass, on the meta device, where tensors have shapes and no
-values. Without this every kernel would be compiled when it is first launched, one after the other.
+values; in a thread of its own, so that no hook and no mode of the caller sees it. Without this every kernel would be
+compiled when it is first launched, one after the other.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ def compile_ahead(
     call: Call, x: Tensor, mean: Tensor | None, var: Tensor | None, stages: Sequence[Stage], *constants: Any
 ) -> None:
     """Compiles what ``call(x, mean, var, stages, *constants)`` will launch on a GPU, if it is the first of its kind."""
-    if x.device.type != DEVICE:
+    if x.device.type != DEVICE or torch.is_anomaly_enabled():  # which looks at values
         return
     layer = tuple((s.frozen, None if s.conv_weight is None else s.conv_weight.shape[0]) for s in stages[:2])
     flags = tuple(constant for constant in constants if isinstance(constant, bool))
@@ -36,15 +39,24 @@ def compile_ahead(
     if triton.unavailable() is None and triton.supports(x.device, x.dtype):
         from densenet_fast.backends.triton import config, launch
 
-        planned = plan(call, config.device_of(x.device), x, mean, var, stages, *constants)
+        device, train = config.device_of(x.device), torch.is_grad_enabled()
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                planned = thread.submit(plan, call, device, train, x, mean, var, stages, *constants).result()
+        except Exception as error:  # whatever it is, the call itself does without
+            warnings.warn(
+                f"densenet_fast: kernels are compiled one by one: {type(error).__name__}: {error}", stacklevel=2
+            )
+            return
         launch.compile_all(planned, x.device)
 
 
-def plan(call: Call, device: Any, *arguments: Any) -> list[Any]:
-    """What ``call(*arguments)`` and its backward pass launch on ``device``, a ``triton.config.Device``."""
+def plan(call: Call, device: Any, train: bool, *arguments: Any) -> list[Any]:
+    """What ``call(*arguments)`` on the meta device and, if ``train``, its backward pass launch on ``device``, a
+    ``triton.config.Device``."""
     from densenet_fast.backends.triton import config, launch
 
-    with config.assume(device), launch.planning() as launches:
+    with config.assume(device), launch.planning() as launches, torch.set_grad_enabled(train):
         outputs = [t for t in call(*map(on_meta, arguments)) if t.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])

@@ -87,10 +87,8 @@ def describe() -> str:
     version = f"Triton {importlib.metadata.version('triton')}"
     if interpreted():
         return f"{version}, interpreted"
-    served = [i for i, why in enumerate(nvidia.obstacles(MINIMUM_CAPABILITY)) if why is None]
-    return "; ".join(
-        filter(None, [version, *nvidia.obstacles(MINIMUM_CAPABILITY), *(config.borrowed(i) for i in served)])
-    )
+    devices = [why or config.borrowed(i) for i, why in enumerate(nvidia.obstacles(MINIMUM_CAPABILITY))]
+    return "; ".join([version, *filter(None, devices)])
 
 
 def __getattr__(attribute: str) -> Callable[..., Any]:

@@ -34,8 +34,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told besides the arguments: all that a kernel is specialised by, with their types and
-        alignment."""
+        """What a kernel is specialised by, besides the types and the alignment of its arguments."""
         return {
             **self.constants,
             "num_warps": self.tile.warps,

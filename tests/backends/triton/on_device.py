@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import densenet_fast
 from backends.triton.cases import LAYERS, TF32_ROUNDING, Layer
@@ -171,8 +172,39 @@ def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precisi
     assert {item.variant for item in launches} <= {item.variant for item in compiled}
     assert all(item.arguments[0].is_meta for item in compiled)
     count = len(compiled)
+    assert count
     net.train()(torch.randn(3, 3, 12, 6, device=DEVICE)).sum().backward()
     assert len(compiled) == count
+
+
+def test_no_hook_of_the_caller_sees_what_is_planned(monkeypatch):
+    """Nor checkpointing, which counts saved tensors; under anomaly detection, which looks at values, nothing is
+    planned; and a plan that fails is said, and stops nothing."""
+    compiled, seen = [], []
+    monkeypatch.setattr(ahead, "DEVICE", DEVICE)
+    monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.append(len(items)))
+    x, layers = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True), block(2)
+
+    def first():
+        monkeypatch.setattr(ahead, "_known", set())
+        return functional.dense_block(x, layers)
+
+    expected = first()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.device.type) or t, lambda t: t):
+        first()
+    assert set(seen) == {torch.device(DEVICE).type} and len(compiled) == 2
+    torch.utils.checkpoint.checkpoint(first, use_reentrant=False).sum().backward()
+    assert len(compiled) == 4 and x.grad.isfinite().all()
+    with torch.autograd.detect_anomaly(check_nan=True):
+        first().sum().backward()
+    assert len(compiled) == 4
+
+    def fails(*_):
+        raise NotImplementedError("no meta")
+
+    monkeypatch.setattr(ahead, "plan", fails)
+    with pytest.warns(UserWarning, match="compiled one by one: NotImplementedError: no meta"):
+        assert first().equal(expected)
 
 
 VECTOR_WORK = {"_foreach_mul", "_foreach_mul_", "_foreach_add", "_foreach_add_", "_foreach_rsqrt_", "addcmul_", "rsqrt"}
