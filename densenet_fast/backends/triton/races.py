@@ -53,7 +53,7 @@ def shared_memory_races(ptx: str, arguments: Sequence[int], threads: int) -> lis
         threads: of a block.
 
     Raises:
-        ValueError: an address or a jump depends on what is not known, or threads part.
+        ValueError: an address or a jump depends on what is not known, threads part, or an operand is not swizzled.
     """
     statements, labels, parameters = parse(ptx)
     if len(parameters) != len(arguments):
@@ -271,7 +271,9 @@ def tile(descriptor: int, side: int, k: int, bits: int, turned: bool) -> np.ndar
     """The words that a product reads of an operand of ``side`` rows (or columns) and ``k`` terms: the atoms of its
     layout, of eight rows of the swizzle's width each (PTX ISA, matrix descriptor)."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    width = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
+    width = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
+    if width is None:
+        raise ValueError(f"expected a swizzled layout, got the descriptor {descriptor:#x}")
     start -= start % width
     if turned:  # rows of the atom are terms, its width runs along the side
         atoms = [
@@ -307,12 +309,10 @@ def evaluate(name: str, given: list[Value]) -> Value:
     """What an instruction on integers or predicates gives; None for another and where an operand is not known."""
     parts = name.split(".")
     kind, type_ = parts[0], parts[-1]
-    if kind == "selp" and given[2] is not None:
-        chosen = [given[0], given[1]]
-        if None not in [type(v) if v is None else 0 for v in chosen]:
-            return np.where(given[2] != 0, *chosen)
     if any(value is None for value in given):
         return None
+    if kind == "selp":
+        return np.where(given[2] != 0, given[0], given[1])
     if type_ == "pred":
         operation = {
             "mov": lambda a: a,

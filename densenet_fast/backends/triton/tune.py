@@ -173,7 +173,10 @@ def code_fault(items: Iterable[launch.Launch]) -> str | None:
     found = []
     for item in {item.variant: item for item in items}.values():
         asm = launch.compiled(item).asm
-        found += [*register_hazards(disassembled(asm["cubin"])), *races_of(item, asm["ptx"])]
+        try:
+            found += [*register_hazards(disassembled(asm["cubin"])), *races_of(item, asm["ptx"])]
+        except ValueError as error:  # what cannot be read is not known to be right
+            found.append(str(error))
     return f"{len(found)} hazards: {found[0]}" if found else None
 
 

@@ -66,6 +66,7 @@ def test_planted(name):
     [
         ("mov.u32 %r1, %tid.x;setp.lt.s32 %p1, %r1, 7;@%p1 bra $L_1;\n$L_1:\n", "all threads take or leave"),
         ("cvt.rn.f16.f32 %rs1, %r1;st.shared.b16 [ %r1 + 0 ], %rs1;", "expected a known %r1"),
+        (ADDRESSES.replace(str(DESCRIPTOR), "64") + PRODUCT, "expected a swizzled layout, got the descriptor 0x40"),
         ("mbarrier.init.shared::cta.b64 [%r1], 1;", "expected no such statement"),
     ],
 )

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from backends.triton.absent_gpu import absent_gpu
 from densenet_fast.backends import aten
-from densenet_fast.backends.triton import config, launch, tune
+from densenet_fast.backends.triton import config, hazards, launch, tune
 from densenet_fast.backends.triton.config import Device, Tile
 from densenet_fast.backends.triton.tune import Results, Shape, Step, Tuner
 
@@ -95,6 +95,8 @@ def test_the_code_of_a_candidate_is_read(monkeypatch):
         monkeypatch.setattr(tune, "register_hazards", lambda code: ["R1 while HGMMA"])
         monkeypatch.setattr(tune, "races_of", lambda item, ptx: ["st.shared"])
         assert tune.code_fault(items) == "2 hazards: R1 while HGMMA"
+        monkeypatch.setattr(tune, "register_hazards", lambda code: hazards.register_hazards("/*0000*/ BRX R2 ; HGMMA"))
+        assert "got BRX" in tune.code_fault(items)
 
 
 def test_what_does_not_compile_or_fit_is_left_out(monkeypatch):
