@@ -8,8 +8,9 @@ from torch import nn
 from densenet_fast import conversion
 from densenet_fast.backends import select
 from densenet_fast.conversion import fused
-from densenet_fast.models import DenseNet, Features
+from densenet_fast.models import DenseNet
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, fusion
+from densenet_fast.nn.features import Features
 from densenet_fast.table import table
 
 PARTS = (DenseBlock, Transition, BNReLUConv1x1)

@@ -186,7 +186,7 @@ def dense_block(
     x: Tensor,
     layers: Sequence[Sequence[BNReLUConv]],
     drop_rates: Sequence[float] | None = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | Sequence[bool] = False,
     *,
     drop_channels: bool = False,
     statistics: BatchStatistics | None = None,
@@ -203,7 +203,8 @@ def dense_block(
             of stride 1, the 3x3 ones padded by 1; weights of x's dtype unless autocast is on.
         drop_rates: the rate at which each layer's new features are dropped, [len(layers)]; None for no dropout. Masks
             come from torch's default generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
-        memory_efficient: whether to recompute the bottlenecks in the backward pass.
+        memory_efficient: whether to recompute the bottlenecks in the backward pass: of all layers or, [len(layers)],
+            of each.
         drop_channels: whether dropout takes whole channels of an image, as ``F.dropout2d`` does, instead of values.
         statistics: x's, as the function that made x returned them; else they are computed where they are needed.
         return_statistics: whether to return the result's statistics too, for a transition or head that reads it. They
@@ -213,8 +214,8 @@ def dense_block(
         [N, C0 + sum of the layers' new channels, *spatial].
 
     Raises:
-        ValueError: no or unlike layers, x has the wrong number of dimensions, or one value per channel where the batch
-            is normalised.
+        ValueError: no or unlike layers, not one rate or flag for each, x has the wrong number of dimensions, or one
+            value per channel where the batch is normalised.
         RuntimeError: channels, kernel sizes, dtypes or devices do not match.
     """
     x, statistics = _autocast(x, statistics)
@@ -235,6 +236,8 @@ def dense_block(
     rates = [0.0] * len(layers) if drop_rates is None else [float(p) for p in drop_rates]
     _check(len(rates) == len(layers), ValueError, "drop_rates", f"{len(layers)} rates", len(rates))
     _check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
+    recomputed = [memory_efficient] * len(layers) if isinstance(memory_efficient, bool) else list(memory_efficient)
+    _check(len(recomputed) == len(layers), ValueError, "memory_efficient", f"{len(layers)} flags", len(recomputed))
     growths = [layer[-1].weight.shape[0] for layer in layers]
     masks = [_mask(x, k, p, drop_channels) for k, p in zip(growths, rates)]
     stages = [unit.stage() for unit in units]
@@ -250,7 +253,7 @@ def dense_block(
         masks,
         rates,
         bottleneck,
-        differentiable and not memory_efficient,
+        [differentiable and not flag for flag in recomputed],
         return_statistics,
         group,
         _link(x) if differentiable and x.requires_grad else None,

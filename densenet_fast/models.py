@@ -5,113 +5,14 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from densenet_fast import checkpoints, functional, reference
-from densenet_fast.functional import BatchStatistics
-from densenet_fast.nn import DenseBlock, Transition, fusion
+from densenet_fast import checkpoints, reference
+from densenet_fast.nn import DenseBlock, Transition, calls, fusion
+from densenet_fast.nn.features import Features, Head, rectified
 from densenet_fast.reference import ARCHITECTURES
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
-
-STEM = ["norm0", "relu0", "pool0"]
-
-
-class Step:
-    """A part of the network. Parts that know each other's interface hand a feature map's batch statistics on."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def reads_statistics(self) -> bool:
-        """Whether the statistics of its input spare it work."""
-        return False
-
-    def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
-    ) -> tuple[Tensor, BatchStatistics | None]:
-        """From ``x`` and its statistics to the result and, if asked to describe it, its statistics where known."""
-        return self.module(x), None
-
-
-class Stem(Step):
-    """``norm0``, ``relu0`` and ``pool0`` of ``module``."""
-
-    def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
-    ) -> tuple[Tensor, BatchStatistics | None]:
-        if fusion.call_obstacle(x, 2):
-            for name in STEM:
-                x = self.module._modules[name](x)
-            return x, None
-        norm = fusion.batch_norm(self.module.norm0)
-        if not describe:
-            return functional.bn_relu_maxpool(x, norm), None
-        return functional.bn_relu_maxpool(x, norm, return_statistics=True)
-
-
-class Head(Step):
-    """``norm5`` of ``module`` with the ReLU and the average behind it."""
-
-    def reads_statistics(self) -> bool:
-        return fusion.normalises_by_batch(self.module.norm5)
-
-    def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
-    ) -> tuple[Tensor, BatchStatistics | None]:
-        norm5 = self.module.norm5
-        if fusion.call_obstacle(x, 2):
-            return reference.rectified_average(norm5(x)), None
-        return functional.bn_relu_global_avgpool(x, fusion.batch_norm(norm5), statistics=statistics), None
-
-
-class Features(nn.Sequential):
-    """The convolutional part. Inside, feature maps are channels last; the result is so for a channels-last input alone,
-    and contiguous for every other. ``norm0``, ``relu0`` and ``pool0``, the stem, run as one op."""
-
-    __prepare_scriptable__ = fusion.refuse_scripting
-
-    def stem_obstacle(self) -> str | None:
-        """Why ``norm0``, ``relu0`` and ``pool0`` cannot run as one op, or None."""
-        names = list(self._modules)
-        if "norm0" not in names or names[names.index("norm0") :][:3] != STEM:
-            return f"its children {', '.join(STEM)} do not follow each other"
-        return (
-            fusion.hook_obstacle(self, *STEM)
-            or fusion.norm_obstacle(self, "norm0", 2)
-            or fusion.relu_obstacle(self, "relu0")
-            or fusion.max_pool_obstacle(self, "pool0")
-        )
-
-    def steps(self) -> list[Step | DenseBlock | Transition]:
-        """Its children in order, the stem as one step if it can run as one."""
-        modules = dict(self._modules)
-        if self.stem_obstacle() is None:
-            modules = {n: Stem(self) if n == "norm0" else m for n, m in modules.items() if n not in STEM[1:]}
-        return [m if isinstance(m, Step) or _knows_statistics(m) else Step(m) for m in modules.values()]
-
-    def through(self, x: Tensor, steps: Sequence[Step | DenseBlock | Transition]) -> Tensor:
-        """``x``, which can run fused, through ``steps``, which begin with the first."""
-        if any(isinstance(step, Stem) for step in steps[:2]):
-            x = x.contiguous(memory_format=torch.channels_last)  # the images, instead of the larger maps made from them
-        statistics = None
-        for step, reader in zip(steps, [*steps[1:], None]):
-            x, statistics = step.run(x, statistics, describe=reader is not None and reader.reads_statistics())
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = super().forward(x) if fusion.call_obstacle(x, 2) else self.through(x, self.steps())
-        if not isinstance(x, Tensor) or functional.active_transform():
-            return features  # made by stock modules, which keep the memory format
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            return features
-        return features.contiguous()
-
-
-def _knows_statistics(module: nn.Module) -> bool:
-    """Whether calling ``module`` is nothing but its ``run``."""
-    kind = next((kind for kind in (DenseBlock, Transition) if isinstance(module, kind)), None)
-    return kind is not None and type(module).forward is kind.forward and not fusion.has_hooks(module)
 
 
 class DenseNet(reference.DenseNet):
@@ -139,7 +40,6 @@ class DenseNet(reference.DenseNet):
     block_type = DenseBlock
     transition_type = Transition
     features_type = Features
-    __prepare_scriptable__ = fusion.refuse_scripting
 
     def __init__(
         self,
@@ -174,6 +74,8 @@ class DenseNet(reference.DenseNet):
 
     def head_obstacle(self) -> str | None:
         """Why ``features.norm5`` cannot run as one op with the ReLU and the average behind it, or None."""
+        if type(self).forward is not DenseNet.forward:
+            return f"{type(self).__name__} has a forward of its own"
         features = self.features
         if type(features) is not Features:
             return f"features is a {type(features).__name__}, not Features"
@@ -184,9 +86,15 @@ class DenseNet(reference.DenseNet):
         return fusion.hook_obstacle(features, "norm5") or fusion.norm_obstacle(features, "norm5", 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fusion.call_obstacle(x, 2) or self.head_obstacle():
-            return super().forward(x)
-        return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self.features)]))
+        if not torch.jit.is_scripting():
+            reason = fusion.environment_obstacle(x) or self.head_obstacle()
+            if reason is None and not fusion.overrides_functions(x):
+                return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self)]))
+            calls.note(self, reason, "Head")
+        return self.classifier(reference.average(rectified(self.features(x))))
+
+
+fusion.watch(DenseNet, "forward")
 
 
 Weights = str | PathLike[str] | Any | None

@@ -49,11 +49,18 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
     return torch.native_dropout(torch.empty_like(x, memory_format=torch.contiguous_format), p, True)[1]
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """``F.dropout(x, p, training=True)`` whose mask does not depend on the memory format of ``x``."""
-    if p == 0:
-        return x
-    return x * dropout_mask(x, p) * (1 / (1 - p) if p < 1 else 0.0)
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """``F.dropout(x, p, training)`` whose mask does not depend on the memory format of ``x``.
+
+    What is traced or exported holds ``F.dropout`` itself, which a later ``eval()`` of the graph finds.
+    """
+    if torch.jit.is_scripting():
+        return F.dropout(x, p, training)
+    else:
+        traced = not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if traced or not training or x.is_contiguous():
+            return F.dropout(x, p, training)
+        return x * dropout_mask(x, p) * (1 / (1 - p) if p < 1 else 0.0)
 
 
 class DenseLayer(nn.Module):
@@ -97,13 +104,18 @@ class DenseLayer(nn.Module):
     def bottleneck(self) -> bool:
         return hasattr(self, "conv2")
 
-    def forward(self, features: Tensor | list[Tensor]) -> Tensor:
+    def bn_function(self, inputs: list[Tensor]) -> Tensor:
+        """BN-ReLU-convolution of the concatenated ``inputs``: the bottleneck, where there is one."""
+        return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
+
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         """From [N, C, *spatial], whole or as a list to be concatenated, to [N, k, *spatial]."""
-        x = features if isinstance(features, Tensor) else torch.cat(list(features), 1)
-        x = self.conv1(self.relu1(self.norm1(x)))
+        x = self.bn_function([input] if isinstance(input, Tensor) else input)
         if hasattr(self, "conv2"):  # torch.jit.script decides it from this alone
             x = self.conv2(self.relu2(self.norm2(x)))
-        return dropout(x, self.drop_rate) if self.training else x
+        if self.drop_rate > 0:
+            x = dropout(x, self.drop_rate, self.training)
+        return x
 
 
 class DenseBlock(nn.ModuleDict):
@@ -131,6 +143,10 @@ class DenseBlock(nn.ModuleDict):
 
     def forward(self, init_features: Tensor) -> Tensor:
         """From [N, C, *spatial] to [N, C + num_layers * k, *spatial]."""
+        return self.one_by_one(init_features)
+
+    def one_by_one(self, init_features: Tensor) -> Tensor:
+        """Its layers in turn, each called on the list of all features so far."""
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -219,12 +235,12 @@ class DenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From images [N, in_channels, H, W] to logits [N, num_classes]."""
-        return self.classifier(rectified_average(self.features(x)))
+        return self.classifier(average(F.relu(self.features(x), inplace=True)))
 
 
-def rectified_average(x: Tensor) -> Tensor:
-    """From [N, C, H, W] the means of relu(x) over all pixels: [N, C]."""
-    return torch.flatten(F.adaptive_avg_pool2d(F.relu(x), (1, 1)), 1)
+def average(x: Tensor) -> Tensor:
+    """From [N, C, H, W] the means over all pixels: [N, C]."""
+    return torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
 
 
 def _check_configuration(

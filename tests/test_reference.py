@@ -70,5 +70,5 @@ def test_dropout_is_torchs(dtype):
     expected = torch.nn.functional.dropout(x, 0.3)
     for format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(1)
-        assert error(reference.dropout(x.to(memory_format=format), 0.3), expected) < 1e-7
-    assert reference.dropout(x, 1.0).eq(0).all()
+        assert error(reference.dropout(x.to(memory_format=format), 0.3, True), expected) < 1e-7
+    assert reference.dropout(x, 1.0, True).eq(0).all() and reference.dropout(x, 0.3, False).equal(x)

@@ -5,6 +5,22 @@ import math
 import torch
 from torch import Tensor
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of feature maps and weights by their dimensions; there is none with one spatial dimension."""
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch's convolutions and normalisations take ``x`` for channels last, also where it is a part of a larger
+    tensor; what is contiguous in both formats counts as contiguous."""
+    if x.dim() not in CHANNELS_LAST or x.is_contiguous():
+        return False
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < least or x.stride(1) == 0:
+            return False
+        least = x.stride(dim) * x.shape[dim]
+    return True
+
 
 def to_matrix(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C] with adjacent columns; a view if the memory is channels last, else a copy."""

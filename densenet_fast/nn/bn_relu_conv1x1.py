@@ -1,10 +1,12 @@
 """BN-ReLU-Conv1x1 as a module of its own, and the transition between dense blocks."""
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast import functional, reference
 from densenet_fast.functional import BatchStatistics
-from densenet_fast.nn import fusion
+from densenet_fast.nn import calls, fusion
+from densenet_fast.nn.memory_format import handed_out, is_channels_last
 
 
 class BNReLUConv1x1(nn.Sequential):
@@ -16,10 +18,8 @@ class BNReLUConv1x1(nn.Sequential):
         bias: whether the convolution has a bias.
         spatial_dims: 1, 2 or 3.
 
-    Input [N, C, *spatial], output [N, C', *spatial], channels last in memory when it ran fused.
+    Input [N, C, *spatial], output [N, C', *spatial], in the memory format of its input, or of a channels-last weight.
     """
-
-    __prepare_scriptable__ = fusion.refuse_scripting
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False, spatial_dims: int = 2) -> None:
         super().__init__()
@@ -34,11 +34,19 @@ class BNReLUConv1x1(nn.Sequential):
             return f"its children are {', '.join(self._modules)}"
         return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
-            return super().forward(x)
-        unit = fusion.unit(self, "norm", "conv")
-        return functional.bn_relu_conv1x1(x, *unit)
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
+            calls.note(self, reason)
+            if reason is None:
+                return fusion.run(self._alone, input)
+        for module in self:
+            input = module(input)
+        return input
+
+    def _alone(self, x: Tensor) -> Tensor:
+        out = functional.bn_relu_conv1x1(x, *fusion.unit(self, "norm", "conv"))
+        return handed_out(out, is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
 
 
 class Transition(reference.Transition):
@@ -50,10 +58,9 @@ class Transition(reference.Transition):
         bias: whether the convolution has a bias.
         spatial_dims: 1, 2 or 3.
 
-    Input [N, C, *spatial], output [N, C', *spatial // 2], channels last in memory when it ran fused.
+    Input [N, C, *spatial], output [N, C', *spatial // 2], in the memory format of its input, or of a
+    channels-last weight.
     """
-
-    __prepare_scriptable__ = fusion.refuse_scripting
 
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
@@ -72,19 +79,33 @@ class Transition(reference.Transition):
         )
 
     def reads_statistics(self) -> bool:
-        """Whether it normalises its input by the batch's statistics, when it runs fused."""
+        """Whether it normalises its input by the batch's statistics; asked only where :meth:`obstacle` has none."""
         return fusion.normalises_by_batch(self.norm)
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """``forward`` with x's statistics, where they are known, and those of its result, if asked to describe it."""
-        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
-            return super().forward(x), None
+        """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
+        last in memory, and its statistics, if asked to describe it."""
         unit = fusion.unit(self, "norm", "conv")
         if not describe:
             return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics), None
         return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics, return_statistics=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, None, describe=False)[0]
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
+            calls.note(self, reason)
+            if reason is None:
+                return fusion.run(self._alone, input)
+        for module in self:
+            input = module(input)
+        return input
+
+    def _alone(self, x: Tensor) -> Tensor:
+        out, _ = self.run(x, None, describe=False)
+        return handed_out(out, is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
+
+
+fusion.watch(BNReLUConv1x1, "forward")
+fusion.watch(Transition, "forward")

@@ -3,20 +3,36 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from densenet_fast import functional, reference
 from densenet_fast.functional import BatchStatistics
-from densenet_fast.nn import fusion
+from densenet_fast.nn import calls, fusion
+from densenet_fast.nn.memory_format import handed_out, is_channels_last
+from densenet_fast.nn.recomputation import recomputable, recomputed
 
 
 class DenseLayer(reference.DenseLayer):
     """One dense layer; alone it runs on stock ops, within a :class:`DenseBlock` it runs fused.
 
-    See :class:`densenet_fast.reference.DenseLayer` for the arguments.
+    ``memory_efficient`` says whether its bottleneck is recomputed in the backward pass instead of kept; it may be
+    changed at any time. See :class:`densenet_fast.reference.DenseLayer` for the other arguments.
     """
 
-    __prepare_scriptable__ = fusion.refuse_scripting
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        memory_efficient: bool = False,
+        *,
+        bias: bool = False,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__(num_input_features, growth_rate, bn_size, drop_rate, bias=bias, spatial_dims=spatial_dims)
+        self.memory_efficient = memory_efficient
 
     def stages(self) -> list[tuple[str, str, str, int]]:
         """Its BN-ReLU-convolutions: names of the norm, the ReLU and the convolution, and the kernel size."""
@@ -27,6 +43,16 @@ class DenseLayer(reference.DenseLayer):
     def units(self) -> list[functional.BNReLUConv]:
         """Its tensors as :func:`densenet_fast.functional.dense_block` takes them."""
         return [fusion.unit(self, norm, conv) for norm, _, conv, _ in self.stages()]
+
+    def bn_function(self, inputs: list[Tensor]) -> Tensor:
+        """BN-ReLU-convolution of the concatenated ``inputs``: the bottleneck, where there is one."""
+        if not torch.jit.is_scripting():
+            if self.memory_efficient and recomputable(inputs):
+                return recomputed(self._bn_function, inputs, [self.norm1, self.relu1, self.conv1])
+        return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
+
+    def _bn_function(self, *inputs: Tensor) -> Tensor:
+        return super().bn_function(inputs)
 
 
 class DenseBlock(reference.DenseBlock):
@@ -40,16 +66,17 @@ class DenseBlock(reference.DenseBlock):
         bn_size: bottlenecks have bn_size * k channels; None for layers without a bottleneck.
         growth_rate: channels that each layer adds, k.
         drop_rate: dropout rate of each layer's new features.
-        memory_efficient: whether to recompute the bottlenecks in the backward pass instead of keeping them.
+        memory_efficient: whether to recompute the bottlenecks in the backward pass instead of keeping them: of all
+            layers, or, set on one of them, of that layer.
         bias: whether the convolutions have biases.
         spatial_dims: 1, 2 or 3.
 
-    Input [N, C0, *spatial], output [N, C0 + L * k, *spatial], channels last in memory when it ran fused. Under autocast
-    the whole output has its dtype; the channels of a float32 input, which stock keeps in float32, are rounded to it.
+    Input [N, C0, *spatial], output [N, C0 + L * k, *spatial], in its input's memory format. Under autocast the whole
+    output has its dtype; the channels of a float32 input, which stock keeps in float32, are rounded to it.
     """
 
     layer_type = DenseLayer
-    __prepare_scriptable__ = fusion.refuse_scripting
+    __jit_unused_properties__ = ["memory_efficient"]
 
     def __init__(
         self,
@@ -63,11 +90,19 @@ class DenseBlock(reference.DenseBlock):
         bias: bool = False,
         spatial_dims: int = 2,
     ) -> None:
-        super().__init__(
-            num_layers, num_input_features, bn_size, growth_rate, drop_rate, bias=bias, spatial_dims=spatial_dims
-        )
-        self.memory_efficient = memory_efficient
+        options = {"memory_efficient": memory_efficient, "bias": bias, "spatial_dims": spatial_dims}
+        super().__init__(num_layers, num_input_features, bn_size, growth_rate, drop_rate, **options)
         self.spatial_dims = spatial_dims
+
+    @property
+    def memory_efficient(self) -> bool:
+        """Whether all layers are memory efficient; setting it sets it for each."""
+        return bool(len(self)) and all(getattr(layer, "memory_efficient", False) for layer in self.values())
+
+    @memory_efficient.setter
+    def memory_efficient(self, value: bool) -> None:
+        for layer in self.values():
+            layer.memory_efficient = value
 
     def obstacle(self) -> str | None:
         """Why its layers cannot run as one op, or None: a hook on one of them, a replaced module, ..."""
@@ -87,25 +122,36 @@ class DenseBlock(reference.DenseBlock):
         return None
 
     def reads_statistics(self) -> bool:
-        """Whether it normalises its input by the batch's statistics, when it runs fused."""
+        """Whether it normalises its input by the batch's statistics; asked only where :meth:`obstacle` has none."""
         return any(fusion.normalises_by_batch(layer.norm1) for layer in self.values())
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """``forward`` with x's statistics, where they are known, and those of its result, if asked to describe it."""
-        if fusion.call_obstacle(x, self.spatial_dims) or self.obstacle():
-            return super().forward(x), None
+        """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
+        last in memory and kept for the backward pass, and its statistics, if asked to describe it."""
         layers: Sequence[Any] = list(self.values())
         result = functional.dense_block(
             x,
             [layer.units() for layer in layers],
             [layer.drop_rate if layer.training else 0.0 for layer in layers],
-            self.memory_efficient,
+            [layer.memory_efficient for layer in layers],
             statistics=statistics,
             return_statistics=describe,
         )
         return result if describe else (result, None)
 
     def forward(self, init_features: Tensor) -> Tensor:
-        return self.run(init_features, None, describe=False)[0]
+        if not torch.jit.is_scripting():
+            reason = fusion.call_obstacle(init_features, self.spatial_dims) or self.obstacle()
+            calls.note(self, reason)
+            if reason is None:
+                return fusion.run(self._alone, init_features)
+        return self.one_by_one(init_features)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return handed_out(self.run(x, None, describe=False)[0], is_channels_last(x), kept=True)
+
+
+fusion.watch(DenseLayer, "forward", "bn_function")
+fusion.watch(DenseBlock, "forward", "one_by_one")

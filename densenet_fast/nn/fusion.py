@@ -6,7 +6,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from densenet_fast import functional, reference
 from densenet_fast.nn.sync_batch_norm import SyncBatchNorm
@@ -155,6 +157,11 @@ def _window(pool: nn.MaxPool2d) -> tuple[int | Sequence[int], ...]:
 
 def call_obstacle(x: Any, dims: int) -> str | None:
     """Why a call with ``x`` cannot run fused whatever the module's structure, or None."""
+    return environment_obstacle(x) or input_obstacle(x, dims)
+
+
+def environment_obstacle(x: Any) -> str | None:
+    """Why no call can run fused here and now, with ``x`` that may be a stand-in for a tensor, or None."""
     if not _enabled:
         return "switched off by set_fused(False)"
     if not isinstance(x, Tensor):
@@ -164,11 +171,13 @@ def call_obstacle(x: Any, dims: int) -> str | None:
             return "traced by torch.jit"
         if nn.modules.module._has_any_global_hook():
             return "a global module hook is registered"
-    transform = functional.active_transform()
-    if transform is not None:
-        return transform
     if torch.compiler.is_exporting():
         return "exported"
+    return functional.active_transform() or patched()
+
+
+def input_obstacle(x: Tensor, dims: int) -> str | None:
+    """Why ``x`` cannot be a fused part's input, or None."""
     if not x.dtype.is_floating_point or x.dtype.itemsize == 1:
         return f"{x.dtype} is not supported"
     if x.dim() != dims + 2:
@@ -178,18 +187,50 @@ def call_obstacle(x: Any, dims: int) -> str | None:
     return None
 
 
-def refuse_scripting(module: nn.Module) -> nn.Module:
-    """A module's ``__prepare_scriptable__``, which ``torch.jit.script`` calls first.
+_originals: list[tuple[Any, str, Any]] = []
+"""What stock layers run: an owner, a name, and what stood there when this was imported."""
 
-    Raises:
-        NotImplementedError: always, and says what to use instead.
-    """
-    raise NotImplementedError(
-        f"torch.jit.script: expected a module of densenet_fast.reference, got {type(module).__module__}."
-        f"{type(module).__name__}, whose fused ops have no TorchScript; load its state_dict() into the reference "
-        "network and script that, or use torch.export.export(model, args), torch.onnx.export(model, args, dynamo=True) "
-        "or torch.jit.trace(model, args)"
-    )
+
+def watch(owner: Any, *names: str) -> None:
+    """Lets :func:`patched` notice when one of ``owner``'s functions is replaced."""
+    _originals.extend((owner, name, getattr(owner, name)) for name in names)
+
+
+@torch.compiler.assume_constant_result
+def patched() -> str | None:
+    """Which function that stock layers run was replaced on its class or module since this was imported, or None."""
+    for owner, name, original in _originals:
+        if getattr(owner, name) is not original:
+            return f"{owner.__name__}.{name} was replaced"
+    return None
+
+
+watch(nn.Module, "__call__", "_wrapped_call_impl", "_call_impl")
+watch(nn.Sequential, "forward")
+watch(nn.ReLU, "forward")
+watch(nn.MaxPool2d, "forward")
+for _kind in (*reference.BATCH_NORMS.values(), *SYNC_BATCH_NORMS, *reference.AVERAGE_POOLS.values()):
+    watch(_kind, "forward")
+for _kind in DIMENSIONS:
+    watch(_kind, "forward", "_conv_forward")
+watch(F, "relu", "batch_norm", "dropout", "max_pool2d", "adaptive_avg_pool2d")
+watch(F, "avg_pool1d", "avg_pool2d", "avg_pool3d", "conv1d", "conv2d", "conv3d")
+watch(torch, "cat", "relu", "relu_", "batch_norm", "flatten")
+
+
+def overrides_functions(x: Tensor) -> bool:
+    """Whether ``x`` is of a subclass that wants to see what is called on it (``__torch_function__``)."""
+    return not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter) and has_torch_function_unary(x)
+
+
+def run(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``part(x)``, which a subclass of Tensor with a ``__torch_function__`` sees as one call; the result is of that
+    class, as that of any of torch's functions."""
+    return handle_torch_function(_run_plain, (x,), part, x) if overrides_functions(x) else part(x)
+
+
+def _run_plain(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return part(Tensor.as_subclass(x, Tensor))
 
 
 def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:

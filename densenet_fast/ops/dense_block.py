@@ -88,8 +88,9 @@ class Plan:
         self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
         """Of the batch normalisations, whose r is computed with the statistics; a stage of another has its own."""
 
-    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None) -> bool:
-        """Whether the backend walks over the whole block by itself, faster than it is done here."""
+    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None, saved: list[bool]) -> bool:
+        """Whether the backend walks over the whole block by itself, faster than it is done here, where the bottlenecks
+        that are ``saved`` are all or none."""
 
         def plain(stage: Stage) -> bool:
             vectors = [t for t in stage[:4] if t is not None]
@@ -104,6 +105,7 @@ class Plan:
             and self.bottleneck
             and group is None
             and not any(self.dropped)
+            and len(set(saved)) == 1
             and all(map(plain, self.stages))
         )
 
@@ -135,7 +137,7 @@ def _forward(
     masks: list[Tensor],
     drop_rates: list[float],
     bottleneck: bool,
-    save_bottlenecks: bool,
+    saved: list[bool],
     describe: bool,
     group: str | None,
     link: Tensor | None,
@@ -149,7 +151,7 @@ def _forward(
         masks: one [N, k, *spatial] bool per layer, empty where its drop rate is 0.
         drop_rates: one per layer.
         bottleneck: whether the layers have one.
-        save_bottlenecks: whether to return each layer's Z [M, B] for the backward pass, which else recomputes it.
+        saved: of each layer, whether to return its Z [M, B] for the backward pass, which else recomputes it.
         describe: whether the statistics of all features are wanted, and not of those alone that a layer normalises.
         group: name of the process group whose batches are normalised together, None for this process's alone.
         link: a tensor of x's shape and gradient but without its memory, through which second derivatives reach x.
@@ -171,8 +173,8 @@ def _forward(
     backend.append_features(x, features[:, : plan.starts[0]], own)
     synchronise(own, rows, group)
     bottlenecks = []
-    if plan.walked_by(backend, x.dtype, group):
-        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if save_bottlenecks]
+    if plan.walked_by(backend, x.dtype, group, saved):
+        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         given = (present(tensors, x), eps, plan.grid, bottlenecks, packed, describe)
         backend.dense_block(features, plan.starts[0], *given)
         return image, mean, packed.var, global_count(rows, x, group), bottlenecks
@@ -183,20 +185,20 @@ def _forward(
     def affine(j: int) -> Affine:
         return (known[j] if j in known else affines([plan.stages[j]], [packed.of(plan.ranges[j])])[0])[0]
 
-    shared = None if save_bottlenecks else plan.bottleneck_buffer(features)
+    shared = None if all(saved) else plan.bottleneck_buffer(features)
     for i, layer in enumerate(plan.layers):
         j, inputs = i * len(layer), features[:, : plan.starts[i]]
         normalise: Affine | None = affine(j)
         if bottleneck:
             weight, bias = weights[j]
             j += 1
-            z = plan.bottleneck_in(shared, i, features)
+            z = plan.bottleneck_in(None if saved[i] else shared, i, features)
             own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
-            then = affine(j) if layer[1].frozen and not save_bottlenecks else None
+            then = affine(j) if layer[1].frozen and not saved[i] else None
             backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, own, then)
             synchronise(own, rows, group)
             inputs, normalise = z, affine(j) if then is None else None
-            if save_bottlenecks:
+            if saved[i]:
                 bottlenecks.append(z)
         weight, bias = weights[j]
         mask = masks[i] if plan.dropped[i] else None
@@ -217,7 +219,7 @@ def _(
     masks: list[Tensor],
     drop_rates: list[float],
     bottleneck: bool,
-    save_bottlenecks: bool,
+    saved: list[bool],
     describe: bool,
     group: str | None,
     link: Tensor | None,
@@ -225,7 +227,7 @@ def _(
     plan = Plan(x, tensors, eps, bottleneck, drop_rates)
     image = empty_image(x, plan.grid, plan.columns)
     rows = x.numel() // x.shape[1]
-    bottlenecks = [x.new_empty(rows, c.stop - c.start) for c in plan.bottlenecks if save_bottlenecks]
+    bottlenecks = [x.new_empty(rows, c.stop - c.start) for c, kept in zip(plan.bottlenecks, saved) if kept]
     mean = x.new_empty(plan.packed, dtype=accumulation_dtype(x.dtype))
     return image, mean, torch.empty_like(mean), x.new_empty((), dtype=torch.float64), bottlenecks
 
@@ -255,7 +257,7 @@ class BlockGradients:
         self.p, self.q = p, q
 
     def run(
-        self, grad: Tensor, bottlenecks: list[Tensor], masks: list[Tensor], needs: list[bool]
+        self, grad: Tensor, bottlenecks: list[Tensor], saved: list[bool], masks: list[Tensor], needs: list[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The gradients of x [N, C0, *spatial] and of the stages' tensors, as far as ``needs`` says so."""
         plan, need_x = self.plan, needs[0]
@@ -268,16 +270,17 @@ class BlockGradients:
         asked = [any(g.needs_any for g in layer) for layer in by_layer]
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
         self.grad = self.features.new_empty(self.features.shape)
-        self.z = None if bottlenecks else plan.bottleneck_buffer(self.features)
+        self.z = None if all(saved) else plan.bottleneck_buffer(self.features)
         self.dz = plan.bottleneck_buffer(self.features)
         self.source = to_matrix(grad)
         """Where the gradient of F stands: the incoming one until the last layer has written G, then G."""
 
+        kept = iter(reversed(bottlenecks))
         for i in reversed(range(first, len(plan.layers))):
             dy = self.finalise(plan.new(i), plan.normalised_by_batch(i + 1))
             if plan.dropped[i]:
                 dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
-            z = bottlenecks[i] if bottlenecks else None
+            z = next(kept) if plan.bottleneck and saved[i] else None
             self.layer(i, dy, z, need_inputs=need_x or i > first)
             self.source = self.grad
         norm_gradients(self.gradients, [r for _, r in self.affines])
@@ -379,6 +382,7 @@ def _backward(
     var: Tensor,
     count: Tensor,
     bottlenecks: list[Tensor],
+    saved: list[bool],
     tensors: list[Tensor],
     eps: list[float],
     masks: list[Tensor],
@@ -390,8 +394,8 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stages' tensors, empty where ``needs`` (x's, then one per tensor) says so.
 
-    ``grad_mean`` and ``grad_var`` are those of the packed statistics, None where nobody read them; ``bottlenecks`` is
-    empty if they are to be recomputed; ``in_channels`` is C0, the rest as in the forward pass.
+    ``grad_mean`` and ``grad_var`` are those of the packed statistics, None where nobody read them; ``bottlenecks`` are
+    those of the layers of which they were ``saved``; ``in_channels`` is C0, the rest as in the forward pass.
     """
     described = grad_mean is not None
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
@@ -401,19 +405,19 @@ def _backward(
         p.copy_(grad_mean), q.copy_(grad_var)
     trained = [j % STAGE_TENSORS in (0, 1, 4) and t.numel() > 0 for j, t in enumerate(tensors)]
     if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
-        backend, features.dtype, group
+        backend, features.dtype, group, saved
     ):
         image = empty_image(features, plan.grid, in_channels)
         empty = features.new_empty(0)
         gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
-        saved = (to_matrix(features), bottlenecks, mean, var, count)
+        kept = (to_matrix(features), bottlenecks, mean, var, count)
         out = (to_matrix(image), gradients, p, q, described)
-        backend.dense_block_backward(to_matrix(grad), *saved, tensors, eps, plan.grid, *out)
+        backend.dense_block_backward(to_matrix(grad), *kept, tensors, eps, plan.grid, *out)
         return image, [
             None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
             for g, t, own in zip(gradients, tensors, trained)
         ]
-    return BlockGradients(plan, features, mean, var, count, p, q, group).run(grad, bottlenecks, masks, needs)
+    return BlockGradients(plan, features, mean, var, count, p, q, group).run(grad, bottlenecks, saved, masks, needs)
 
 
 @_backward.custom_op.register_fake
@@ -426,6 +430,7 @@ def _(
     var: Tensor,
     count: Tensor,
     bottlenecks: list[Tensor],
+    saved: list[bool],
     tensors: list[Tensor],
     eps: list[float],
     masks: list[Tensor],
@@ -441,7 +446,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    x, _, _, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, _, _, ctx.group, link = inputs
+    x, _, _, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.saved, _, ctx.group, link = inputs
     *described, count, bottlenecks = outputs
     ctx.mark_non_differentiable(count, *bottlenecks)
     ctx.set_materialize_grads(False)
@@ -464,7 +469,7 @@ def _gradients(
         grad = torch.zeros_like(features) if grad is None else grad
         if grad_mean is not grad_var:  # one of them may be None
             grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
-        saved = (features, mean, var, count, bottlenecks, present(tensors, features))
+        saved = (features, mean, var, count, bottlenecks, ctx.saved, present(tensors, features))
         options = (ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.in_channels, ctx.group)
         grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options, [needs[0], *needs[2:]])
     gradients = [g if need else None for g, need in zip(gradients, needs[2:])]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.backends.layout import is_channels_last
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
 
@@ -85,22 +86,25 @@ def with_autograd(
         @staticmethod
         def forward(ctx: Any, inputs: tuple[Any, ...], *_: Tensor | None) -> tuple[Tensor, ...]:
             outputs = op.body(*inputs)
+            ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
             return _flat(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             _, x, mean, _, *tensors = ctx.needs_input_grad
-            *first, rest = gradients(ctx, [x, mean, *tensors], *grads)
-            return None, *first, *rest
+            grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
+            return None, _in_format(grad_x, ctx), *statistics, *rest
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.channels_last = is_channels_last(inputs[0])
         ctx.constants = [[None] * len(c) if _holds_tensors(c) else None for c in inputs[4:]]
         save(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         x, mean, _, tensors, *_ = ctx.needs_input_grad
-        return *gradients(ctx, [x, mean, *tensors], *grads), *ctx.constants
+        grad_x, *rest = gradients(ctx, [x, mean, *tensors], *grads)
+        return _in_format(grad_x, ctx), *rest, *ctx.constants
 
     op.custom_op.register_autograd(backward, setup_context=setup_context)
 
@@ -116,6 +120,11 @@ def with_autograd(
             return Direct.apply(inputs, x, mean, var, *tensors)
 
     return call
+
+
+def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
+    """The gradient of x in the memory format of x."""
+    return grad_x if grad_x is None or ctx.channels_last else grad_x.contiguous()
 
 
 def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -21,10 +21,6 @@ class BNReLUConv1x1(nn.Sequential):
         norm, conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 1, bias=False)
         super().__init__(OrderedDict(norm=norm, relu=nn.ReLU(), conv=conv))
 
-    def forward(self, x):
-        """In channels-last memory, whose order the dropout behind it draws in."""
-        return super().forward(x).contiguous(memory_format=torch.channels_last)
-
 
 def tiramisu(stock):
     """The page's class; ``stock``: over the reference's dense blocks and a plain Sequential."""

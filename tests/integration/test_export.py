@@ -10,8 +10,8 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet_fast
-from densenet_fast import reference
-from helpers import error, twin
+from densenet_fast.nn import BNReLUConv1x1, DenseBlock, DenseLayer, Transition
+from helpers import error
 
 TOLERANCE = 1e-5
 
@@ -101,27 +101,35 @@ def test_torch_jit_trace(model, x):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torch_jit_script_is_refused_with_the_alternatives(model):
-    parts = [model, model.features, model.features.denseblock1, model.features.denseblock1.denselayer1]
-    parts += [model.features.transition1, densenet_fast.nn.BNReLUConv1x1(3, 4), nn.Sequential(ours())]
-    for part in parts:
-        with pytest.raises(NotImplementedError, match=r"torch.jit.script: .*reference.*torch.export.export.*jit.trace"):
-            torch.jit.script(part)
-    assert all(row.fused for row in densenet_fast.explain(model))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("options", [dict(), dict(bn_size=None, drop_rate=0.3, small_inputs=True)], ids=str)
-def test_torch_jit_script_of_the_reference_with_the_same_weights(x, options):
-    model = ours(**options)
-    plain = twin(model, reference.DenseNet(4, (2, 3), 6, **{"num_classes": 5, **options}))
-    scripted = torch.jit.script(plain)
+def test_torch_jit_script(x, options):
+    """It runs stock layers, shares the parameters, and leaves the model, and what holds it, as they are."""
+    model = ours(memory_efficient=True, **options)
+    holder = nn.Sequential(model)
+    scripted = torch.jit.script(holder)
+    assert "densenet_fast::" not in str(scripted.inlined_graph)
+    assert holder[0] is model and all(row.fused for row in densenet_fast.explain(holder))
+    assert scripted.state_dict().keys() == holder.state_dict().keys()
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    models = holder, torch.jit.load(file)
     for training in (True, False):
         outputs = []
-        for module in (model, scripted):
+        for module in models:
             torch.manual_seed(1)
             outputs.append(module.train(training)(x))
         assert error(outputs[1], outputs[0]) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "make", [lambda: BNReLUConv1x1(6, 4), lambda: Transition(6, 4), lambda: DenseLayer(6, 4), lambda: DenseBlock(2, 6)]
+)
+def test_torch_jit_script_of_a_part(make):
+    part, x = make().eval(), images(2, 6, 7, 8, dtype=torch.float32)
+    scripted = torch.jit.script(part)
+    assert error(scripted(x), part(x)) < TOLERANCE
 
 
 def test_fx_symbolic_trace(model, x):

@@ -152,7 +152,7 @@ def opcheck_arguments(options, save, known):
     return x, *statistics, tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True), save, known, None, link
 
 
-@pytest.mark.parametrize("save, known", [(False, False), (True, True)])
+@pytest.mark.parametrize("save, known", [([False, False], False), ([True, True], True), ([True, False], True)])
 @pytest.mark.parametrize("options", BLOCKS, ids=str)
 def test_opcheck_dense_block(options, save, known):
     torch.library.opcheck(OPS.dense_block.default, opcheck_arguments(options, save, known))
@@ -174,11 +174,12 @@ def test_opcheck_dense_block_backward(k, channels_last, bottleneck):
     tensors = [t.detach() for t in tensors]
     masks = [torch.rand(2, k, 8, 8) > 0.5, x.new_empty(0)]
     stages = (tensors, eps, masks, [0.5, 0.0], bottleneck)
-    features, *saved = OPS.dense_block(x, None, None, *stages, True, True, None, None)
+    kept = [True, False]
+    features, *saved = OPS.dense_block(x, None, None, *stages, kept, True, None, None)
     needs = [True] + [t.numel() > 0 for t in tensors]
     for grad in (torch.randn_like(features), torch.randn(features.shape), torch.ones(()).expand(features.shape)):
         for read in ((None, None), tuple(torch.randn(2, *saved[0].shape))):
-            arguments = (grad, *read, features, *saved, *stages, 16, None, needs)
+            arguments = (grad, *read, features, *saved, kept, *stages, 16, None, needs)
             torch.library.opcheck(OPS.dense_block_backward.default, arguments, test_utils=FAKE)
 
 

@@ -1,0 +1,28 @@
+"""What the last call of a part did, for :func:`densenet_fast.explain`."""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+class Call(NamedTuple):
+    """One call of a part."""
+
+    reason: str | None
+    """Why it ran on stock layers; None if it ran fused."""
+
+
+_last: WeakKeyDictionary[nn.Module, dict[str, Call]] = WeakKeyDictionary()
+
+
+def note(module: nn.Module, reason: str | None, part: str = "") -> None:
+    """Remembers that ``module``, or the ``part`` of it so named, ran fused or, for a ``reason``, on stock layers."""
+    if not torch.compiler.is_compiling():
+        _last.setdefault(module, {})[part] = Call(reason)
+
+
+def last(module: nn.Module, part: str = "") -> Call | None:
+    """The last call, or None if there was none."""
+    return _last.get(module, {}).get(part)

@@ -1,0 +1,225 @@
+"""The convolutional part of the network: how its parts are chained, fused where they can be.
+
+Between fused parts a feature map is channels last and its batch statistics are handed on. Every other part (one with a
+hook, a foreign one) gets and returns what it would within torchvision's network: the memory format that stock layers
+make there, and memory that it may change in place.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densenet_fast import functional, reference
+from densenet_fast.functional import BatchStatistics
+from densenet_fast.nn import calls, fusion
+from densenet_fast.nn.bn_relu_conv1x1 import Transition
+from densenet_fast.nn.dense_block import DenseBlock
+from densenet_fast.nn.memory_format import contiguous_gradient, handed_out, is_channels_last
+
+STEM = ["norm0", "relu0", "pool0"]
+
+
+class Step:
+    """One part of the network, or several that follow each other and run as one op."""
+
+    keeps_output = False
+    """Whether its backward pass needs the output unchanged."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.modules = modules
+
+    def obstacle(self, x: Tensor) -> str | None:
+        """Why it cannot run fused on ``x``, or None."""
+        return "it is a part of its own"
+
+    def reads_statistics(self) -> bool:
+        """Whether the statistics of its input spare it work when it runs fused."""
+        return False
+
+    def channels_last(self, before: bool) -> bool:
+        """Whether stock's output would be channels last, if its input is so ``before``."""
+        return before
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """Fused, from ``x`` and its statistics to the result and, if asked to describe it, its statistics if known."""
+        raise NotImplementedError
+
+    def stock(self, x: Tensor) -> Tensor:
+        """Its modules in turn."""
+        for module in self.modules:
+            x = module(x)
+        return x
+
+    def note(self, reason: str | None) -> None:
+        """Remembers that it ran fused, or why not."""
+
+
+class Part(Step):
+    """A dense block or a transition that can run as one op."""
+
+    def __init__(self, module: DenseBlock | Transition) -> None:
+        super().__init__(module)
+        self.module = module
+        self.keeps_output = isinstance(module, DenseBlock)
+        self.reads_statistics = module.reads_statistics
+        self.run = module.run
+
+    def obstacle(self, x: Tensor) -> str | None:
+        return fusion.input_obstacle(x, self.module.spatial_dims)
+
+    def channels_last(self, before: bool) -> bool:
+        return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))
+
+    def note(self, reason: str | None) -> None:
+        if reason is None:  # else the module is called, and says so itself
+            calls.note(self.module, None)
+
+
+class Stem(Step):
+    """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if it is a plain one."""
+
+    def __init__(self, features: "Features", convolution: nn.Conv2d | None) -> None:
+        modules = [features._modules[name] for name in STEM]
+        super().__init__(*([] if convolution is None else [convolution]), *modules)
+        self.features, self.convolution, self.norm = features, convolution, modules[0]
+
+    def obstacle(self, x: Tensor) -> str | None:
+        return fusion.input_obstacle(x, 2)
+
+    def channels_last(self, before: bool) -> bool:
+        return before or (self.convolution is not None and is_channels_last(self.convolution.weight))
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        if self.convolution is not None:
+            weight = contiguous_gradient(self.convolution.weight)
+            # The images are made channels last, instead of the larger maps made from them.
+            x = self.convolution._conv_forward(contiguous_gradient(x, True), weight, self.convolution.bias)
+        norm = fusion.batch_norm(self.norm)
+        if not describe:
+            return functional.bn_relu_maxpool(x, norm), None
+        return functional.bn_relu_maxpool(x, norm, return_statistics=True)
+
+    def note(self, reason: str | None) -> None:
+        calls.note(self.features, reason, "Stem")
+
+
+class Head(Step):
+    """``norm5`` of ``model.features`` with the ReLU and the average behind it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.features.norm5)
+        self.model, self.norm = model, model.features.norm5
+
+    def obstacle(self, x: Tensor) -> str | None:
+        return fusion.input_obstacle(x, 2)
+
+    def reads_statistics(self) -> bool:
+        return fusion.normalises_by_batch(self.norm)
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        return functional.bn_relu_global_avgpool(x, fusion.batch_norm(self.norm), statistics=statistics), None
+
+    def stock(self, x: Tensor) -> Tensor:
+        return reference.average(rectified(self.norm(x)))
+
+    def note(self, reason: str | None) -> None:
+        calls.note(self.model, reason, "Head")
+
+
+class Features(nn.Sequential):
+    """The convolutional part. ``norm0``, ``relu0`` and ``pool0``, the stem, run as one op, as every dense block and
+    every transition does. The result has the memory format that torchvision's would have."""
+
+    def stem_obstacle(self) -> str | None:
+        """Why ``norm0``, ``relu0`` and ``pool0`` cannot run as one op, or None."""
+        if type(self).forward is not Features.forward:
+            return f"{type(self).__name__} has a forward of its own"
+        names = list(self._modules)
+        if "norm0" not in names or names[names.index("norm0") :][:3] != STEM:
+            return f"its children {', '.join(STEM)} do not follow each other"
+        return (
+            fusion.hook_obstacle(self, *STEM)
+            or fusion.norm_obstacle(self, "norm0", 2)
+            or fusion.relu_obstacle(self, "relu0")
+            or fusion.max_pool_obstacle(self, "pool0")
+        )
+
+    def steps(self) -> list[Step]:
+        """Its children in order, the stem as one step if it can run as one."""
+        steps: list[Step] = []
+        stem = self.stem_obstacle()
+        if "norm0" in self._modules:
+            calls.note(self, stem, "Stem")
+        for name, module in self._modules.items():
+            if stem is None and name in STEM:
+                if name == "norm0":
+                    plain = bool(steps) and _is_plain_convolution(steps[-1].modules[0])
+                    steps.append(Stem(self, steps.pop().modules[0] if plain else None))
+            elif _is_plain_part(module) and module.obstacle() is None:
+                steps.append(Part(module))
+            else:
+                steps.append(Step(module))
+        return steps
+
+    def through(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
+        """``x`` through ``steps``, which begin with the first."""
+        channels_last, kept, statistics = is_channels_last(x), False, None
+        inside = False  # whether x is made by a fused part, and channels last whatever stock's would be
+        for step, reader in zip(steps, [*steps[1:], None]):
+            reason = step.obstacle(x)
+            step.note(reason)
+            if reason is None:
+                describe = reader is not None and reader.reads_statistics()
+                channels_last = step.channels_last(channels_last)
+                x, statistics = step.run(x, statistics, describe)
+                inside, kept = True, step.keeps_output
+                continue
+            x = step.stock(handed_out(x, channels_last, kept) if inside else x)
+            channels_last, inside, statistics = isinstance(x, Tensor) and is_channels_last(x), False, None
+        return handed_out(x, channels_last, kept) if inside and x.dim() > 2 else x
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if fusion.environment_obstacle(input) is None and not fusion.overrides_functions(input):
+                return self.through(input, self.steps())
+        for module in self:
+            input = module(input)
+        return input
+
+
+def rectified(x: Tensor) -> Tensor:
+    """relu(x) in place, as torchvision has it: who keeps the features sees them rectified. Where autograd forbids it
+    (behind a full backward hook), in memory of its own."""
+    if not torch.jit.is_scripting():
+        return _rectified(x)
+    return F.relu(x, inplace=True)
+
+
+def _rectified(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return F.relu(x, inplace=True)
+    try:
+        return F.relu(x, inplace=True)
+    except RuntimeError:
+        return F.relu(x)
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and not fusion.has_hooks(module)
+
+
+def _is_plain_part(module: nn.Module) -> bool:
+    """Whether calling ``module`` is nothing but its ``forward``, as a block's or a transition's class has it."""
+    kind = next((kind for kind in (DenseBlock, Transition) if isinstance(module, kind)), None)
+    return kind is not None and type(module).forward is kind.forward and not fusion.has_hooks(module)
+
+
+fusion.watch(Features, "forward")

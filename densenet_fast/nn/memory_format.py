@@ -1,0 +1,39 @@
+"""Memory formats at the border: inside, feature maps are channels last; outside, what torchvision's parts would return.
+
+A part returns the format of its input. A convolution whose weight is channels last makes its output so too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
+
+__all__ = ["contiguous_gradient", "handed_out", "is_channels_last"]
+
+
+def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
+    """``x``, whose memory is channels last, for a reader who may change it in place: in the memory format asked for,
+    and a copy if it is ``kept`` for the backward pass."""
+    if not channels_last and not x.is_contiguous():
+        return x.contiguous()
+    return x.clone() if kept and x.requires_grad else x
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels_last: bool) -> Tensor:
+        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if channels_last else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.contiguous(), None
+
+
+def contiguous_gradient(x: Tensor, channels_last: bool = False) -> Tensor:
+    """``x``, made ``channels_last`` if asked; the gradient that comes back is contiguous, if ``x`` is not channels last
+    itself."""
+    if is_channels_last(x):
+        return x
+    return _ContiguousGradient.apply(x, channels_last)
