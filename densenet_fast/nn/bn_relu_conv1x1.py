@@ -36,13 +36,15 @@ class BNReLUConv1x1(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
-            calls.note(self, reason)
-            if reason is None:
-                return fusion.run(self._alone, input)
+            return self._forward(input)
         for module in self:
             input = module(input)
         return input
+
+    def _forward(self, input: Tensor) -> Tensor:
+        reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
+        calls.note(self, reason)
+        return fusion.run(self._alone, input) if reason is None else super().forward(input)
 
     def _alone(self, x: Tensor) -> Tensor:
         out = functional.bn_relu_conv1x1(x, *fusion.unit(self, "norm", "conv"))
@@ -94,13 +96,15 @@ class Transition(reference.Transition):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
-            calls.note(self, reason)
-            if reason is None:
-                return fusion.run(self._alone, input)
+            return self._forward(input)
         for module in self:
             input = module(input)
         return input
+
+    def _forward(self, input: Tensor) -> Tensor:
+        reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
+        calls.note(self, reason)
+        return fusion.run(self._alone, input) if reason is None else super().forward(input)
 
     def _alone(self, x: Tensor) -> Tensor:
         out, _ = self.run(x, None, describe=False)

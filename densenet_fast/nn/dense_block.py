@@ -143,11 +143,13 @@ class DenseBlock(reference.DenseBlock):
 
     def forward(self, init_features: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            reason = fusion.call_obstacle(init_features, self.spatial_dims) or self.obstacle()
-            calls.note(self, reason)
-            if reason is None:
-                return fusion.run(self._alone, init_features)
+            return self._forward(init_features)
         return self.one_by_one(init_features)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        reason = fusion.call_obstacle(x, self.spatial_dims) or self.obstacle()
+        calls.note(self, reason)
+        return fusion.run(self._alone, x) if reason is None else self.one_by_one(x)
 
     def _alone(self, x: Tensor) -> Tensor:
         return handed_out(self.run(x, None, describe=False)[0], is_channels_last(x), kept=True)

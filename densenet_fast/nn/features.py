@@ -188,11 +188,15 @@ class Features(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if fusion.environment_obstacle(input) is None and not fusion.overrides_functions(input):
-                return self.through(input, self.steps())
+            return self._forward(input)
         for module in self:
             input = module(input)
         return input
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if fusion.environment_obstacle(input) is None and not fusion.overrides_functions(input):
+            return self.through(input, self.steps())
+        return super().forward(input)
 
 
 def rectified(x: Tensor) -> Tensor:

@@ -149,3 +149,19 @@ def test_torchvision_create_feature_extractor(training):
         results.append((values, {n: p.grad for n, p in extractor.named_parameters() if p.grad is not None}))
     assert_close(*results)
     assert results[0][0]["features.denseblock1"].shape == (2, 14, 10, 9)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dropout_of_a_program_exported_in_training_mode_can_be_switched_off(channels_last):
+    """As torchao's ``move_exported_model_to_eval`` does, which looks for these two operators."""
+    model, switched = ours(drop_rate=0.4), {}
+    x = images(dtype=torch.float32).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    exported = torch.export.export(model, (x,)).module()
+    for node in exported.graph.nodes:
+        switch = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}.get(node.target)
+        if switch is not None:
+            node.update_arg(switch, False)
+            switched[node.target] = switched.get(node.target, 0) + 1
+    exported.recompile()
+    assert list(switched.values()) == [13, 5]
+    assert exported(x).equal(exported(x)) and error(exported(x), model.eval()(x)) < TOLERANCE
