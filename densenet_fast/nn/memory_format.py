@@ -24,7 +24,7 @@ def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
 class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, channels_last: bool) -> Tensor:
-        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if channels_last else x.view_as(x)
+        return _converted(x, channels_last) if channels_last else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -36,4 +36,10 @@ def contiguous_gradient(x: Tensor, channels_last: bool = False) -> Tensor:
     itself."""
     if is_channels_last(x):
         return x
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _converted(x, channels_last)
     return _ContiguousGradient.apply(x, channels_last)
+
+
+def _converted(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if channels_last else x
