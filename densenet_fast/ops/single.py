@@ -18,7 +18,7 @@ from densenet_fast.backends.affine import (
     accumulation_dtype,
     empty_statistics,
 )
-from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.op import Gradients, Op
@@ -100,7 +100,7 @@ class Input:
         elif needs[0] and not self.stage.frozen:
             through = ThroughStatistics(self.matrix, own.mean, *global_sum(p, q, group), count)
             self.backend.finalise_gradient(scaled, through, scaled)
-        return to_image(scaled, self.grid) if needs[0] else self.x.new_empty(0), tensors
+        return as_output(to_image(scaled, self.grid)) if needs[0] else self.x.new_empty(0), tensors
 
 
 def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

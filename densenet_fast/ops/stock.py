@@ -1,6 +1,7 @@
 """The ops on stock differentiable torch functions: what a second derivative goes through."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,52 @@ from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.ops.stage import Stage
 
 
+class BatchNorm(torch.autograd.Function):
+    """Batch normalisation of x [N, C, *spatial] by its batch, differentiable to every order.
+
+    That of torch is so to the second: it takes the batch's statistics for constants in a third derivative.
+
+        y = w * n + b with n = (x - mean) * r and r = rsqrt(var + eps)
+        db = sum dy;  dw = sum dy * n;  dx = w * r * (dy - db / M - n * dw / M)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        out, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            needs = ctx.needs_input_grad[:3]
+            saved = (weight, None, None, mean, rstd, True, ctx.eps, needs)
+            return *torch.ops.aten.native_batch_norm_backward(grad, x, *saved), None
+        wide = accumulation_dtype(x.dtype)
+        dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
+        mean, var = batch_statistics(x)
+        rstd = torch.rsqrt(var + ctx.eps)
+        dy, normalised = grad.to(wide), (x.to(wide) - _per_channel(mean, x)) * _per_channel(rstd, x)
+        grad_bias, grad_weight = dy.sum(dims), (dy * normalised).sum(dims)
+        centred = dy - _per_channel(grad_bias / count, x) - normalised * _per_channel(grad_weight / count, x)
+        scale = rstd if weight is None else weight.to(wide) * rstd
+        return (
+            (centred * _per_channel(scale, x)).to(x.dtype),
+            None if weight is None else grad_weight.to(weight.dtype),
+            None if bias is None else grad_bias.to(bias.dtype),
+            None,
+        )
+
+
 def bn_relu(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
     """BN-ReLU of x [N, C, *spatial], by the batch's ``mean`` and ``var`` [C] if they are given."""
     if mean is None:
+        if not stage.frozen:
+            return F.relu(BatchNorm.apply(x, stage.weight, stage.bias, stage.eps))
         running = stage.running_mean, stage.running_var
-        return F.relu(F.batch_norm(x, *running, stage.weight, stage.bias, not stage.frozen, 0.0, stage.eps))
+        return F.relu(F.batch_norm(x, *running, stage.weight, stage.bias, False, 0.0, stage.eps))
     scale = torch.rsqrt(var + stage.eps)
     if stage.weight is not None:
         scale = stage.weight * scale
@@ -76,6 +118,34 @@ def needed_in_backward(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+def _dense_strides(t: Tensor) -> tuple[int, ...] | None:
+    """Those of ``torch.empty_like(t)``; None for a tensor without memory of its own, which prescribes none."""
+    return None if 0 in t.stride() and t.numel() > 1 else torch.empty_like(t, device="meta").stride()
+
+
+def _stored_as(gradient: Tensor, stride: tuple[int, ...] | None) -> Tensor:
+    """``gradient`` with ``stride``, if it is given, and as no view."""
+    right = stride in (None, gradient.stride()) and not gradient._is_view()
+    if right or torch._C._functorch.is_legacy_batchedtensor(gradient):
+        return gradient
+    if stride is None:
+        return torch.empty_like(gradient).copy_(gradient)
+    return gradient.new_empty_strided(gradient.shape, stride).copy_(gradient)
+
+
+class _Node(torch.autograd.Function):
+    """A tensor as a node of its own, whose gradient is stored with ``stride``."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, stride: tuple[int, ...] | None) -> Tensor:
+        ctx.stride = stride
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _stored_as(grad, ctx.stride), None
+
+
 def differentiable_gradients(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
@@ -86,7 +156,8 @@ def differentiable_gradients(
     differentiable if gradients are enabled, from the gradients of its outputs, None where there is none.
 
     The inputs are made nodes of their own first, so that a derivative with respect to one is partial even if another
-    was computed from it or is the very same.
+    was computed from it or is the very same. A gradient is no view, and has the strides of ``torch.empty_like`` of what
+    it is of.
 
     Raises:
         RuntimeError: the batch statistics are synchronised over a process group, which has no second derivative here.
@@ -94,9 +165,11 @@ def differentiable_gradients(
     if group is not None:
         raise RuntimeError("create_graph: expected batch statistics of one process, got synchronised batch norm")
     create_graph = torch.is_grad_enabled()
+    strides = [None if t is None else _dense_strides(t) for t in inputs]
     with torch.enable_grad():
-        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        inputs = [None if t is None else _Node.apply(t, stride) for t, stride in zip(inputs, strides)]
         made, given = zip(*((output, grad) for output, grad in zip(function(*inputs), grads) if grad is not None))
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     gradients = iter(torch.autograd.grad(made, wanted, given, create_graph=create_graph, allow_unused=True))
-    return [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
+    found = [next(gradients) if t is not None and t.requires_grad else None for t in inputs]
+    return [None if g is None else _stored_as(g, stride) for g, stride in zip(found, strides)]
