@@ -1,6 +1,6 @@
 """Which parts of a model run fused, and why the others do not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -9,16 +9,23 @@ from densenet_fast import conversion
 from densenet_fast.backends import select
 from densenet_fast.conversion import fused
 from densenet_fast.models import DenseNet
-from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, fusion
+from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, calls, fusion
 from densenet_fast.nn.features import Features
+from densenet_fast.ops.stage import autocast_dtype
 from densenet_fast.table import table
 
 PARTS = (DenseBlock, Transition, BNReLUConv1x1)
+STOCK = "stock torch"
+LEFT_OUT = {
+    "fused": False,
+    "backend": STOCK,
+    "reason": "its network did not call it: it leaves it out, or calls its children one by one",
+}
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What one dense block, transition, BN-ReLU-Conv1x1, stem or head does when called."""
+    """What one dense block, transition, BN-ReLU-Conv1x1, stem or head does when called, and did."""
 
     name: str
     kind: str
@@ -28,27 +35,31 @@ class ModuleReport:
     backend: str
     """The backend that its parameters' device and dtype select; "stock torch" where it does not run fused."""
     device: str
+    last_call: str
+    """"fused", "stock: " and why, or empty if it was not called yet, or compiled."""
 
 
 class Report(list[ModuleReport]):
     """A list of :class:`ModuleReport`, printed as a table."""
 
     def __str__(self) -> str:
-        rows = [(r.name, r.kind, "yes" if r.fused else "no", r.backend, r.device, r.reason) for r in self]
-        return table(("module", "kind", "fused", "backend", "device", "reason"), rows)
+        rows = [(r.name, r.kind, "yes" if r.fused else "no", r.backend, r.device, r.last_call, r.reason) for r in self]
+        return table(("module", "kind", "fused", "backend", "device", "last call", "reason"), rows)
 
     __repr__ = __str__
 
 
 def explain(model: nn.Module) -> Report:
     """Lists the parts of ``model`` that may run fused: whether each does on ordinary input on its device, by which
-    backend, and why not otherwise.
-
-    A dense block or transition of another library, or what resembles one, is listed too: converted
-    (:func:`densenet_fast.convert`), not converted yet, or left alone, and why.
+    backend, and why not otherwise; and what its last call did.
 
     The parts are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem
-    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it).
+    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it). A dense block or
+    transition of another library, or what resembles one, is listed too: converted (:func:`densenet_fast.convert`), not
+    converted yet, or left alone, and why.
+
+    A part that was never called, though two others were, does not count as fused: its network leaves it out, or runs
+    its children one by one.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -67,7 +78,9 @@ def explain(model: nn.Module) -> Report:
             report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle()))
         elif isinstance(module, DenseNet):
             heads.append(_part(_join(name, "features.norm5"), "Head", module, 2, module.head_obstacle()))
-    return Report(report + heads)
+    report = Report(report + heads)
+    called = sum(bool(row.last_call) for row in report)
+    return Report(replace(row, **LEFT_OUT) if called > 1 and row.fused and not row.last_call else row for row in report)
 
 
 def _other(name: str, part: conversion.Part) -> ModuleReport:
@@ -76,7 +89,10 @@ def _other(name: str, part: conversion.Part) -> ModuleReport:
         return _row(name, part.kind, part.module, f"left alone: {part.reason}")
     if not part.converted:
         return _row(name, part.kind, part.module, "not converted; densenet_fast.convert(model) converts it")
-    return _part(name, part.kind, part.module, part.layout.dims, fused.obstacle(part.module, part.layout))
+    parameter = next(part.module.parameters(), torch.empty(0))
+    given = autocast_dtype(parameter.device) or parameter.dtype
+    reason = fused.autocast_obstacle(given, parameter.device, part.layout)
+    return _part(name, part.kind, part.module, part.layout.dims, reason or fused.obstacle(part.module, part.layout))
 
 
 def _part(name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None) -> ModuleReport:
@@ -87,8 +103,10 @@ def _part(name: str, kind: str, module: nn.Module, dims: int, obstacle: str | No
 
 def _row(name: str, kind: str, module: nn.Module, reason: str) -> ModuleReport:
     parameter = next(module.parameters(), torch.empty(0))
-    backend = "stock torch" if reason else select(parameter.device, parameter.dtype).name
-    return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device))
+    backend = STOCK if reason else select(parameter.device, parameter.dtype).name
+    call = calls.last(module, kind if kind in ("Stem", "Head") else "")
+    last_call = "" if call is None else "fused" if call.reason is None else f"stock: {call.reason}"
+    return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device), last_call)
 
 
 def _join(*names: str) -> str:

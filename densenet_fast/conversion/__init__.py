@@ -75,6 +75,8 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     in place may raise autograd's error, and feature maps inside the model are channels last in memory. Under autocast,
     a block whose input is in another dtype runs as before.
 
+    A model that was converted before may be converted again: what was edited since is looked at anew.
+
     Args:
         model: a module that holds dense blocks, or is one.
         inplace: whether to convert ``model`` itself instead of a deep copy.
@@ -92,6 +94,10 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, (_ConvNd, _BatchNorm)) and any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(f"model: expected initialised modules, got {name} that is lazy: call the model once first")
+    for module in model.modules():
+        known = vars(module).get(layout.STATE) if fused.is_converted(module) else None
+        if known is not None and layout.outdated(module, known):
+            fused.revert(module)  # and looked at again
     parts = list(survey(model))
     usable = [part for part in parts if part.layout is not None]
     if not usable:
@@ -170,7 +176,10 @@ def _recognise(module: nn.Module, layouts: Callable[[nn.Module], Iterator[Layout
     try:
         for candidate in layouts(module):
             if type(module).forward is nn.Module.forward:
-                return None, f"a {type(module).__name__} has no forward"
+                return None, (
+                    f"a {type(module).__name__} has no forward: its layers are called one by one, as in a graph that "
+                    "torch.fx made; extract one with the blocks as leaf modules, or use hooks"
+                )
             reason = differs(module, candidate)
             if reason is None:
                 return candidate, ""

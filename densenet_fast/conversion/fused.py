@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_fast import functional
 from densenet_fast.conversion.layout import (
@@ -23,10 +23,9 @@ from densenet_fast.conversion.layout import (
     TransitionLayout,
     obstacle,
 )
-from densenet_fast.nn import fusion
+from densenet_fast.nn import calls, fusion
+from densenet_fast.nn.memory_format import handed_out, is_channels_last
 from densenet_fast.ops.stage import autocast_dtype
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Converted(nn.Module):
@@ -58,10 +57,19 @@ class Fused(Converted):
     """A dense block or a transition."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layout = self.__dict__.get(STATE)
-        if layout is None or kwargs or len(args) != 1 or call_obstacle(args[0], layout) or obstacle(self, layout):
+        reason = self._obstacle(args, kwargs)
+        calls.note(self, reason)
+        if reason is not None:
             return super().forward(*args, **kwargs)
-        return run(self, args[0], contiguous=_is_contiguous(args[0]))
+        return run(self, args[0], contiguous=not is_channels_last(args[0]), kept=_keeps_output(self))
+
+    def _obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        layout = self.__dict__.get(STATE)
+        if layout is None:
+            return "it was not converted"
+        if kwargs or len(args) != 1:
+            return "it was called with more than one tensor"
+        return call_obstacle(args[0], layout) or obstacle(self, layout)
 
 
 class FusedSequential(Converted):
@@ -77,9 +85,12 @@ class FusedSequential(Converted):
                 fused = _runs_fused(follower, input)
                 continue
             if contiguous is None:
-                contiguous = _is_contiguous(input)
+                contiguous = not is_channels_last(input)
             fused = _runs_fused(follower, input)
-            input = run(module, input, contiguous=contiguous and not fused)
+            calls.note(module, None)
+            read_only = fused or (isinstance(follower, _BatchNorm) and not fusion.has_hooks(follower))
+            kept = _keeps_output(module) and not read_only
+            input = run(module, input, contiguous=contiguous and not fused, kept=kept)
             if not fused:
                 contiguous = None
         return input
@@ -93,20 +104,14 @@ def _runs_fused(module: nn.Module | None, x: Any) -> bool:
     return call_obstacle(x, layout) is None and obstacle(module, layout) is None
 
 
-def run(module: nn.Module, x: Tensor, *, contiguous: bool) -> Tensor:
-    """``module`` as one op on ``x``; the result contiguous or else channels last in memory."""
-    if _overrides_functions(x):
-        return handle_torch_function(_run_plain, (x,), module, x, contiguous)
-    return _run(module, x, contiguous)
+def run(module: nn.Module, x: Tensor, *, contiguous: bool, kept: bool) -> Tensor:
+    """``module`` as one op on ``x``; the result contiguous or else channels last in memory, and a copy if it is ``kept``
+    for the backward pass and may be changed in place."""
+    return fusion.run(lambda x: handed_out(apply(module, module.__dict__[STATE], x), not contiguous, kept), x)
 
 
-def _run_plain(module: nn.Module, x: Tensor, contiguous: bool) -> Tensor:
-    return _run(module, Tensor.as_subclass(x, Tensor), contiguous)
-
-
-def _run(module: nn.Module, x: Tensor, contiguous: bool) -> Tensor:
-    out = apply(module, module.__dict__[STATE], x)
-    return out.contiguous() if contiguous else out
+def _keeps_output(module: nn.Module) -> bool:
+    return isinstance(module.__dict__[STATE], BlockLayout)
 
 
 def apply(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
@@ -138,10 +143,14 @@ def _dropout(block: nn.Module, layer: Layer) -> tuple[float, bool]:
     return max(float(rate), 0.0), False
 
 
-def _recomputes(block: nn.Module, layout: BlockLayout) -> bool:
-    """Whether the block or one of its layers asks for its bottleneck to be recomputed in the backward pass."""
-    holders = [block, *(fusion.child(block, layer.path) for layer in layout.layers)]
-    return any(holder.__dict__.get(flag) for holder in holders for flag in RECOMPUTATION_FLAGS)
+def _recomputes(block: nn.Module, layout: BlockLayout) -> list[bool]:
+    """Of each layer, whether it or the block asks for its bottleneck to be recomputed in the backward pass."""
+    whole = _asks(block)
+    return [whole or _asks(fusion.child(block, layer.path)) for layer in layout.layers]
+
+
+def _asks(holder: nn.Module) -> bool:
+    return any(holder.__dict__.get(flag) for flag in RECOMPUTATION_FLAGS)
 
 
 def call_obstacle(x: Any, layout: Layout) -> str | None:
@@ -149,25 +158,19 @@ def call_obstacle(x: Any, layout: Layout) -> str | None:
     reason = fusion.call_obstacle(x, layout.dims)
     if reason is not None:
         return reason
-    dtype = autocast_dtype(x.device)
-    if dtype is None or x.dtype == torch.float64:
+    return autocast_obstacle(x.dtype, x.device, layout)
+
+
+def autocast_obstacle(given: torch.dtype, device: torch.device, layout: Layout) -> str | None:
+    """Why autocast, if it is on, keeps a call with a tensor of dtype ``given`` from running as one op, or None."""
+    dtype = autocast_dtype(device)
+    if dtype is None or given == torch.float64:
         return None
-    if x.dtype != dtype:
-        return f"under autocast stock keeps what is in {x.dtype}"
-    if isinstance(layout, TransitionLayout) and layout.dims == 3 and x.device.type == "cpu":
+    if given != dtype:
+        return f"under autocast stock keeps what is in {given}"
+    if isinstance(layout, TransitionLayout) and layout.dims == 3 and device.type == "cpu":
         return "under autocast on CPUs stock pools volumes in float32"
     return None
-
-
-def _overrides_functions(x: Tensor) -> bool:
-    """Whether ``x`` is of a subclass that wants to see what is called on it."""
-    return not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter) and has_torch_function_unary(x)
-
-
-def _is_contiguous(x: Tensor) -> bool:
-    """Whether stock would return contiguous memory for ``x``."""
-    last = CHANNELS_LAST.get(x.dim())
-    return x.is_contiguous() or last is None or not x.is_contiguous(memory_format=last)
 
 
 def change_class(module: nn.Module, mixed_in: type[Converted], layout: Layout | None = None) -> None:

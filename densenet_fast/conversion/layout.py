@@ -35,9 +35,13 @@ class Unlike(Exception):
 
 
 class Expected(NamedTuple):
-    """What a module was when it was recognised; another class, child or attribute may compute something else."""
+    """What a module was when it was recognised; another class, forward, child or attribute may compute something else.
+
+    Of a class's forwards, which may be replaced on the class, ``forward`` counts those seen: functions do not pickle.
+    """
 
     kind: type[nn.Module]
+    forward: int
     attributes: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, "Expected"], ...]
 
@@ -169,7 +173,13 @@ def read_transition(module: nn.Module) -> TransitionLayout:
 
 def obstacle(module: nn.Module, layout: Layout) -> str | None:
     """Why ``module``, which was recognised as ``layout``, cannot run as one op now, or None."""
-    return _changed(module, layout.expected, "") or _unlike(module, layout)
+    return _replaced(layout.expected) or _changed(module, layout.expected, "") or _unlike(module, layout)
+
+
+def outdated(module: nn.Module, layout: Layout) -> bool:
+    """Whether ``module`` is not what it was when it was recognised as ``layout``, hooks aside."""
+    changed = _replaced(layout.expected) or _changed(module, layout.expected, "", hooks=False)
+    return bool(changed or _unlike(module, layout))
 
 
 def _unlike(module: nn.Module, layout: Layout) -> str | None:
@@ -202,7 +212,27 @@ def _unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
     return reason
 
 
-def _changed(module: nn.Module, expected: Expected, path: str) -> str | None:
+_forwards: dict[tuple[type[nn.Module], int], Any] = {}
+"""The forwards of other libraries' classes, in the order in which they were seen."""
+
+
+def _forward(kind: type[nn.Module]) -> int:
+    """The number of the forward that ``kind`` has now."""
+    number = 0
+    while _forwards.setdefault((kind, number), kind.forward) is not kind.forward:
+        number += 1
+    return number
+
+
+def _replaced(expected: Expected) -> str | None:
+    """Whether the class's forward was replaced since ``expected``, which one read from a pickle is as it is now."""
+    key = expected.kind, expected.forward
+    if _forwards.setdefault(key, expected.kind.forward) is not expected.kind.forward:
+        return f"{expected.kind.__name__}.forward was replaced since the conversion"
+    return None
+
+
+def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = True) -> str | None:
     """Which module below ``module`` has a hook, or which has changed since ``expected``, or None."""
     for name, value in expected.attributes:
         now = getattr(module, name, None)
@@ -215,9 +245,9 @@ def _changed(module: nn.Module, expected: Expected, path: str) -> str | None:
         synchronised = type(child) in fusion.SYNC_BATCH_NORMS and part.kind in reference.BATCH_NORMS.values()
         if type(child) is not part.kind and not synchronised:
             return f"{path}{name} is a {type(child).__name__}, not a {part.kind.__name__}"
-        if fusion.has_hooks(child):
+        if fusion.has_hooks(child) if hooks else "forward" in vars(child):
             return f"{path}{name} has a hook or a forward of its own"
-        reason = _changed(child, part, f"{path}{name}.")
+        reason = _replaced(part) or _changed(child, part, f"{path}{name}.", hooks)
         if reason is not None:
             return reason
     return None
@@ -235,7 +265,7 @@ def _expected(module: nn.Module, path: str, drop_rates: dict[str, str]) -> Expec
         for name, child in module._modules.items()
         if child is not None
     ]
-    return Expected(type(module), attributes, tuple(children))
+    return Expected(type(module), _forward(type(module)), attributes, tuple(children))
 
 
 _STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}
