@@ -3,7 +3,10 @@
 ``densenet_fast.densenet121()`` in place of ``torchvision.models.densenet121()``: the same parameters, the same numbers.
 """
 
-from densenet_fast import functional, nn, reference
+import importlib.util
+from typing import Any
+
+from densenet_fast import checkpoints, functional, nn, reference
 from densenet_fast.conversion import convert, restore
 from densenet_fast.explain import explain
 from densenet_fast.models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
@@ -26,3 +29,20 @@ __all__ = [
     "restore",
     "set_fused",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """torchvision's enums of weights (``DenseNet121_Weights``, ...), which import torchvision when they are asked for.
+
+    Raises:
+        AttributeError: there is nothing of that name.
+        ModuleNotFoundError: it is an enum and torchvision is not installed.
+    """
+    if name in checkpoints.ENUMS:
+        return checkpoints.enum(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    enums = checkpoints.ENUMS if importlib.util.find_spec("torchvision") else ()
+    return sorted({*globals(), *enums})

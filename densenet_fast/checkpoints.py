@@ -1,13 +1,17 @@
 """Pretrained weights: torchvision's hosted checkpoints and local ones."""
 
 import re
+import types
 import warnings
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
+
+from densenet_fast.thirdparty import import_torchvision
 
 URLS = {
     "densenet121": "https://download.pytorch.org/models/densenet121-a639ec97.pth",
@@ -21,15 +25,85 @@ NAMES = ("IMAGENET1K_V1", "DEFAULT")
 
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _DOTTED_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
+_NAME = re.compile(r"(?:\w+_Weights\.)?\w+")
 
 
-def legacy_argument(weights: Any, kwargs: dict[str, Any]) -> Any:
-    """``weights``, or what torchvision's former ``pretrained=True`` (also as first argument) stands for."""
-    pretrained = kwargs.pop("pretrained", weights if isinstance(weights, bool) else None)
-    if pretrained is None:
+def enum_name(model: str) -> str:
+    """The name of torchvision's enum of the weights of ``model`` ("densenet121")."""
+    return f"DenseNet{model.removeprefix('densenet')}_Weights"
+
+
+ENUMS = tuple(enum_name(model) for model in URLS)
+
+
+def enum(name: str) -> type:
+    """torchvision's weights enum of that name.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+    """
+    try:
+        torchvision = import_torchvision()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name}: expected torchvision, which it belongs to, to be installed; weights='IMAGENET1K_V1' works without"
+        ) from error
+    return getattr(torchvision.models, name)
+
+
+class WeightsAnnotation(types.GenericAlias):
+    """The union of all that ``weights`` may be, torchvision's enum among it; torchvision is imported when it is asked
+    for its arguments."""
+
+    def __new__(cls, name: str) -> "WeightsAnnotation":
+        return super().__new__(cls, Union, (name, str, PathLike[str], type(None)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeightsAnnotation, super().__args__[:1]
+
+    @property
+    def __args__(self) -> tuple[Any, ...]:
+        name, *others = super().__args__
+        try:
+            return enum(name), *others
+        except ModuleNotFoundError:
+            return tuple(others)
+
+
+def annotated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, named as a model is, with an annotation that ``torchvision.models.get_model_weights`` reads."""
+    function.__annotations__["weights"] = WeightsAnnotation(enum_name(function.__name__))
+    return function
+
+
+def legacy_argument(model: str, weights: Any, kwargs: dict[str, Any]) -> Any:
+    """``weights``, or what torchvision's former ``pretrained=True`` (also as first argument) stands for, with
+    torchvision's warnings, in the name of the caller's caller's caller.
+
+    Raises:
+        TypeError: both ``weights`` and ``pretrained`` are given.
+    """
+    if "pretrained" not in kwargs and not isinstance(weights, bool):
         return weights
-    warnings.warn("pretrained is deprecated: use weights='IMAGENET1K_V1' or weights=None", FutureWarning, stacklevel=4)
-    return "IMAGENET1K_V1" if pretrained else None
+    if "pretrained" in kwargs:
+        if weights is not None:
+            raise TypeError(f"pretrained: expected no weights beside it, got {weights!r}")
+        warnings.warn(
+            "The parameter 'pretrained' is deprecated since 0.13 and may be removed in the future, please use "
+            "'weights' instead.",
+            UserWarning,
+            stacklevel=4,
+        )
+    name = NAMES[0] if kwargs.pop("pretrained", weights) else None
+    equivalent = f"weights={enum_name(model)}.{name}" if name else "weights=None"
+    more = f" You can also use `weights={enum_name(model)}.DEFAULT` to get the most up-to-date weights." if name else ""
+    warnings.warn(
+        "Arguments other than a weight enum or `None` for 'weights' are deprecated since 0.13 and may be removed in "
+        f"the future. The current behavior is equivalent to passing `{equivalent}`.{more}",
+        UserWarning,
+        stacklevel=4,
+    )
+    return name
 
 
 def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
@@ -40,8 +114,9 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
         progress: whether to show a progress bar while downloading.
 
     Raises:
-        ValueError: no such weights, or those of another model.
-        TypeError: ``weights`` is of another kind.
+        KeyError: no weights have that name.
+        TypeError: ``weights`` is of another kind, or a member of another model's enum.
+        ValueError: none are hosted for that model, or the file is missing or holds none.
     """
     if weights is None:
         return None
@@ -49,25 +124,31 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
         path = Path(weights).expanduser()
         if path.is_file():
             return normalised(_read(path))
-    elif not hasattr(weights, "url"):
-        raise TypeError(
-            f"weights: expected None, a name, a torchvision weights enum member or a path, got {type(weights).__name__}"
-        )
+        url = _named(model, weights)
+    else:
+        url = _url(model, weights)
     return normalised(
         torch.hub.load_state_dict_from_url(
-            _url(model, weights), map_location="cpu", progress=progress, check_hash=True, weights_only=True
+            url, map_location="cpu", progress=progress, check_hash=True, weights_only=True
         )
     )
 
 
 def _url(model: str, weights: Any) -> str:
-    enum = f"DenseNet{model.removeprefix('densenet')}_Weights"
-    if hasattr(weights, "url"):
-        if type(weights).__name__ != enum:
-            raise ValueError(f"weights: expected a member of {enum} for {model}, got {weights!r}")
-        return weights.url
-    if str(weights).removeprefix(f"{enum}.") not in NAMES:
-        raise ValueError(f"weights: expected one of {NAMES} or the path of a file that exists, got {str(weights)!r}")
+    """The address of a member of torchvision's enum."""
+    if not hasattr(weights, "url"):
+        expected = "None, a name, a torchvision weights enum member or a path"
+        raise TypeError(f"weights: expected {expected}, got {type(weights).__name__}")
+    if type(weights).__name__ != enum_name(model):
+        raise TypeError(f"weights: expected a member of {enum_name(model)} for {model}, got {weights!r}")
+    return weights.url
+
+
+def _named(model: str, weights: str | PathLike[str]) -> str:
+    """The address of the weights of that name, which is no file's."""
+    if str(weights).removeprefix(f"{enum_name(model)}.") not in NAMES:
+        error = KeyError if isinstance(weights, str) and _NAME.fullmatch(weights) else ValueError
+        raise error(f"weights: expected one of {NAMES} or the path of a file that exists, got {str(weights)!r}")
     if model not in URLS:
         raise ValueError(f"weights: none are hosted for {model}; expected None or the path of a file")
     return URLS[model]

@@ -101,7 +101,7 @@ Weights = str | PathLike[str] | Any | None
 
 
 def _densenet(name: str, weights: Weights, progress: bool, kwargs: dict[str, Any]) -> DenseNet:
-    state_dict = checkpoints.load(name, checkpoints.legacy_argument(weights, kwargs), progress)
+    state_dict = checkpoints.load(name, checkpoints.legacy_argument(name, weights, kwargs), progress)
     if state_dict is not None:
         num_classes = checkpoints.num_classes(state_dict)
         if kwargs.setdefault("num_classes", num_classes) != num_classes:
@@ -112,6 +112,7 @@ def _densenet(name: str, weights: Weights, progress: bool, kwargs: dict[str, Any
     return model
 
 
+@checkpoints.annotated
 def densenet121(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
     """DenseNet-121.
 
@@ -121,23 +122,29 @@ def densenet121(weights: Weights = None, progress: bool = True, **kwargs: Any) -
         progress: whether to show a progress bar while downloading.
         **kwargs: passed to :class:`DenseNet`; ``num_classes`` is taken from the weights.
 
+    ``pretrained=True``, also as the first argument, is what it was in torchvision: a warning, and "IMAGENET1K_V1".
+
     Raises:
-        ValueError: no such weights, or ``num_classes`` is not the weights'.
-        TypeError: ``weights`` is of another kind.
+        KeyError: no weights have that name.
+        TypeError: ``weights`` is of another kind, or a member of another model's enum.
+        ValueError: the file is missing or holds no such weights, or ``num_classes`` is not the weights'.
     """
     return _densenet("densenet121", weights, progress, kwargs)
 
 
+@checkpoints.annotated
 def densenet161(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
     """DenseNet-161 (k = 48); arguments and errors as for :func:`densenet121`."""
     return _densenet("densenet161", weights, progress, kwargs)
 
 
+@checkpoints.annotated
 def densenet169(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
     """DenseNet-169; arguments and errors as for :func:`densenet121`."""
     return _densenet("densenet169", weights, progress, kwargs)
 
 
+@checkpoints.annotated
 def densenet201(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
     """DenseNet-201; arguments and errors as for :func:`densenet121`."""
     return _densenet("densenet201", weights, progress, kwargs)

@@ -1,6 +1,11 @@
 """Pretrained weights: names, enum members, paths, legacy keys, and what is refused."""
 
+import inspect
 import re
+import subprocess
+import sys
+import typing
+import warnings
 
 import pytest
 import torch
@@ -44,13 +49,29 @@ def test_hosted_weights_with_legacy_keys(hosted, weights):
         assert value.equal(expected), key
 
 
-def test_pretrained_is_still_understood(hosted):
-    for arguments in (dict(pretrained=True), dict(weights=True)):
-        with pytest.warns(FutureWarning, match="pretrained"):
-            model = densenet_fast.densenet121(**arguments)
-        assert model.classifier.weight.equal(hosted.classifier.weight)
-    with pytest.warns(FutureWarning):
-        assert densenet_fast.densenet121(False).classifier.weight.shape == (1000, 1024)
+@pytest.mark.parametrize("arguments", [dict(pretrained=True), dict(weights=False)])
+def test_pretrained_warns_as_torchvision_does(hosted, arguments):
+    """The same warnings in the same order, and the model that they promise."""
+    warned = []
+    for library in (densenet_fast, torchvision.models):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = library.densenet121(progress=False, **arguments)
+        caught = [w for w in caught if issubclass(w.category, UserWarning)]
+        warned.append([(w.category, re.sub(r"\s+", " ", str(w.message))) for w in caught])
+        assert model.classifier.weight.equal(hosted.classifier.weight) == next(iter(arguments.values()))
+    assert warned[0] == warned[1] and len(warned[0]) == 1 + ("pretrained" in arguments)
+
+
+def test_the_warning_points_to_the_caller():
+    with pytest.warns(UserWarning, match="Arguments other than a weight enum or `None`") as caught:
+        densenet_fast.densenet121(False)
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_pretrained_and_weights_exclude_each_other(hosted):
+    with pytest.raises(TypeError, match="pretrained: expected no weights beside it, got 'DEFAULT'"):
+        densenet_fast.densenet121("DEFAULT", pretrained=False)
 
 
 def test_download_is_hash_checked_and_loads_weights_only(monkeypatch):
@@ -93,11 +114,12 @@ def test_densenet264_takes_a_path(tmp_path):
 @pytest.mark.parametrize(
     "name, weights, options, error, words",
     [
-        ("densenet121", "IMAGENET1K_V2", {}, ValueError, "weights: expected one of .* got 'IMAGENET1K_V2'"),
+        ("densenet121", "IMAGENET1K_V2", {}, KeyError, "weights: expected one of .* got 'IMAGENET1K_V2'"),
         ("densenet121", "missing.pth", {}, ValueError, "path of a file that exists, got 'missing.pth'"),
         ("densenet121", 3, {}, TypeError, "weights: expected .* got int"),
-        ("densenet121", "DenseNet161_Weights.DEFAULT", {}, ValueError, "weights"),
-        ("densenet161", torchvision.models.DenseNet121_Weights.DEFAULT, {}, ValueError, "DenseNet161_Weights"),
+        ("densenet121", "DenseNet161_Weights.DEFAULT", {}, KeyError, "got 'DenseNet161_Weights.DEFAULT'"),
+        ("densenet161", torchvision.models.DenseNet121_Weights.DEFAULT, {}, TypeError, "DenseNet161_Weights"),
+        ("densenet121", torchvision.models.ResNet18_Weights.DEFAULT, {}, TypeError, "got ResNet18_Weights"),
         ("densenet264", "DEFAULT", {}, ValueError, "none are hosted for densenet264"),
         ("densenet121", "DEFAULT", dict(num_classes=10), ValueError, "num_classes: expected 1000.* got 10"),
     ],
@@ -122,3 +144,35 @@ def test_files_that_hold_no_weights(tmp_path, content, words):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=words):
         densenet_fast.densenet121(weights=path)
+
+
+HOSTED = ["densenet121", "densenet161", "densenet169", "densenet201"]
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_torchvision_finds_the_weights_of_our_functions(name):
+    function = getattr(densenet_fast, name)
+    enum = torchvision.models.get_model_weights(name)
+    assert torchvision.models.get_model_weights(function) is enum
+    assert getattr(densenet_fast, enum.__name__) is enum and enum.__name__ in dir(densenet_fast)
+    assert enum in typing.get_args(typing.get_type_hints(function)["weights"])
+    assert f"{enum.__name__}', str" in str(inspect.signature(function))
+
+
+WITHOUT_TORCHVISION = """
+import sys, typing
+sys.modules["torchvision"] = None
+import densenet_fast
+hints = typing.get_type_hints(densenet_fast.densenet121)["weights"]
+assert str in typing.get_args(hints), hints
+assert not hasattr(densenet_fast, "DenseNet264_Weights")
+try:
+    from densenet_fast import DenseNet121_Weights
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_the_enums_without_torchvision():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TORCHVISION], capture_output=True, text=True)
+    assert run.stdout.startswith("DenseNet121_Weights: expected torchvision"), run.stderr

@@ -1,6 +1,6 @@
 """When a module may run fused, and why not otherwise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ContextDecorator
 from types import TracebackType
 from typing import Any
@@ -93,15 +93,31 @@ def convolution_obstacle(module: nn.Module, conv: str, kernel: int) -> str | Non
     dims = DIMENSIONS.get(type(convolve))
     if dims is None:
         return f"{conv} is a {type(convolve).__name__}, not a convolution"
-    plain = (
+    ones, padding = (1,) * dims, (kernel // 2,) * dims
+    pads_plainly = convolve.padding in (padding, "same") or (kernel == 1 and convolve.padding == "valid")
+    if (
         convolve.kernel_size == (kernel,) * dims
-        and convolve.stride == (1,) * dims
-        and convolve.padding == (kernel // 2,) * dims
-        and (kernel == 1 or convolve.dilation == (1,) * dims)
+        and convolve.stride == ones
+        and pads_plainly
+        and (kernel == 1 or convolve.dilation == ones)
         and convolve.groups == 1
         and (kernel == 1 or convolve.padding_mode == "zeros")
-    )
-    return None if plain else f"{conv} is not a plain convolution of kernel size {kernel}: {convolve.extra_repr()}"
+    ):
+        return None
+    wanted = {"kernel_size": kernel, "stride": 1, "groups": 1}
+    wanted |= {} if pads_plainly else {"padding": kernel // 2}
+    wanted |= {} if kernel == 1 else {"dilation": 1, "padding_mode": "zeros"}
+    return f"{conv} is not a plain convolution of kernel size {kernel}: {_other_settings(convolve, wanted)}"
+
+
+def _other_settings(module: nn.Module, wanted: dict[str, Any]) -> str:
+    """The attributes of ``module`` that are not as ``wanted``, in each dimension alike, with their values."""
+    other = []
+    for name, value in wanted.items():
+        found = getattr(module, name)
+        if any(size != value for size in (found if isinstance(found, (tuple, list)) else [found])):
+            other.append(f"{name}={found!r}")
+    return ", ".join(other)
 
 
 def hook_obstacle(module: nn.Module, *names: str) -> str | None:
@@ -131,28 +147,18 @@ def relu_obstacle(module: nn.Module, relu: str) -> str | None:
 
 def max_pool_obstacle(module: nn.Module, pool: str) -> str | None:
     """Why the child ``pool`` of ``module`` is not a maximum over 3x3 windows at distance 2, padded by 1, or None."""
-    part = child(module, pool)
-    if type(part) is nn.MaxPool2d and not part.return_indices and not part.ceil_mode:
-        sizes = [(s, s) if isinstance(s, int) else tuple(s) for s in _window(part)]
-        if sizes == [(3, 3), (2, 2), (1, 1), (1, 1)]:
-            return None
-    return f"{pool} is not a plain maximum over 3x3 windows of stride 2: {part}"
+    part, wanted = child(module, pool), {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+    wanted |= {"ceil_mode": False, "return_indices": False}
+    other = _other_settings(part, wanted) if type(part) is nn.MaxPool2d else type(part).__name__
+    return f"{pool} is not a plain maximum over 3x3 windows of stride 2: {other}" if other else None
 
 
 def average_pool_obstacle(module: nn.Module, pool: str, dims: int) -> str | None:
     """Why the child ``pool`` of ``module`` is not a mean over windows of 2 that drops an odd last row, or None."""
-    part = child(module, pool)
-    if type(part) is reference.AVERAGE_POOLS[dims]:
-        sizes = [[size] * dims if isinstance(size, int) else list(size) for size in (part.kernel_size, part.stride)]
-        padding = {part.padding} if isinstance(part.padding, int) else set(part.padding)
-        divisor = getattr(part, "divisor_override", None)
-        if all(s in ([2] * dims, [2]) for s in sizes) and padding == {0} and not part.ceil_mode and divisor is None:
-            return None
-    return f"{pool} is not a plain average over 2: {part}"
-
-
-def _window(pool: nn.MaxPool2d) -> tuple[int | Sequence[int], ...]:
-    return pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    part, wanted = child(module, pool), {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False}
+    wanted |= {} if dims == 1 else {"divisor_override": None}
+    other = _other_settings(part, wanted) if type(part) is reference.AVERAGE_POOLS[dims] else type(part).__name__
+    return f"{pool} is not a plain average over 2: {other}" if other else None
 
 
 def call_obstacle(x: Any, dims: int) -> str | None:
