@@ -105,8 +105,8 @@ def _runs_fused(module: nn.Module | None, x: Any) -> bool:
 
 
 def run(module: nn.Module, x: Tensor, *, contiguous: bool, kept: bool) -> Tensor:
-    """``module`` as one op on ``x``; the result contiguous or else channels last in memory, and a copy if it is ``kept``
-    for the backward pass and may be changed in place."""
+    """``module`` as one op on ``x``; the result contiguous or else channels last in memory, and a copy if it is
+    ``kept`` for the backward pass and may be changed in place."""
     return fusion.run(lambda x: handed_out(apply(module, module.__dict__[STATE], x), not contiguous, kept), x)
 
 

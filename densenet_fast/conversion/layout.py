@@ -6,6 +6,7 @@ made. What the modules do not say (a functional ReLU, where the features are con
 :mod:`densenet_fast.conversion.probe`.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,13 +36,9 @@ class Unlike(Exception):
 
 
 class Expected(NamedTuple):
-    """What a module was when it was recognised; another class, forward, child or attribute may compute something else.
-
-    Of a class's forwards, which may be replaced on the class, ``forward`` counts those seen: functions do not pickle.
-    """
+    """What a module was when it was recognised; another class, child or attribute may compute something else."""
 
     kind: type[nn.Module]
-    forward: int
     attributes: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, "Expected"], ...]
 
@@ -68,6 +65,8 @@ class BlockLayout(NamedTuple):
     dims: int
     layers: tuple[Layer, ...]
     expected: Expected
+    classes: tuple[tuple[type[nn.Module], int], ...]
+    """All classes in it, each with a number for its functions, which may be replaced and do not pickle."""
 
 
 class TransitionLayout(NamedTuple):
@@ -76,6 +75,7 @@ class TransitionLayout(NamedTuple):
     pool: str | None
     """Path of its average pool; None if the pooling is functional."""
     expected: Expected
+    classes: tuple[tuple[type[nn.Module], int], ...]
 
 
 Layout = BlockLayout | TransitionLayout
@@ -143,14 +143,14 @@ def read_block(block: nn.Module) -> BlockLayout:
         raise Unlike("some of its layers drop whole channels and some do not")
     dims = fusion.DIMENSIONS[type(fusion.child(block, layers[0].units[0].conv))]
     rates = {layer.path: layer.drop_rate for layer in layers if layer.drop_rate}
-    return _checked(block, BlockLayout(dims, layers, _expected(block, "", rates)))
+    return _checked(block, BlockLayout(dims, layers, _expected(block, "", rates), _classes(block)))
 
 
 def without_drop_rates(block: nn.Module, layout: BlockLayout) -> BlockLayout:
     """``layout`` for a block whose layers use their drop rates in a way of their own: it holds while they do not
     change."""
     layers = tuple(layer._replace(drop_rate=None) for layer in layout.layers)
-    return BlockLayout(layout.dims, layers, _expected(block, "", {}))
+    return BlockLayout(layout.dims, layers, _expected(block, "", {}), layout.classes)
 
 
 def read_transition(module: nn.Module) -> TransitionLayout:
@@ -168,17 +168,17 @@ def read_transition(module: nn.Module) -> TransitionLayout:
         raise Unlike(f"{(leaves.dropouts + leaves.others)[-1]} is not a part of BN-ReLU-convolution-pooling")
     pool = leaves.others[0] if leaves.others else None
     dims = fusion.DIMENSIONS[type(fusion.child(module, unit.conv))]
-    return _checked(module, TransitionLayout(dims, unit, pool, _expected(module, "", {})))
+    return _checked(module, TransitionLayout(dims, unit, pool, _expected(module, "", {}), _classes(module)))
 
 
 def obstacle(module: nn.Module, layout: Layout) -> str | None:
     """Why ``module``, which was recognised as ``layout``, cannot run as one op now, or None."""
-    return _replaced(layout.expected) or _changed(module, layout.expected, "") or _unlike(module, layout)
+    return _replaced(layout) or _changed(module, layout.expected, "") or _unlike(module, layout)
 
 
 def outdated(module: nn.Module, layout: Layout) -> bool:
     """Whether ``module`` is not what it was when it was recognised as ``layout``, hooks aside."""
-    changed = _replaced(layout.expected) or _changed(module, layout.expected, "", hooks=False)
+    changed = _replaced(layout) or _changed(module, layout.expected, "", hooks=False)
     return bool(changed or _unlike(module, layout))
 
 
@@ -212,23 +212,36 @@ def _unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
     return reason
 
 
-_forwards: dict[tuple[type[nn.Module], int], Any] = {}
-"""The forwards of other libraries' classes, in the order in which they were seen."""
+_seen: dict[tuple[type[nn.Module], int], list[tuple[type, str, Any]]] = {}
+"""The functions of other libraries' classes, as often as they were replaced: an owner, a name and what stood there."""
 
 
-def _forward(kind: type[nn.Module]) -> int:
-    """The number of the forward that ``kind`` has now."""
-    number = 0
-    while _forwards.setdefault((kind, number), kind.forward) is not kind.forward:
-        number += 1
-    return number
+def _functions(kind: type[nn.Module]) -> list[tuple[type, str, Any]]:
+    """What ``kind`` is made of, but for torch's classes, which :func:`fusion.patched` watches."""
+    own = [owner for owner in kind.__mro__ if owner is not object and not owner.__module__.startswith("torch.")]
+    found = [(owner, name, value) for owner in own for name, value in vars(owner).items() if callable(value)]
+    return [*found, (kind, "forward", kind.forward)] if own else []
 
 
-def _replaced(expected: Expected) -> str | None:
-    """Whether the class's forward was replaced since ``expected``, which one read from a pickle is as it is now."""
-    key = expected.kind, expected.forward
-    if _forwards.setdefault(key, expected.kind.forward) is not expected.kind.forward:
-        return f"{expected.kind.__name__}.forward was replaced since the conversion"
+def _is_as_seen(kind: type[nn.Module], number: int) -> bool:
+    """Whether the functions of ``kind`` are those seen under ``number``; where that was in another process, as now."""
+    if (kind, number) not in _seen:
+        _seen[kind, number] = _functions(kind)
+    return all(getattr(owner, name, None) is value for owner, name, value in _seen[kind, number])
+
+
+def _classes(module: nn.Module) -> tuple[tuple[type[nn.Module], int], ...]:
+    """The classes of ``module`` and of all below it, each with the number under which its functions were seen."""
+    kinds = {type(part) for part in module.modules()}
+    return tuple((kind, next(n for n in itertools.count() if _is_as_seen(kind, n))) for kind in kinds)
+
+
+def _replaced(layout: Layout) -> str | None:
+    """The class one of whose functions was replaced since the conversion, or None."""
+    for kind, number in layout.classes:
+        if not _is_as_seen(kind, number):
+            names = [name for owner, name, value in _seen[kind, number] if getattr(owner, name, None) is not value]
+            return f"{kind.__name__}.{names[0]} was replaced since the conversion"
     return None
 
 
@@ -247,7 +260,7 @@ def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = Tru
             return f"{path}{name} is a {type(child).__name__}, not a {part.kind.__name__}"
         if fusion.has_hooks(child) if hooks else "forward" in vars(child):
             return f"{path}{name} has a hook or a forward of its own"
-        reason = _replaced(part) or _changed(child, part, f"{path}{name}.", hooks)
+        reason = _changed(child, part, f"{path}{name}.", hooks)
         if reason is not None:
             return reason
     return None
@@ -265,7 +278,7 @@ def _expected(module: nn.Module, path: str, drop_rates: dict[str, str]) -> Expec
         for name, child in module._modules.items()
         if child is not None
     ]
-    return Expected(type(module), _forward(type(module)), attributes, tuple(children))
+    return Expected(type(module), attributes, tuple(children))
 
 
 _STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}

@@ -194,8 +194,11 @@ class Features(nn.Sequential):
         return input
 
     def _forward(self, input: Tensor) -> Tensor:
-        if fusion.environment_obstacle(input) is None and not fusion.overrides_functions(input):
+        reason = fusion.chain_obstacle(input)
+        if reason is None:
             return self.through(input, self.steps())
+        if "norm0" in self._modules:
+            calls.note(self, reason, "Stem")
         return super().forward(input)
 
 

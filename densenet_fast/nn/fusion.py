@@ -229,6 +229,12 @@ def overrides_functions(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter) and has_torch_function_unary(x)
 
 
+def chain_obstacle(x: Any) -> str | None:
+    """Why fused parts cannot be chained here and now, or None; a subclass of Tensor sees each part's call."""
+    reason = environment_obstacle(x)
+    return f"the input is a {type(x).__name__}" if reason is None and overrides_functions(x) else reason
+
+
 def run(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``part(x)``, which a subclass of Tensor with a ``__torch_function__`` sees as one call; the result is of that
     class, as that of any of torch's functions."""
