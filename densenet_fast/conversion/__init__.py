@@ -180,9 +180,10 @@ def _recognise(module: nn.Module, layouts: Callable[[nn.Module], Iterator[Layout
                     f"a {type(module).__name__} has no forward: its layers are called one by one, as in a graph that "
                     "torch.fx made; extract one with the blocks as leaf modules, or use hooks"
                 )
-            reason = differs(module, candidate)
-            if reason is None:
+            difference = differs(module, candidate)
+            if difference is None:
                 return candidate, ""
+            reason = reason or difference
     except Unlike as error:
         reason = str(error)
     return None, reason

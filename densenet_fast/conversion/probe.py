@@ -20,6 +20,9 @@ SPATIAL = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
 TOLERANCE = 1e-8
 """Relative; what rounding makes in float64 is less, another eps or order of features more."""
 
+DROP_RATE = 0.5
+"""One that shows."""
+
 
 def differs(module: nn.Module, layout: Layout) -> str | None:
     """Why ``module`` does not compute what ``layout`` says, or None if it does."""
@@ -36,27 +39,84 @@ def differs(module: nn.Module, layout: Layout) -> str | None:
             x = torch.randn(2, channels, *SPATIAL[layout.dims], generator=generator, dtype=torch.float64)
             clones = Clones(module, layout, generator)
             for training in (True, False):
-                stock, ours = clones.make(training), clones.make(training)
-                torch.default_generator.manual_seed(0)
-                try:
-                    expected = stock.forward(x.clone())
-                except Exception as error:
-                    return (
-                        f"its forward failed on one tensor: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                    )
-                torch.default_generator.manual_seed(0)
-                got = apply(ours, layout, x)
-                pairs = zip([got, *ours.buffers()], [expected, *stock.buffers()])
-                if not all(_same(a, b) for a, b in pairs):
-                    return f"its forward computes something else{' in training' if training else ''}"
+                runs = _Runs(clones, x, training, DROP_RATE)
+                if runs.error is not None:
+                    return f"its forward failed on one tensor: {runs.error}"
+                if not runs.agree():
+                    return f"its forward {_difference(runs, clones)}{' in training' if training else ''}"
     finally:
         torch.default_generator.set_state(state)
         torch.set_num_threads(threads)
     return None
 
 
+class _Runs:
+    """What a copy of the module and one run as the op make of x, with the same random numbers."""
+
+    def __init__(self, clones: "Clones", x: Tensor, training: bool, drop_rate: float) -> None:
+        self.x, self.training, self.error = x, training, None
+        stock, ours = clones.make(training, drop_rate), clones.make(training, drop_rate)
+        torch.default_generator.manual_seed(0)
+        try:
+            self.expected = stock.forward(x.clone())
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return
+        torch.default_generator.manual_seed(0)
+        self.got = apply(ours, clones.layout, x)
+        self.buffers = list(zip(ours.buffers(), stock.named_buffers()))
+
+    def agree(self) -> bool:
+        """Whether the outputs are the same, and the buffers."""
+        return self.error is None and _same(self.got, self.expected) and self.other_buffer() is None
+
+    def other_buffer(self) -> str | None:
+        """The name of a buffer that differs, or None."""
+        return next((name for ours, (name, stock) in self.buffers if not _same(ours, stock)), None)
+
+
+def _difference(runs: _Runs, clones: "Clones") -> str:
+    """What the module's forward does otherwise than the op."""
+    got, expected = runs.got, runs.expected
+    if not isinstance(expected, Tensor):
+        return f"returns a {type(expected).__name__}, not a feature map"
+    block = isinstance(clones.layout, BlockLayout)
+    given = runs.x.shape[1]
+    if block and _same(got[:, given:], expected):
+        return "returns the new features alone, without its input"
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        return f"returns {_kind(expected)} where {_kind(got)} was expected"
+    if _same(got, expected):
+        return f"updates {runs.other_buffer()} otherwise"
+    if runs.training and block and _Runs(clones, runs.x, True, 0.0).agree():
+        return "drops out in another place or in another way"
+    if block and _is_reordered(clones.widths(), runs):
+        return "orders the features otherwise"
+    return "computes something else"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {tensor.dtype}"
+
+
+def _is_reordered(widths: list[int], runs: _Runs) -> bool:
+    """Whether the input, ``widths[0]`` channels, comes behind other features, or all features, ``widths`` channels
+    each, come in another order. Layers that read them in another order make other features."""
+    expected = runs.expected
+    behind = range(1, expected.shape[1] - widths[0] + 1)
+    if any(_same(runs.x, expected[:, start : start + widths[0]]) for start in behind):
+        return True
+    parts, start = list(runs.got.split(widths, 1)), 0
+    while parts:
+        found = next((i for i, p in enumerate(parts) if _same(p, expected[:, start : start + p.shape[1]])), None)
+        if found is None:
+            return False
+        start += parts.pop(found).shape[1]
+    return True
+
+
 def _same(got: Tensor, expected: Any) -> bool:
-    if not isinstance(expected, Tensor) or got.shape != expected.shape:
+    if not isinstance(expected, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     if not got.dtype.is_floating_point:
         return got.equal(expected)
@@ -70,8 +130,13 @@ class Clones:
         self.module, self.layout, self.generator = module, layout, generator
         self.values: dict[int, Tensor] = {}
 
-    def make(self, training: bool) -> nn.Module:
-        """One copy, with dropout at a rate that shows."""
+    def widths(self) -> list[int]:
+        """How many channels a block is given, and makes in each layer."""
+        convs = [[fusion.child(self.module, unit.conv) for unit in layer.units] for layer in self.layout.layers]
+        return [convs[0][0].in_channels, *(layer[-1].out_channels for layer in convs)]
+
+    def make(self, training: bool, drop_rate: float) -> nn.Module:
+        """One copy, with dropout at that rate."""
         clone = self._copy(self.module, {})
         for part in clone.modules():
             part.training = training
@@ -79,9 +144,9 @@ class Clones:
                 part.__class__ = reference.BATCH_NORMS[self.layout.dims]
         for layer in self.layout.layers if isinstance(self.layout, BlockLayout) else ():
             if layer.dropout is not None:
-                fusion.child(clone, layer.dropout).p = 0.5
+                fusion.child(clone, layer.dropout).p = drop_rate
             elif layer.drop_rate is not None:
-                setattr(fusion.child(clone, layer.path), layer.drop_rate, 0.5)
+                setattr(fusion.child(clone, layer.path), layer.drop_rate, drop_rate)
         return clone
 
     def _copy(self, module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:

@@ -12,7 +12,7 @@ from conversion import twins
 from helpers import randomise
 
 FOREIGN = {
-    "reversed concatenation": (lambda: twins.ReversedBlock(2, 12, 8), "forward computes something else"),
+    "reversed concatenation": (lambda: twins.ReversedBlock(2, 12, 8), "its forward orders the features otherwise"),
     "residual": (lambda: twins.ResidualBlock(2, 12, 8, 0.0), "its forward computes something else"),
     "scaled": (lambda: twins.OwnBlock(2, 12, 8, scale=0.2), "its forward computes something else"),
     "two inputs": (lambda: twins.TwoInputBlock(2, 12, 8, 0.0), "its forward failed on one tensor: TypeError"),
@@ -151,3 +151,87 @@ def test_a_drop_rate_used_in_a_way_of_its_own_must_not_change():
         torch.manual_seed(1)
         outputs.append(run(x))
     assert outputs[0].equal(outputs[1])
+
+
+class Made(twins.OwnBlock):
+    """Hands ``made`` the input and the features of each layer."""
+
+    def __init__(self, made):
+        super().__init__(2, 12, 8)
+        self.made = made
+
+    def forward(self, x):
+        features = [x]
+        for unit in self.units:
+            features.append(unit(torch.cat(features, 1)))
+        return self.made(*features)
+
+
+class CountsTwice(twins.OwnBlock):
+    def forward(self, x):
+        for unit in self.units:
+            unit.bn1(x)
+            x = torch.cat([x, unit(x)], 1)
+        return x
+
+
+class Pooled(twins.Transition):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class DropsEarlier(twins.OwnLayer):
+    """Drops out the bottleneck."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return self.conv2(F.relu(self.bn2(self.dropout(self.conv1(F.relu(self.bn1(x)))))))
+
+
+class DropsChannels(twins.OwnLayer):
+    """Drops out whole channels, by a function."""
+
+    drop_rate = 0.0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.drop_rate = 0.2
+
+    def forward(self, x):
+        return F.dropout2d(super().forward(x), self.drop_rate, self.training)
+
+
+def of_layers(kind):
+    block = twins.OwnBlock(2, 12, 8)
+    block.units = nn.ModuleList([kind(12, 8), kind(20, 8)])
+    return block
+
+
+DIFFERENCES = {
+    "list": (lambda: Made(lambda *f: list(f)), "returns a list, not a feature map"),
+    "new features": (
+        lambda: Made(lambda x, *new: torch.cat(new, 1)),
+        "returns the new features alone, without its input",
+    ),
+    "order": (lambda: Made(lambda x, a, b: torch.cat([x, b, a], 1)), "orders the features otherwise"),
+    "input last": (lambda: Made(lambda x, a, b: torch.cat([a, b, x], 1)), "orders the features otherwise"),
+    "last features": (
+        lambda: Made(lambda x, a, b: b),
+        "returns [2, 8, 5, 4] of torch.float64 where [2, 28, 5, 4] of torch.float64 was expected",
+    ),
+    "dtype": (lambda: Made(lambda *f: torch.cat(f, 1).float()), "returns [2, 28, 5, 4] of torch.float32 where"),
+    "scale": (lambda: Made(lambda *f: torch.cat(f, 1) * 2), "computes something else"),
+    "statistics": (lambda: CountsTwice(2, 12, 8), "updates units.0.bn1.num_batches_tracked otherwise"),
+    "dropout module": (lambda: of_layers(DropsEarlier), "drops out in another place or in another way"),
+    "dropout of channels": (lambda: of_layers(DropsChannels), "drops out in another place or in another way"),
+    "transition": (lambda: Pooled(12, 6), "returns a tuple, not a feature map"),
+}
+
+
+@pytest.mark.parametrize("make, difference", DIFFERENCES.values(), ids=DIFFERENCES)
+def test_the_reason_says_what_differs(make, difference):
+    (row,) = densenet_fast.explain(make())
+    assert row.reason.startswith(f"left alone: its forward {difference}") and row.reason.endswith(" in training")
