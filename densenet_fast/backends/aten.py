@@ -174,10 +174,11 @@ def bn_relu_pool_conv1x1(
 ) -> Tensor:
     """mean2x2(relu(bn(x))) @ weight^T + bias for x [M, C], weight [C', C]: [M', C']; with its statistics if asked for.
 
-    Pooling and a 1x1 convolution are linear and commute, so the pooling comes first.
+    Pooling and a 1x1 convolution are linear and commute, so the pooling comes first; the means are not rounded.
     """
-    a = _pooled(x, affine, grid)
-    out = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    a = pool(normalise(x, affine).relu_(), grid)
+    out = a @ weight.to(a.dtype).t()
+    out = (out if bias is None else out + bias).to(x.dtype)
     if statistics is not None:
         channel_statistics(out, statistics)
     return out
