@@ -5,7 +5,7 @@ the unbiased variance. All take and return feature maps [N, C, *spatial] with 1,
 memory format, and return channels-last memory. Under autocast those with a convolution run in its dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.backends.affine import accumulation_dtype
-from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype
+from densenet_fast.backends.layout import CHANNELS_LAST
+from densenet_fast.ops import stock
+from densenet_fast.ops.op import seen_by_dispatcher
+from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype, without_autocast
 from densenet_fast.reference import dropout_mask
 
 __all__ = [
@@ -135,7 +138,11 @@ def _bn_relu_conv1x1(
     _check_unit(unit, x, "weight", x.shape[1], kernel=1)
     group = _group([unit.norm])
     mean, var = _known(x, unit.norm, statistics, group)
-    outputs = ops.bn_relu_conv1x1(x, mean, var, [unit.stage()], pool, describe, group)
+    stage = unit.stage()
+    outputs = ops.bn_relu_conv1x1(x, mean, var, [stage], pool, describe, group)
+    if _beyond_range(x, outputs[2], group):
+        convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
+        outputs = _on_stock(convolve, x, stage, None, None)
     _update_running_statistics([unit.norm], [slice(None)], *outputs[1:4])
     return outputs[0], BatchStatistics(*outputs[4:6])
 
@@ -162,7 +169,11 @@ def bn_relu_maxpool(
     """
     _check_input(x, [norm])
     _check_norm(norm, x, "norm", x.shape[1])
-    outputs = ops.bn_relu_maxpool(x, None, None, [norm.stage()], return_statistics, _group([norm]))
+    stage, group = norm.stage(), _group([norm])
+    outputs = ops.bn_relu_maxpool(x, None, None, [stage], return_statistics, group)
+    if _beyond_range(x, outputs[2], group):
+        out, *own = _on_stock(stock.bn_relu_maxpool, x, stage, None, None)
+        outputs = (out, *own[:3], None, *own[3:])
     _update_running_statistics([norm], [slice(None)], *outputs[1:4])
     return (outputs[0], BatchStatistics(*outputs[5:7])) if return_statistics else outputs[0]
 
@@ -176,8 +187,10 @@ def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStati
     """
     _check_input(x, [norm])
     _check_norm(norm, x, "norm", x.shape[1])
-    group = _group([norm])
-    outputs = ops.bn_relu_global_avgpool(x, *_known(x, norm, statistics, group), [norm.stage()], group)
+    stage, group = norm.stage(), _group([norm])
+    outputs = ops.bn_relu_global_avgpool(x, *_known(x, norm, statistics, group), [stage], group)
+    if _beyond_range(x, outputs[2], group):
+        outputs = _on_stock(stock.bn_relu_global_avgpool, x, stage, None, None)
     _update_running_statistics([norm], [slice(None)], *outputs[1:4])
     return outputs[0]
 
@@ -258,10 +271,44 @@ def dense_block(
         group,
         _link(x) if differentiable and x.requires_grad else None,
     )
+    described = mean[: features.shape[1]], var[: features.shape[1]]
+    if _beyond_range(x, var, group):
+        per_layer = [stages[i : i + len(layers[0])] for i in range(0, len(stages), len(layers[0]))]
+        keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in rates]
+        bottlenecks: list[Tensor] = []
+        features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
+        mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
+        described = made[4:]
     _update_running_statistics(norms, _packed_ranges(x.shape[1], layers), mean, var, count)
-    if not return_statistics:
-        return features
-    return features, BatchStatistics(mean[: features.shape[1]], var[: features.shape[1]], group)
+    return (features, BatchStatistics(*described, group)) if return_statistics else features
+
+
+LARGEST_VARIANCE = 2.0**80
+"""Up to here the cube of rsqrt(variance), which gradients are multiplied by, is a normal float32."""
+
+
+def _beyond_range(x: Tensor, var: Tensor, group: str | None) -> bool:
+    """Whether the variances of a batch [C] are too large for the kernels' float32, or not finite, where stock torch,
+    which sums in float64 on CPUs, may know better. A GPU is not asked: it would have to be waited for."""
+    if x.device.type != "cpu" or x.dtype == torch.float64 or group is not None or seen_by_dispatcher([x]):
+        return False
+    return not var.max().item() <= LARGEST_VARIANCE
+
+
+def _on_stock(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """What ``function`` of ``ops.stock`` makes of x: the result, the mean and variance of x and their count, and the
+    mean and variance of the result. Torch sums in float64 where memory is contiguous."""
+    out = without_autocast(function)(x.contiguous(), *arguments)
+    if out.dim() in CHANNELS_LAST:
+        out = out.contiguous(memory_format=CHANNELS_LAST[out.dim()])
+    count = torch.full((), x.numel() // x.shape[1], dtype=torch.float64)
+    return out, *_summed_in_float64(x), count, *(stock.batch_statistics(out) if out.dim() > 2 else ())
+
+
+def _summed_in_float64(x: Tensor) -> list[Tensor]:
+    """Mean and biased variance of x, [C] each, in float32."""
+    wide, dims = x.detach().double(), [0, *range(2, x.dim())]
+    return [wide.mean(dims).float(), wide.var(dims, correction=0).float()]
 
 
 def _known(

@@ -13,8 +13,8 @@ void conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, c
   advise_huge_pages(out);
   const Tiles tiles = product_tiles(x.rows);
   TileStatistics partial(tiles, statistics ? weight.rows : 0);
-  multiply<T>(weight, bias, then, out, tiles, statistics ? &partial : nullptr,
-              [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
+  multiply<T>(weight, bias, then, out, tiles, statistics ? &partial : nullptr, false,
+              [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
                 kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
               });
   if (statistics) partial.combine(tiles, *statistics);

@@ -109,8 +109,9 @@ struct Filters {
     return {t.stride(1), t.stride(0), t.stride(3)};
   }
 
-  // Transformed panels: their columns are the output channels, and the depth the input channels; or, turned, the other
-  // way round
+  // Transformed panels of T or floats: their columns are the output channels, and the depth the input channels; or,
+  // turned, the other way round
+  template <typename To>
   void transform(const Panels& panels, bool turned) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
     const int64_t depth = turned ? out_channels : in_channels;
@@ -120,11 +121,13 @@ struct Filters {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t p = i / slices, k = i % slices * kSlice, first = 32 * p * s.out + k * s.in;
         const int64_t width = panels.width(p), valid = panels.valid(p), slice = std::min(depth - k, kSlice);
-        uint32_t* to = panels.panel(p) + k / kPerWord<T> * width;
-        if (own) {
+        uint32_t* to = panels.panel(p) + k / kPerWord<To> * width;
+        if (own && std::is_same_v<To, float>) {
+          kernels_of<T>().winograd_weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
+        } else if (own) {
           kernels_of<T>().winograd_weight(own + first, s, slice, valid, width, turned, to, panels.size());
         } else {
-          kernels_of<T>().winograd_weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
+          kernels_of<To>().winograd_weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
         }
       }
     });
@@ -142,37 +145,57 @@ struct FiltersGradient {
   }
 };
 
-// out [M, k] = conv3x3(relu(y), weight) + bias for y = bn(x) [M, B]; relu(y) is x where the affine is null
+// The tiles of relu(y), or of x, in either type
 template <typename T>
-void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
-             const ImageTiles& image, const Matrix<T>& out) {
+void transform_input(const T* const* pixels, int64_t tiles, int64_t cols, const Affine* affine,
+                     const Transformed<float>& out) {
+  kernels_of<T>().winograd_input_to_floats(pixels, 0, tiles, cols, affine, out.tiles());
+}
+inline void transform_input(const bf16* const* pixels, int64_t tiles, int64_t cols, const Affine* affine,
+                            const Transformed<bf16>& out) {
+  kernels_of<bf16>().winograd_input(pixels, 0, tiles, cols, affine, out.tiles());
+}
+
+// conv3x3 with transformed values of type Tile
+template <typename Tile, typename T>
+void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
+                const ImageTiles& image, const Matrix<T>& out) {
   const Kernels<T>& kernel = kernels_of<T>();
-  const Panels weights(filters.out_channels, steps_of<T>(x.cols), 16);
-  filters.transform(weights, false);
+  const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), 16);
+  filters.template transform<Tile>(weights, false);
   const Tiles tiles(image.count(), kForwardTiles, 8);
   tiles.share([&](auto each) {
     const int64_t largest = tiles.largest(), products_ld = weights.padded();
-    const Transformed<T> v(largest, x.cols, false);
+    const Transformed<Tile> v(largest, x.cols, false);
     const auto products = scratch<float>(16 * largest * products_ld);
     Pixels<const T> around(4, 1, largest), next(2, 0, largest);
     Pixels<T> inside(2, 0, largest);
     each([&](int64_t tile, int64_t first, int64_t n) {
-      kernel.winograd_input(around.of(image, x, first, n), 0, n, x.cols, affine, v.tiles());
+      transform_input(around.of(image, x, first, n), n, x.cols, affine, v);
       next.of(image, x, first + n, tiles.begin(std::min(tile + 2, tiles.count())) - first - n);
       for (int64_t i = 0; i < 16; ++i) {
         prefetch(next.pointers, i, 16, 0, x.cols);
         for (int64_t p = 0; p < weights.count; ++p) {
           const int64_t width = weights.width(p);
           for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
-            kernel.product({v.at(i) + step, v.words, 1}, {weights.panel(p, i) + step * width, 0, width}, n, width,
-                           std::min(weights.steps - step, kSumDepth), products.get() + i * n * products_ld + 32 * p,
-                           products_ld, step > 0);
+            kernels_of<Tile>().product({v.at(i) + step, v.words, 1}, {weights.panel(p, i) + step * width, 0, width}, n,
+                                       width, std::min(weights.steps - step, kSumDepth),
+                                       products.get() + i * n * products_ld + 32 * p, products_ld, step > 0);
           }
         }
       }
       kernel.winograd_output(products.get(), products_ld, n, out.cols, bias, inside.of(image, out, first, n));
     });
   });
+}
+
+// out [M, k] = conv3x3(relu(y), weight) + bias for y = bn(x) [M, B]; relu(y) is x where the affine is null. Where bf16
+// are multiplied as floats, their tiles are not rounded.
+template <typename T>
+void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
+             const ImageTiles& image, const Matrix<T>& out) {
+  return kernels().multiplies_bf16 ? conv3x3_in<T>(x, affine, filters, bias, image, out)
+                                   : conv3x3_in<float>(x, affine, filters, bias, image, out);
 }
 
 // D = conv3x3_input_grad(grad, weight) * (y > 0):  out = scale * D with sums [2, B] = (sum D, sum D * (x - mean));  and
@@ -184,7 +207,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
   const bool need_weight = grad_weight != nullptr;
   if (out) advise_huge_pages(*out);
   const Panels weights(x.cols, steps_of<T>(grad.cols), 16);
-  if (out) filters.transform(weights, true);
+  if (out) filters.template transform<T>(weights, true);
   const Tiles tiles(image.count(), kBackwardTiles, 8);
   std::vector<Accumulator> du(tiles.chunks);
   std::vector<ColumnSums> sums_parts(tiles.chunks);

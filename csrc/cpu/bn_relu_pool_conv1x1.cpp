@@ -68,10 +68,11 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Tiles tiles = product_tiles(pooling.outputs);
     TileStatistics partial(tiles, statistics ? w.rows : 0);
     multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"), tiles,
-                statistics ? &partial : nullptr,
-                [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, int64_t ld) {
+                statistics ? &partial : nullptr, sizeof(T) < sizeof(float),
+                [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
                   const auto sources = pooling.sources(m, row, rows);
-                  kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, a.from(c), values, ld);
+                  kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, a.from(c), values, rest,
+                                               ld);
                 });
     if (statistics) partial.combine(tiles, *statistics);
     return out;

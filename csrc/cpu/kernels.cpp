@@ -24,16 +24,24 @@ constexpr Kernels<T> table() {
           .transpose = nullptr,
           .winograd_weight = winograd_weight<T, T>,
           .winograd_weight_floats = winograd_weight<T, float>,
-          .winograd_input = winograd_input<T>,
+          .winograd_weight_to_floats = winograd_weight<float, T>,
+          .winograd_input_to_floats = winograd_input<T, float>,
+          .winograd_input = winograd_input<T, T>,
           .winograd_gradient = winograd_gradient<T>,
           .winograd_output = winograd_output<T>,
           .winograd_input_gradient = winograd_input_gradient<T>,
           .winograd_weight_gradient = winograd_weight_gradient};
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
+
 }  // namespace
 
 extern const KernelTable JOIN(table_, TABLE);
-const KernelTable JOIN(table_, TABLE) = {STRING(TABLE), table<float>(), table<bf16>(), nullptr};
+const KernelTable JOIN(table_, TABLE) = {STRING(TABLE), table<float>(), table<bf16>(), kMultipliesBf16, nullptr};
 
 }  // namespace densenet_fast

@@ -47,7 +47,7 @@ struct Kernels {
   // out = relu(y), [rows, cols]
   void (*bn_relu)(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, T* out, int64_t out_ld);
   // mean = column means, m2 = sums of squared deviations from them
-  void (*statistics)(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2);
+  void (*statistics)(const T* x, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2);
   // D = grad * (y > 0): sum_d += sum D, sum_dx += sum D * (x - mean), out = scale * D; out may be grad
   void (*mask)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine,
                T* out, int64_t out_ld, float* sum_d, float* sum_dx);
@@ -59,9 +59,10 @@ struct Kernels {
   // out = grad + p + q * (x - mean); out may be grad
   void (*finalise)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                    const float* mean, const float* p, const float* q, T* out, int64_t out_ld);
-  // out [rows, cols] = means of relu(y) over the `window` rows x[window * r], ..., from column `offset`
+  // out [rows, cols] = means of relu(y) over the `window` rows x[window * r], ..., from column `offset`; rest = what
+  // their rounding lost, unless null
   void (*bn_relu_mean)(const T* const* x, int64_t offset, int64_t rows, int64_t window, int64_t cols, Affine affine,
-                       T* out, int64_t out_ld);
+                       T* out, T* rest, int64_t out_ld);
   // the backward pass of that: as mask_accumulate, with D = grad / window * (y > 0) at each of a window's rows, and
   // out = scale * D there
   void (*mask_windows)(const float* grad, int64_t grad_ld, const T* const* x, int64_t offset, int64_t rows,
@@ -85,6 +86,10 @@ struct Kernels {
                           bool turned, uint32_t* out, int64_t position);
   void (*winograd_weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols,
                                  int64_t width, bool turned, uint32_t* out, int64_t position);
+  void (*winograd_weight_to_floats)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
+                                    bool turned, uint32_t* out, int64_t position);
+  void (*winograd_input_to_floats)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols,
+                                   const Affine* affine, TransformedTiles<float> out);
   void (*winograd_input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
                          TransformedTiles<T> out);
   void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);
@@ -99,7 +104,8 @@ struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<bf16> b16;
-  void (*release)();  // unless null, each thread calls it after its products
+  bool multiplies_bf16;  // in one instruction, and not as floats
+  void (*release)();     // unless null, each thread calls it after its products
 };
 
 // The kernels for the best instruction set that this processor and its operating system allow, or for the one that the

@@ -56,28 +56,36 @@ struct Weight {
 };
 
 // out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out
-// unless null; normalise(row, rows, column, columns, values, ld) writes that part of a
+// unless null; normalise(row, rows, column, columns, values, rest, ld) writes that part of a, and to `rest` what its
+// rounding loses, which is multiplied too: null unless `exact`
 template <typename T, typename Normalise>
 void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out, const Tiles& tiles,
-              TileStatistics* statistics, Normalise normalise) {
+              TileStatistics* statistics, bool exact, Normalise normalise) {
   const Kernels<T>& kernel = kernels_of<T>();
   const Panels weights(weight.rows, steps_of<T>(weight.cols));
   weight.pack(weights, false);
   tiles.share([&](auto each) {
     const int64_t a_words = std::min(weights.steps, kDepthSteps) + kSkew, a_ld = a_words * kPerWord<T>;
     const int64_t product_ld = weights.padded();
-    const auto a = scratch<T>(tiles.largest() * a_ld);
+    const auto a = scratch<T>(tiles.largest() * a_ld), rest = scratch<T>(exact ? tiles.largest() * a_ld : 0);
     const auto product = scratch<float>(tiles.largest() * product_ld);
     each([&](int64_t tile, int64_t first, int64_t n) {
       for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
         const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
         const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
-        normalise(first, n, c, cols, a.get(), a_ld);
-        for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) a[r * a_ld + cols] = T{};
+        normalise(first, n, c, cols, a.get(), exact ? rest.get() : nullptr, a_ld);
+        for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) {
+          a[r * a_ld + cols] = T{};
+          if (exact) rest[r * a_ld + cols] = T{};
+        }
         for (int64_t p = 0; p < weights.count; ++p) {
           const Operand panel = {weights.panel(p) + step * weights.width(p), 0, weights.width(p)};
           kernel.product({as_words(a.get()), a_words, 1}, panel, n, weights.width(p), steps, product.get() + 32 * p,
                          product_ld, step > 0);
+          if (exact) {
+            kernel.product({as_words(rest.get()), a_words, 1}, panel, n, weights.width(p), steps,
+                           product.get() + 32 * p, product_ld, true);
+          }
         }
       }
       kernel.store_rows(product.get(), product_ld, n, out.cols, bias, then, out.row(first), out.ld);

@@ -29,22 +29,14 @@ void bn_relu(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, 
   for (; r < rows; ++r) bn_relu_rows<1>(x + r * ld, ld, cols, affine, out + r * out_ld, out_ld, next_tile);
 }
 
-// the corrected two-pass formula: the residuals' mean is zero but for rounding, and corrects both results
+// in double and by the distance from the first row, so that nothing is lost where a column is constant but for a few
 template <typename T>
-void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, float* mean, float* m2) {
+void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, double* mean, double* m2) {
   lines(cols, [&]<int N>(int64_t c) {
-    const float count = static_cast<float>(rows);
-    floats<N> sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += load<N>(x + r * ld + c);
-    const floats<N> centre = sum / count;
-    floats<N> squares = {}, residuals = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const floats<N> d = load<N>(x + r * ld + c) - centre;
-      residuals += d;
-      squares += d * d;
-    }
-    store<N>(mean + c, centre + residuals / count);
-    store<N>(m2 + c, relu(squares - residuals * residuals / count));
+    const floats<N> first = load<N>(x + c);
+    Moments<N> moments;
+    for (int64_t r = 1; r < rows; ++r) moments.add(load<N>(x + r * ld + c), first);
+    moments.store(first, static_cast<double>(rows), mean + c, m2 + c);
   });
 }
 
@@ -108,7 +100,7 @@ void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t ro
 
 template <typename T>
 void bn_relu_mean(const T* const* x, int64_t offset, int64_t rows, int64_t window, int64_t cols, Affine affine, T* out,
-                  int64_t out_ld) {
+                  T* rest, int64_t out_ld) {
   const float factor = 1.0f / static_cast<float>(window);
   for (int64_t r = 0; r < rows; ++r, x += window, out += out_ld) {
     columns(cols, [&]<int N>(int64_t c) {
@@ -117,7 +109,9 @@ void bn_relu_mean(const T* const* x, int64_t offset, int64_t rows, int64_t windo
       floats<N> sum = {};
       for (int64_t i = 0; i < window; ++i) sum += relu((load<N>(x[i] + offset + c) - mean) * scale + shift);
       store<N>(out + c, factor * sum);
+      if (rest) store<N>(rest + c, factor * sum - load<N>(out + c));
     });
+    if (rest) rest += out_ld;
   }
 }
 

@@ -279,10 +279,10 @@ struct Accumulator {
 // Column statistics per tile, combined pairwise in the order of the tiles (Chan, Golub and LeVeque 1983)
 struct TileStatistics {
   int64_t cols;
-  std::vector<float> means, m2s;
+  std::vector<double> means, m2s;
 
   TileStatistics(const Tiles& tiles, int64_t cols)
-      : cols(cols), means(zeros(tiles.count() * cols)), m2s(zeros(tiles.count() * cols)) {}
+      : cols(cols), means(tiles.count() * cols), m2s(tiles.count() * cols) {}
 
   template <typename T>
   void add(int64_t tile, const T* x, int64_t ld, int64_t rows) {
@@ -297,7 +297,7 @@ struct TileStatistics {
       const double n = width * (tiles.begin(tile + 1) - tiles.begin(tile));
       if (n == 0) continue;
       const double share = n / (count + n), weight = count * share;
-      const float *tile_means = &means[tile * cols], *tile_m2s = &m2s[tile * cols];
+      const double *tile_means = &means[tile * cols], *tile_m2s = &m2s[tile * cols];
       for (int64_t c = 0; c < cols; ++c) {
         const double delta = tile_means[c] - centre[c];
         m2[c] += tile_m2s[c] + delta * delta * weight;

@@ -44,6 +44,7 @@ struct Wide {
 template <int N>
 struct Lanes {
   typedef float floats __attribute__((vector_size(N * 4)));
+  typedef double doubles __attribute__((vector_size(N * 8)));
   typedef int32_t ints __attribute__((vector_size(N * 4)));
   typedef uint32_t words __attribute__((vector_size(N * 4)));
   typedef uint16_t halves __attribute__((vector_size(N * 2)));
@@ -199,6 +200,44 @@ template <typename C, typename V>
 inline Wide<V> select(Wide<C> condition, Wide<V> a, Wide<V> b) {
   return {select(condition.low, a.low, b.low), select(condition.high, a.high, b.high)};
 }
+
+// Of each lane's values, the sums of their distances from a first one and of the squares of these
+template <int N>
+struct Moments {
+  using doubles = typename Lanes<N>::doubles;
+  doubles sum = {}, squares = {};
+
+  static doubles widen(floats<N> v) { return __builtin_convertvector(v, doubles); }
+
+  void add(floats<N> v, floats<N> first) {
+    const doubles distance = widen(v) - widen(first);
+    sum += distance;
+    squares += distance * distance;
+  }
+
+  // the mean and the sum of squared distances from it
+  void store(floats<N> first, double count, double* mean, double* m2) const {
+    const doubles shift = sum / count, rest = squares - sum * shift;
+    store_bits(mean, widen(first) + shift);
+    store_bits(m2, rest);
+    for (int i = 0; i < N; ++i) m2[i] = m2[i] < 0 ? 0 : m2[i];  // NaN stays NaN
+  }
+};
+template <int N>
+  requires(N > kLanes)
+struct Moments<N> {
+  Moments<N / 2> low, high;
+
+  void add(floats<N> v, floats<N> first) {
+    low.add(v.low, first.low);
+    high.add(v.high, first.high);
+  }
+
+  void store(floats<N> first, double count, double* mean, double* m2) const {
+    low.store(first.low, count, mean, m2);
+    high.store(first.high, count, mean + N / 2, m2 + N / 2);
+  }
+};
 
 // f<lanes>(column) over the columns of a row: WIDEST at a time, by default a register's, and the rest by eight, four
 // and one

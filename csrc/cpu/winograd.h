@@ -59,8 +59,8 @@ inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out
 }
 
 // B^T d B of the pixels [tiles][16], null outside the image, as pixel<N>(c) makes functions that load them
-template <typename T, typename F>
-inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out, F pixel) {
+template <typename T, typename To, typename F>
+inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<To> out, F pixel) {
   transform_tiles(tiles, cols, out, [&]<int N>(int64_t c) {
     return [=, load_pixel = pixel.template operator()<N>(c), line = Lines<floats<N>>()](int64_t t, auto emit) mutable {
       const T* const* tile = pixels + 16 * t;
@@ -90,9 +90,9 @@ inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, Tra
 }
 
 // B^T relu(y) B, or B^T x B without an affine; pixels [tiles][16], null outside the image
-template <typename T>
+template <typename T, typename To>
 void winograd_input(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
-                    TransformedTiles<T> out) {
+                    TransformedTiles<To> out) {
   if (affine == nullptr) {
     input_tiles(pixels, tiles, cols, out, [&]<int N>(int64_t c) {
       return [=](const T* pixel) { return pixel ? load<N>(pixel + offset + c) : floats<N>{}; };

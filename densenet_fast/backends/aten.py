@@ -42,14 +42,15 @@ def channel_statistics(x: Tensor, out: Statistics) -> None:
     """The statistics of the columns of x [M, C].
 
     The corrected two-pass formula (Chan, Golub and LeVeque 1983): the mean of the residuals, zero but for rounding,
-    corrects both results.
+    corrects both results. On CPUs the sums are float64's, as stock's are.
     """
     x = x.to(accumulation_dtype(x.dtype))
+    wide = torch.float64 if x.device.type == "cpu" else x.dtype
     mean = x.mean(0)
     residual = x - mean
-    correction = residual.mean(0)
-    torch.add(mean, correction, out=out.mean)
-    torch.sub(residual.square_().mean(0), correction.square(), out=out.var).clamp_(min=0)
+    correction = residual.mean(0, dtype=wide)
+    out.mean.copy_(mean + correction)
+    out.var.copy_((residual.square_().mean(0, dtype=wide) - correction.square()).clamp_(min=0))
     torch.add(out.var, out.eps, out=out.rstd).rsqrt_()
 
 
@@ -174,10 +175,11 @@ def bn_relu_pool_conv1x1(
 ) -> Tensor:
     """mean2x2(relu(bn(x))) @ weight^T + bias for x [M, C], weight [C', C]: [M', C']; with its statistics if asked for.
 
-    Pooling and a 1x1 convolution are linear and commute, so the pooling comes first.
+    Pooling and a 1x1 convolution are linear and commute, so the pooling comes first; the means are not rounded.
     """
-    a = _pooled(x, affine, grid)
-    out = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+    a = pool(normalise(x, affine).relu_(), grid)
+    out = a @ weight.to(a.dtype).t()
+    out = (out if bias is None else out + bias).to(x.dtype)
     if statistics is not None:
         channel_statistics(out, statistics)
     return out

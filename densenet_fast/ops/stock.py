@@ -100,12 +100,19 @@ def bn_relu_conv_pool(x: Tensor, stage: Stage, mean: Tensor | None, var: Tensor 
 
 
 def dense_block(
-    x: Tensor, layers: Sequence[Sequence[Stage]], masks: Sequence[Tensor], keep_scales: Sequence[float]
+    x: Tensor,
+    layers: Sequence[Sequence[Stage]],
+    masks: Sequence[Tensor],
+    keep_scales: Sequence[float],
+    bottlenecks: list[Tensor] | None = None,
 ) -> Tensor:
-    """The dense block of ``layers``, concatenating after each."""
+    """The dense block of ``layers``, concatenating after each; each layer's bottleneck is appended to ``bottlenecks``,
+    if they are given."""
     for i, stages in enumerate(layers):
         new = x
         for stage in stages:
+            if bottlenecks is not None and new is not x:
+                bottlenecks.append(new)
             new = bn_relu_conv(new, stage)
         if keep_scales[i] != 1:
             new = new * masks[i] * keep_scales[i]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from densenet_fast.backends import BACKENDS
-from densenet_fast.backends.affine import Affine
+from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
 from helpers import error
 
@@ -57,3 +57,27 @@ def test_error_is_at_most_twice_stocks(backend, dtype, shape, kernel):
     stocks = [stock(x, affine, weight, grad, grid, memory_format) for memory_format in formats]
     for what, ours, exact, *theirs in zip(("output", "input gradient", "weight gradient"), got, truth, *stocks):
         assert error(ours, exact) <= 2 * max(error(t, exact) for t in theirs), what
+
+
+@pytest.mark.parametrize("kind", ["patch", "one value", "every channel"])
+def test_statistics_of_nearly_constant_maps(kind):
+    """At most twice stock's error in the layout in which it is more accurate."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.rand(4, 32, 1, 1).expand(4, 32, 48, 48).clone()
+        if kind == "patch":
+            x[:, :, 10:16, 20:26] += torch.randn(4, 32, 6, 6)
+        elif kind == "one value":
+            x[:, :, 30, 30] += 1
+        matrix = to_matrix(x)
+        var, mean = torch.var_mean(matrix.double(), 0, correction=0)
+        norm = torch.nn.BatchNorm2d(32, momentum=1.0)
+        norm(x)
+        count = matrix.shape[0]
+        for backend in BACKENDS:
+            if backend.unavailable() is None and backend.supports(x.device, x.dtype):
+                own = empty_statistics(matrix, 32, 1e-5)
+                backend.channel_statistics(matrix, own)
+                assert error(own.mean, mean) <= 2 * error(norm.running_mean, mean), backend.name
+                stock_var = norm.running_var.double() * (count - 1) / count
+                assert error(own.var, var) <= 2 * error(stock_var, var), backend.name

@@ -3,7 +3,8 @@
     P[q, c] = 1/4 sum_{4 pixels p of window q} relu((F[p, c] - mean_c) * scale_c + shift_c)
     out[q, j] = sum_c P[q, c] * W[j, c]  (+ bias_j)
 
-Pooling and the product are linear and commute, so the pooling comes first: a quarter of the multiplications.
+Pooling and the product are linear and commute, so the pooling comes first: a quarter of the multiplications. In 16 bits
+P is multiplied in two parts, what it is rounded to and what the rounding lost: stock rounds the product alone.
 """
 
 import triton
@@ -59,7 +60,12 @@ def bn_relu_pool_conv1x1(
             normalised = (features.to(tl.float32) - m) * s + t
             pooled += tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
         w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
-        total = settled(tl.dot((0.25 * pooled).to(w.dtype), w, total, input_precision=PRECISION))
+        pooled *= 0.25
+        rounded = pooled.to(w.dtype)
+        total = settled(tl.dot(rounded, w, total, input_precision=PRECISION))
+        if w.dtype != tl.float32:
+            rest = (pooled - rounded.to(tl.float32)).to(w.dtype)
+            total = settled(tl.dot(rest, w, total, input_precision=PRECISION))
     if BIAS:
         total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
     stored = total.to(out.dtype.element_ty)
