@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from densenet_fast import conversion
 from densenet_fast.backends import select
@@ -68,12 +69,13 @@ def explain(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report, heads = Report(), Report()
     others = {id(part.module): part for part in conversion.survey(model)}
+    given = _dtypes_under_autocast(model, others)
     for name, module in model.named_modules():
         kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
         if kind is not None:
             report.append(_part(name, kind.__name__, module, module.spatial_dims, module.obstacle()))
         elif id(module) in others:
-            report.append(_other(name, others[id(module)]))
+            report.append(_other(name, others[id(module)], given.get(id(module))))
         elif isinstance(module, Features) and "norm0" in module._modules:
             report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle()))
         elif isinstance(module, DenseNet):
@@ -83,15 +85,34 @@ def explain(model: nn.Module) -> Report:
     return Report(replace(row, **LEFT_OUT) if called > 1 and row.fused and not row.last_call else row for row in report)
 
 
-def _other(name: str, part: conversion.Part) -> ModuleReport:
-    """A part of another library's model."""
+def _dtypes_under_autocast(model: nn.Module, others: dict[int, conversion.Part]) -> dict[int, torch.dtype]:
+    """The dtypes in which other libraries' parts are called under autocast if modules are called in order: that of
+    autocast behind a convolution, but float32 behind a pooling of volumes on CPUs."""
+    given: dict[int, torch.dtype] = {}
+    made, inside = None, None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        part, parameter = others.get(id(module)), next(module.parameters(), torch.empty(0))
+        if part is None or part.layout is None:
+            made = autocast_dtype(parameter.device) if isinstance(module, _ConvNd) else made
+            continue
+        given[id(module)] = made or parameter.dtype
+        inside = f"{name}." if name else ""
+        if part.kind == "Transition":
+            pools_in_float32 = part.layout.dims == 3 and parameter.device.type == "cpu"
+            made = torch.float32 if pools_in_float32 else autocast_dtype(parameter.device)
+    return given
+
+
+def _other(name: str, part: conversion.Part, given: torch.dtype | None) -> ModuleReport:
+    """A part of another library's model, which under autocast is called in the dtype ``given``."""
     if part.layout is None:
         return _row(name, part.kind, part.module, f"left alone: {part.reason}")
     if not part.converted:
         return _row(name, part.kind, part.module, "not converted; densenet_fast.convert(model) converts it")
-    parameter = next(part.module.parameters(), torch.empty(0))
-    given = autocast_dtype(parameter.device) or parameter.dtype
-    reason = fused.autocast_obstacle(given, parameter.device, part.layout)
+    device = next(part.module.parameters(), torch.empty(0)).device
+    reason = fused.autocast_obstacle(given, device, part.layout)
     return _part(name, part.kind, part.module, part.layout.dims, reason or fused.obstacle(part.module, part.layout))
 
 
