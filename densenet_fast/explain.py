@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from densenet_fast import conversion
 from densenet_fast.backends import select
 from densenet_fast.conversion import fused
+from densenet_fast.conversion.layout import TransitionLayout
 from densenet_fast.models import DenseNet
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, calls, fusion
 from densenet_fast.nn.features import Features
@@ -17,6 +18,7 @@ from densenet_fast.table import table
 
 PARTS = (DenseBlock, Transition, BNReLUConv1x1)
 STOCK = "stock torch"
+VOLUME_POOLS = (nn.MaxPool3d, nn.AvgPool3d)
 LEFT_OUT = {
     "fused": False,
     "backend": STOCK,
@@ -69,7 +71,7 @@ def explain(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report, heads = Report(), Report()
     others = {id(part.module): part for part in conversion.survey(model)}
-    given = _dtypes_under_autocast(model, others)
+    given = _dtypes_given(model, others)
     for name, module in model.named_modules():
         kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
         if kind is not None:
@@ -85,28 +87,34 @@ def explain(model: nn.Module) -> Report:
     return Report(replace(row, **LEFT_OUT) if called > 1 and row.fused and not row.last_call else row for row in report)
 
 
-def _dtypes_under_autocast(model: nn.Module, others: dict[int, conversion.Part]) -> dict[int, torch.dtype]:
-    """The dtypes in which other libraries' parts are called under autocast if modules are called in order: that of
-    autocast behind a convolution, but float32 behind a pooling of volumes on CPUs."""
+def _dtypes_given(model: nn.Module, others: dict[int, conversion.Part]) -> dict[int, torch.dtype]:
+    """The dtypes in which other libraries' parts are called, by id, if modules are called in order: those of their
+    parameters, but under autocast its own behind a convolution, and float32 behind a pooling of volumes on CPUs."""
+    parameter = next(model.parameters(), torch.empty(0))
+    device, dtype = parameter.device, parameter.dtype
+    lower = None if dtype == torch.float64 else autocast_dtype(device)
     given: dict[int, torch.dtype] = {}
-    made, inside = None, None
+    inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        part, parameter = others.get(id(module)), next(module.parameters(), torch.empty(0))
-        if part is None or part.layout is None:
-            made = autocast_dtype(parameter.device) if isinstance(module, _ConvNd) else made
+        layout = others[id(module)].layout if id(module) in others else None
+        if layout is not None:
+            given[id(module)] = dtype
+            inside = f"{name}." if name else ""
+        transition = isinstance(layout, TransitionLayout)
+        if lower is None or not (transition or isinstance(module, (_ConvNd, *VOLUME_POOLS))):
             continue
-        given[id(module)] = made or parameter.dtype
-        inside = f"{name}." if name else ""
-        if part.kind == "Transition":
-            pools_in_float32 = part.layout.dims == 3 and parameter.device.type == "cpu"
-            made = torch.float32 if pools_in_float32 else autocast_dtype(parameter.device)
+        pools_volumes = layout.dims == 3 if transition else isinstance(module, VOLUME_POOLS)
+        if not pools_volumes:
+            dtype = lower
+        elif device.type == "cpu":
+            dtype = torch.float32
     return given
 
 
 def _other(name: str, part: conversion.Part, given: torch.dtype | None) -> ModuleReport:
-    """A part of another library's model, which under autocast is called in the dtype ``given``."""
+    """A part of another library's model, called in the dtype ``given``."""
     if part.layout is None:
         return _row(name, part.kind, part.module, f"left alone: {part.reason}")
     if not part.converted:

@@ -8,7 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import densenet_fast
+from conversion import twins
+from conversion.libraries import monai, skip_unless_installed
+from densenet_fast import reference
 from densenet_fast.nn import DenseBlock, Transition
+from helpers import randomise
 
 
 def rows(model):
@@ -92,12 +96,46 @@ def test_a_graph_that_fx_took_apart(model):
     assert [row.last_call for row in densenet_fast.explain(whole)] == ["fused"] * 3
 
 
-def test_under_autocast_it_asks_as_a_call_would():
-    monai = pytest.importorskip("monai.networks.nets")
-    model = densenet_fast.convert(
-        monai.DenseNet(3, 1, 2, init_features=6, growth_rate=4, block_config=(2, 2), bn_size=2)
-    )
+def volume_block(channels):
+    return reference.DenseBlock(1, channels, 2, 4, spatial_dims=3)
+
+
+NETWORKS = {
+    "torchxrayvision": (lambda: twins.XrayNet(4, (2, 2)), (2, 1, 32, 32), [True] * 3),
+    "own copy": (lambda: twins.OwnNet(4), (2, 3, 8, 8), [True] * 3),
+    "a block in float32": (lambda: twins.XrayBlock(2, 12, 4, 0.0), (2, 12, 5, 5), [False]),
+    "blocks in float32": (
+        lambda: nn.Sequential(twins.XrayBlock(1, 12, 4, 0.0), twins.Transition(16, 8), twins.XrayBlock(1, 8, 4, 0.0)),
+        (2, 12, 6, 6),
+        [False, False, True],
+    ),
+    "volumes": (
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 8, 3), volume_block(8), reference.Transition(12, 6, spatial_dims=3), volume_block(6)
+        ),
+        (2, 1, 8, 8, 8),
+        [True, False, False],
+    ),
+    "volumes in float64": (
+        lambda: nn.Sequential(nn.Conv3d(1, 8, 3), reference.Transition(8, 6, spatial_dims=3), nn.Tanh()).double(),
+        (2, 1, 8, 8, 8),
+        [True],
+    ),
+    "monai 3-D": (lambda: monai.DenseNet(3, 1, 2, 6, 4, (2, 2, 2), 2), (2, 1, 32, 32, 32), [False] * 5),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_under_autocast_what_it_says_is_what_a_call_does(name):
+    skip_unless_installed(name)
+    make, shape, expected = NETWORKS[name]
+    model = densenet_fast.convert(randomise(make()))
     assert all(row.fused for row in densenet_fast.explain(model))
     with torch.autocast("cpu", torch.bfloat16):
-        reasons = [row.reason for row in densenet_fast.explain(model) if row.kind == "Transition"]
-    assert reasons == ["under autocast on CPUs stock pools volumes in float32"]
+        report = densenet_fast.explain(model)
+        model(torch.randn(shape, dtype=next(model.parameters()).dtype))
+        called = densenet_fast.explain(model)
+    assert [row.fused for row in report] == expected == [row.last_call == "fused" for row in called]
+    assert [f"stock: {row.reason}" for row in report if not row.fused] == [
+        row.last_call for row in called if row.last_call != "fused"
+    ]

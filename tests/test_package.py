@@ -38,6 +38,7 @@ LEVELS = [
     ["nn.dense_block", "nn.bn_relu_conv1x1"],
     ["nn"],
     ["nn.features"],
+    ["conversion.classes"],
     ["conversion.layout"],
     ["conversion.fused"],
     ["conversion.probe"],

@@ -94,10 +94,7 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, (_ConvNd, _BatchNorm)) and any(is_lazy(p) for p in module.parameters(recurse=False)):
             raise ValueError(f"model: expected initialised modules, got {name} that is lazy: call the model once first")
-    for module in model.modules():
-        known = vars(module).get(layout.STATE) if fused.is_converted(module) else None
-        if known is not None and layout.outdated(module, known):
-            fused.revert(module)  # and looked at again
+    _revert_edited(model)
     parts = list(survey(model))
     usable = [part for part in parts if part.layout is not None]
     if not usable:
@@ -109,10 +106,24 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
         if not part.converted:
             fused.change_class(part.module, fused.Fused, part.layout)
     for module in list(model.modules()):
-        holds = any(isinstance(child, fused.Fused) for child in module._modules.values())
-        if holds and type(module).forward is nn.Sequential.forward:
+        if _holds_fused(module) and type(module).forward is nn.Sequential.forward:
             fused.change_class(module, fused.FusedSequential)
     return model
+
+
+def _revert_edited(model: nn.Module) -> None:
+    """Undoes :func:`convert` for the parts of ``model`` that were edited since, and for what holds no other part."""
+    for module in model.modules():
+        known = vars(module).get(layout.STATE) if fused.is_converted(module) else None
+        if known is not None and layout.outdated(module, known):
+            fused.revert(module)
+    for module in model.modules():
+        if fused.is_converted(module) and fused.mixin(module) is fused.FusedSequential and not _holds_fused(module):
+            fused.revert(module)
+
+
+def _holds_fused(module: nn.Module) -> bool:
+    return any(isinstance(child, fused.Fused) for child in module._modules.values())
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ made. What the modules do not say (a functional ReLU, where the features are con
 :mod:`densenet_fast.conversion.probe`.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from densenet_fast import reference
+from densenet_fast.conversion.classes import Classes, classes_of
 from densenet_fast.nn import fusion
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -40,6 +40,8 @@ class Expected(NamedTuple):
 
     kind: type[nn.Module]
     attributes: tuple[tuple[str, Any], ...]
+    size: int | None
+    """How many attributes it had, of whatever name; None if they do not count."""
     children: tuple[tuple[str, "Expected"], ...]
 
 
@@ -65,8 +67,7 @@ class BlockLayout(NamedTuple):
     dims: int
     layers: tuple[Layer, ...]
     expected: Expected
-    classes: tuple[tuple[type[nn.Module], int], ...]
-    """All classes in it, each with a number for its functions, which may be replaced and do not pickle."""
+    classes: Classes
 
 
 class TransitionLayout(NamedTuple):
@@ -75,7 +76,7 @@ class TransitionLayout(NamedTuple):
     pool: str | None
     """Path of its average pool; None if the pooling is functional."""
     expected: Expected
-    classes: tuple[tuple[type[nn.Module], int], ...]
+    classes: Classes
 
 
 Layout = BlockLayout | TransitionLayout
@@ -212,37 +213,14 @@ def _unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
     return reason
 
 
-_seen: dict[tuple[type[nn.Module], int], list[tuple[type, str, Any]]] = {}
-"""The functions of other libraries' classes, as often as they were replaced: an owner, a name and what stood there."""
-
-
-def _functions(kind: type[nn.Module]) -> list[tuple[type, str, Any]]:
-    """What ``kind`` is made of, but for torch's classes, which :func:`fusion.patched` watches."""
-    own = [owner for owner in kind.__mro__ if owner is not object and not owner.__module__.startswith("torch.")]
-    found = [(owner, name, value) for owner in own for name, value in vars(owner).items() if callable(value)]
-    return [*found, (kind, "forward", kind.forward)] if own else []
-
-
-def _is_as_seen(kind: type[nn.Module], number: int) -> bool:
-    """Whether the functions of ``kind`` are those seen under ``number``; where that was in another process, as now."""
-    if (kind, number) not in _seen:
-        _seen[kind, number] = _functions(kind)
-    return all(getattr(owner, name, None) is value for owner, name, value in _seen[kind, number])
-
-
-def _classes(module: nn.Module) -> tuple[tuple[type[nn.Module], int], ...]:
-    """The classes of ``module`` and of all below it, each with the number under which its functions were seen."""
-    kinds = {type(part) for part in module.modules()}
-    return tuple((kind, next(n for n in itertools.count() if _is_as_seen(kind, n))) for kind in kinds)
+def _classes(module: nn.Module) -> Classes:
+    return classes_of(type(part) for part in module.modules())
 
 
 def _replaced(layout: Layout) -> str | None:
-    """The class one of whose functions was replaced since the conversion, or None."""
-    for kind, number in layout.classes:
-        if not _is_as_seen(kind, number):
-            names = [name for owner, name, value in _seen[kind, number] if getattr(owner, name, None) is not value]
-            return f"{kind.__name__}.{names[0]} was replaced since the conversion"
-    return None
+    """What was replaced on a class since ``layout`` was read, or None."""
+    replaced = layout.classes.replaced()
+    return None if replaced is None else f"{replaced} was replaced since the conversion"
 
 
 def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = True) -> str | None:
@@ -251,6 +229,10 @@ def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = Tru
         now = getattr(module, name, None)
         if now is not value and not (type(now) is type(value) and isinstance(now, (int, float, str)) and now == value):
             return f"{path}{name} has changed since the conversion"
+    if expected.size not in (None, len(module.__dict__)):
+        added = _hiding(module, expected)
+        if added is not None:
+            return f"{path}{added} has changed since the conversion"
     if [name for name, _ in expected.children] != [name for name, m in module._modules.items() if m is not None]:
         return f"the children of {path.rstrip('.') or 'the module'} are {', '.join(module._modules) or 'none'}"
     for name, part in expected.children:
@@ -266,19 +248,26 @@ def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = Tru
     return None
 
 
+def _hiding(module: nn.Module, expected: Expected) -> str | None:
+    """An attribute that ``module`` has got since, in front of one of its class, or None."""
+    known = {name for name, _ in expected.attributes} | _OWN | set(DROP_RATES) | {"forward"}
+    return next((name for name in vars(module) if name not in known and hasattr(type(module), name)), None)
+
+
 def _expected(module: nn.Module, path: str, drop_rates: dict[str, str]) -> Expected:
     """What to hold ``module`` to; the attribute of a layer that ``drop_rates`` names by its path may change."""
     if isinstance(module, (_ConvNd, nn.ReLU, nn.modules.dropout._DropoutNd)) or type(module) in _STOCK:
-        attributes = ()  # what counts of these is read, or checked, at every call
+        attributes, size = (), None  # what counts of these is read, or checked, at every call
     else:
         ignored = _OWN | (_NORM if isinstance(module, _BatchNorm) else set()) | {drop_rates.get(path)}
         attributes = tuple((name, value) for name, value in vars(module).items() if name not in ignored)
+        size = len(vars(module)) + (not path)  # a converted module keeps its layout too
     children = [
         (name, _expected(child, f"{path}.{name}" if path else name, drop_rates))
         for name, child in module._modules.items()
         if child is not None
     ]
-    return Expected(type(module), attributes, tuple(children))
+    return Expected(type(module), attributes, size, tuple(children))
 
 
 _STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}
