@@ -223,7 +223,6 @@ DIFFERENCES = {
         "returns [2, 8, 5, 4] of torch.float64 where [2, 28, 5, 4] of torch.float64 was expected",
     ),
     "dtype": (lambda: Made(lambda *f: torch.cat(f, 1).float()), "returns [2, 28, 5, 4] of torch.float32 where"),
-    "scale": (lambda: Made(lambda *f: torch.cat(f, 1) * 2), "computes something else"),
     "statistics": (lambda: CountsTwice(2, 12, 8), "updates units.0.bn1.num_batches_tracked otherwise"),
     "dropout module": (lambda: of_layers(DropsEarlier), "drops out in another place or in another way"),
     "dropout of channels": (lambda: of_layers(DropsChannels), "drops out in another place or in another way"),
