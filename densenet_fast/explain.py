@@ -18,6 +18,11 @@ from densenet_fast.table import table
 
 PARTS = (DenseBlock, Transition, BNReLUConv1x1)
 STOCK = "stock torch"
+SLOW = {
+    "aten": "On CPUs this dtype runs on plain torch operations: in less memory than stock, but slower.",
+    "cpu": "Slower than stock on CPUs: single images below 96x96 in inference; and, on any device, second derivatives.",
+}
+"""What is said below a table of the backends that serve CPUs; docs/limits.md has the figures and reasons."""
 VOLUME_POOLS = (nn.MaxPool3d, nn.AvgPool3d)
 LEFT_OUT = {
     "fused": False,
@@ -43,11 +48,13 @@ class ModuleReport:
 
 
 class Report(list[ModuleReport]):
-    """A list of :class:`ModuleReport`, printed as a table."""
+    """A list of :class:`ModuleReport`, printed as a table, and below it what is slower than stock there."""
 
     def __str__(self) -> str:
         rows = [(r.name, r.kind, "yes" if r.fused else "no", r.backend, r.device, r.last_call, r.reason) for r in self]
-        return table(("module", "kind", "fused", "backend", "device", "last call", "reason"), rows)
+        shown = table(("module", "kind", "fused", "backend", "device", "last call", "reason"), rows)
+        backends = sorted({r.backend for r in self if r.fused and r.device == "cpu"} & SLOW.keys())
+        return "\n".join([shown, *(SLOW[backend] for backend in backends)])
 
     __repr__ = __str__
 

@@ -40,6 +40,15 @@ def test_it_tells_what_the_last_call_did(model):
     assert report["features.denseblock2"].last_call == "fused" and "last call" in str(densenet_fast.explain(model))
 
 
+def test_it_says_what_is_slower_than_stock():
+    model = ours()
+    assert "second derivatives" in str(densenet_fast.explain(model))
+    assert "plain torch operations" in str(densenet_fast.explain(model.double()))
+    model.features.denseblock1.denselayer1.relu1 = nn.GELU()
+    with densenet_fast.set_fused(False):
+        assert "lower than stock" not in str(densenet_fast.explain(model))
+
+
 def test_a_mode_that_hooks_all_modules_is_named_afterwards(model):
     counts = []
     for network in (model, stock().double()):
