@@ -6,8 +6,9 @@ A function that is replaced on a class changes what all its modules compute. tor
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
+
+from densenet_fast.nn import fusion
 
 _SPECIAL = ("__call__", "__getattr__", "__getattribute__")
 
@@ -51,7 +52,7 @@ def classes_of(modules: Iterable[type[nn.Module]]) -> Classes:
     return Classes(k for k in kinds if k.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"))
 
 
-@torch.compiler.assume_constant_result
+@fusion.constant
 def _replaced(classes: Classes) -> str | None:
     return classes.look()
 

@@ -202,16 +202,20 @@ def watch(owner: Any, *names: str) -> None:
     _originals.extend((owner, name, getattr(owner, name)) for name in names)
 
 
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a compiler take the result of ``function`` for a constant: ``torch.compiler.assume_constant_result``, which
+    imports the compiler, 140 MiB."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
 def patched() -> str | None:
     """Which function that stock layers run was replaced on its class or module since this was imported, or None."""
     for owner, name, original in _originals:
         if getattr(owner, name) is not original:
             return f"{owner.__name__}.{name} was replaced"
     return None
-
-
-# torch.compiler.assume_constant_result sets this, but imports the compiler: 140 MiB.
-patched._dynamo_marked_constant = True
 
 
 watch(nn.Module, "__call__", "_wrapped_call_impl", "_call_impl")
