@@ -71,9 +71,8 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     Parameters, buffers, module names, ``state_dict``, hooks, modes, optimizers, copies and pickles of the model are as
     before, and so are its numbers, but for rounding and one correction: with ``memory_efficient`` (torchvision,
     ``efficient`` in gpleiss, ``set_grad_checkpointing`` in timm), which stays in force, running statistics are updated
-    once per step instead of twice. Two things differ as for densenet_fast's own blocks: changing the output of a block
-    in place may raise autograd's error, and feature maps inside the model are channels last in memory. Under autocast,
-    a block whose input is in another dtype runs as before.
+    once per step instead of twice. Feature maps between converted parts are channels last in memory. Under autocast, a
+    block whose input is in another dtype runs as before.
 
     A model that was converted before may be converted again: what was edited since is looked at anew.
 

@@ -9,7 +9,33 @@ from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import handed_out, is_channels_last
 
 
-class BNReLUConv1x1(nn.Sequential):
+class _Fusible(nn.Sequential):
+    """A Sequential around one 1x1 convolution, ``conv``, that runs as one op where it has no obstacle."""
+
+    def obstacle(self) -> str | None:
+        """Why its children cannot run as one op, or None."""
+        raise NotImplementedError
+
+    def _op(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return self._forward(input)
+        for module in self:
+            input = module(input)
+        return input
+
+    def _forward(self, input: Tensor) -> Tensor:
+        reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
+        calls.note(self, reason)
+        return fusion.run(self._alone, input) if reason is None else super().forward(input)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return handed_out(self._op(x), is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
+
+
+class BNReLUConv1x1(_Fusible):
     """Batch normalisation, ReLU and a 1x1 convolution in one op that saves its input alone for the backward pass.
 
     Args:
@@ -34,24 +60,11 @@ class BNReLUConv1x1(nn.Sequential):
             return f"its children are {', '.join(self._modules)}"
         return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            return self._forward(input)
-        for module in self:
-            input = module(input)
-        return input
-
-    def _forward(self, input: Tensor) -> Tensor:
-        reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
-        calls.note(self, reason)
-        return fusion.run(self._alone, input) if reason is None else super().forward(input)
-
-    def _alone(self, x: Tensor) -> Tensor:
-        out = functional.bn_relu_conv1x1(x, *fusion.unit(self, "norm", "conv"))
-        return handed_out(out, is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
+    def _op(self, x: Tensor) -> Tensor:
+        return functional.bn_relu_conv1x1(x, *fusion.unit(self, "norm", "conv"))
 
 
-class Transition(reference.Transition):
+class Transition(_Fusible, reference.Transition):
     """BN-ReLU-Conv1x1-AvgPool2 in one op, which pools first and saves its input alone for the backward pass.
 
     Args:
@@ -94,21 +107,8 @@ class Transition(reference.Transition):
             return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics), None
         return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics, return_statistics=True)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            return self._forward(input)
-        for module in self:
-            input = module(input)
-        return input
-
-    def _forward(self, input: Tensor) -> Tensor:
-        reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
-        calls.note(self, reason)
-        return fusion.run(self._alone, input) if reason is None else super().forward(input)
-
-    def _alone(self, x: Tensor) -> Tensor:
-        out, _ = self.run(x, None, describe=False)
-        return handed_out(out, is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
+    def _op(self, x: Tensor) -> Tensor:
+        return self.run(x, None, describe=False)[0]
 
 
 fusion.watch(BNReLUConv1x1, "forward")

@@ -224,9 +224,12 @@ watch(nn.ReLU, "forward")
 watch(nn.MaxPool2d, "forward")
 for _kind in (*reference.BATCH_NORMS.values(), *SYNC_BATCH_NORMS, *reference.AVERAGE_POOLS.values()):
     watch(_kind, "forward")
+for _kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+    watch(_kind, "forward")
 for _kind in DIMENSIONS:
     watch(_kind, "forward", "_conv_forward")
-watch(F, "relu", "batch_norm", "dropout", "max_pool2d", "adaptive_avg_pool2d")
+watch(F, "dropout", "dropout1d", "dropout2d", "dropout3d")
+watch(F, "relu", "batch_norm", "max_pool2d", "adaptive_avg_pool2d")
 watch(F, "avg_pool1d", "avg_pool2d", "avg_pool3d", "conv1d", "conv2d", "conv3d")
 watch(torch, "cat", "relu", "relu_", "batch_norm", "flatten")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends.layout import is_channels_last
+from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
 
@@ -124,7 +124,11 @@ def with_autograd(
 
 def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
     """The gradient of x in the memory format of x."""
-    return grad_x if grad_x is None or ctx.channels_last else grad_x.contiguous()
+    if grad_x is None or (ctx.channels_last and torch._C._functorch.is_legacy_batchedtensor(grad_x)):
+        return grad_x
+    return grad_x.contiguous(
+        memory_format=CHANNELS_LAST[grad_x.dim()] if ctx.channels_last else torch.contiguous_format
+    )
 
 
 def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -100,6 +100,17 @@ def test_a_hook_is_no_edit():
     assert [type(m) for m in model.modules()] == kinds and all(row.fused for row in densenet_fast.explain(model))
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_a_dropout_replaced_on_torchs_class_counts(dims, monkeypatch):
+    monai = pytest.importorskip("monai.networks.nets")
+    model = monai.DenseNet(dims, 1, 2, init_features=6, growth_rate=4, block_config=(2, 2), bn_size=2, dropout_prob=0.3)
+    densenet_fast.convert(model)
+    assert all(row.fused for row in densenet_fast.explain(model))
+    kind = next(type(m) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    monkeypatch.setattr(kind, "forward", lambda self, y: y * 0.5)
+    assert not any(row.fused for row in densenet_fast.explain(model))
+
+
 @pytest.mark.parametrize("kind", ["_DenseLayer", "_DenseBlock", "_Transition", "_DenseLayer.bn_function"])
 def test_a_function_replaced_on_a_librarys_class_counts(kind, monkeypatch):
     kind, _, name = kind.partition(".")
