@@ -124,11 +124,16 @@ def with_autograd(
 
 def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
     """The gradient of x in the memory format of x."""
-    if grad_x is None or (ctx.channels_last and torch._C._functorch.is_legacy_batchedtensor(grad_x)):
+    if grad_x is None or (ctx.channels_last and _is_batched(grad_x)):
         return grad_x
     return grad_x.contiguous(
         memory_format=CHANNELS_LAST[grad_x.dim()] if ctx.channels_last else torch.contiguous_format
     )
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether ``grad`` is a batch of gradients, which knows no memory format."""
+    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
