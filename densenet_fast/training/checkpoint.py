@@ -52,23 +52,24 @@ def save(
     processes: Processes,
     device: torch.device,
 ) -> None:
-    """Replaces the run's checkpoint; every process calls it, the main process writes."""
+    """Replaces the run's checkpoint; every process calls it, the main process writes, and none goes on before."""
     random_states = processes.gather(_random_state(device))
-    if not processes.is_main:
-        return
-    state = {
-        "format": FORMAT,
-        "epoch": len(metrics),
-        "settings": asdict(settings),
-        "data": data.fingerprint,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "random_states": random_states,
-        "metrics": metrics,
-    }
-    with atomic_file(directory / CHECKPOINT) as file:
-        torch.save(state, file)
+    with processes.main_first():
+        if not processes.is_main:
+            return
+        state = {
+            "format": FORMAT,
+            "epoch": len(metrics),
+            "settings": asdict(settings),
+            "data": data.fingerprint,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "random_states": random_states,
+            "metrics": metrics,
+        }
+        with atomic_file(directory / CHECKPOINT) as file:
+            torch.save(state, file)
 
 
 def restore(

@@ -54,6 +54,8 @@ def test_kernels_of_every_instruction_set(instruction_set):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if INSTRUCTION_SETS[instruction_set] not in flags.split() + [""]:
         pytest.skip(f"this processor has no {instruction_set}")
+    if cpu.describe() == f"C++, {instruction_set}":
+        pytest.skip(f"every test of the kernels runs with {instruction_set} already")
     files = [f"tests/backends/test_{name}.py" for name in ("kernels", "pool_kernels", "accuracy")]
     tests = run(
         ["-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "cpu- and not float64"],

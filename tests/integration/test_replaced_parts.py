@@ -137,8 +137,9 @@ def replaced(model, name, make):
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_is_stocks_result(case, training):
     (names, make), x = CASES[case], images(2, 3, 24, 20)
+    pairs = [pair(training=training, memory_efficient=memory_efficient) for memory_efficient in (False, True)]
     for i, name in enumerate(names):
-        models = pair(training=training, memory_efficient=i % 2 == 1)
+        models = pairs[i % 2]
         results = [dict(step(replaced(model, name, make), x)) for model in models]
         assert_close(*results, name=name)
         densenet_fast.explain(replaced(models[0], name, make))
