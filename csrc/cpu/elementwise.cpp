@@ -44,10 +44,13 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tens
     std::vector<ColumnSums> sums(tiles.chunks);
     for (ColumnSums& chunk : sums) chunk.reset(m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
-      sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-        kernels_of<T>().mask(g.row(first), g.ld, m.row(first), m.ld, n, m.cols, a, result.row(first), result.ld, sum_d,
-                             sum_dx);
-      });
+      constexpr int64_t kRows = 32;  // summed by themselves
+      for (int64_t row = first; row < first + n; row += kRows) {
+        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
+          kernels_of<T>().mask(g.row(row), g.ld, m.row(row), m.ld, std::min(first + n - row, kRows), m.cols, a,
+                               result.row(row), result.ld, sum_d, sum_dx);
+        });
+      }
     });
     return total(sums, x);
   });

@@ -74,9 +74,13 @@ void bn_relu_total(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine af
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
-    floats<N> sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += relu((load<N>(x + r * ld + c) - mean) * scale + shift);
-    store<N>(total + c, load<N>(total + c) + sum);
+    floats<N> sum = load<N>(total + c);
+    parts(rows, [&](int64_t first, int64_t count) {
+      floats<N> part = {};
+      for (int64_t r = first; r < first + count; ++r) part += relu((load<N>(x + r * ld + c) - mean) * scale + shift);
+      sum += part;
+    });
+    store<N>(total + c, sum);
   });
 }
 
@@ -86,16 +90,19 @@ void mask_average(const T* grad, float factor, const T* x, int64_t ld, int64_t r
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c), share = factor * load<N>(grad + c);
-    floats<N> count = {}, total = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const floats<N> centred = load<N>(x + r * ld + c) - mean;
-      const ints<N> masked = centred * scale + shift <= 0;
-      count += masked ? floats<N>{} : floats<N>{} + 1;
-      total += masked ? floats<N>{} : centred;
-      store<N>(out + r * cols + c, masked ? floats<N>{} : scale * share);
-    }
-    store<N>(sum_d + c, load<N>(sum_d + c) + share * count);
-    store<N>(sum_dx + c, load<N>(sum_dx + c) + share * total);
+    MaskSums<N> sums;
+    parts(rows, [&](int64_t first, int64_t count) {
+      MaskSums<N> part;
+      for (int64_t r = first; r < first + count; ++r) {
+        const floats<N> centred = load<N>(x + r * ld + c) - mean;
+        const ints<N> masked = centred * scale + shift <= 0;
+        part.d += masked ? floats<N>{} : floats<N>{} + 1;
+        part.dx += masked ? floats<N>{} : centred;
+        store<N>(out + r * cols + c, masked ? floats<N>{} : scale * share);
+      }
+      sums.add({share * part.d, share * part.dx});
+    });
+    sums.add_to(sum_d + c, sum_dx + c);
   });
 }
 

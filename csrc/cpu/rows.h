@@ -40,6 +40,9 @@ void statistics(const T* x, int64_t ld, int64_t rows, int64_t cols, double* mean
   });
 }
 
+template <typename T>
+constexpr int64_t kRowsPerStep = 4 / sizeof(T);  // of a panel
+
 // calls row(r) for each row in turn and stores what it returns, unless out is null, as columns of a panel whose steps
 // are rows
 template <int N, typename T, typename F>
@@ -65,25 +68,26 @@ void mask_accumulate(const float* grad, int64_t grad_ld, const T* x, int64_t ld,
   lines(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
-    floats<N> sum = {}, sum_x = {};
-    const auto row = [&](int64_t r) {
-      __builtin_prefetch(x + r * ld + c + 32, 0, 2);  // the next panel's
-      if (total) __builtin_prefetch(source + r * source_ld + c + 32, 0, 2);
-      const floats<N> centred = load<N>(x + r * ld + c) - mean;
-      const floats<N> y = centred * scale + shift;
-      if (grad) {
-        const floats<N> d = select(y <= 0, floats<N>{}, load<N>(grad + r * grad_ld + c));
-        sum += d;
-        sum_x += d * centred;
-        if (total) store<N>(total + r * total_ld + c, load<N>(source + r * source_ld + c) + scale * d);
-      }
-      return relu(y);
-    };
-    to_panel<N, T>(rows, a ? a + c : nullptr, a_width, row);
-    if (grad) {
-      store<N>(sum_d + c, load<N>(sum_d + c) + sum);
-      store<N>(sum_dx + c, load<N>(sum_dx + c) + sum_x);
-    }
+    MaskSums<N> sums;
+    parts(rows, [&](int64_t first, int64_t count) {
+      MaskSums<N> part;
+      const auto row = [&](int64_t i) {
+        const int64_t r = first + i;
+        __builtin_prefetch(x + r * ld + c + 32, 0, 2);  // the next panel's
+        if (total) __builtin_prefetch(source + r * source_ld + c + 32, 0, 2);
+        const floats<N> centred = load<N>(x + r * ld + c) - mean;
+        const floats<N> y = centred * scale + shift;
+        if (grad) {
+          const floats<N> d = select(y <= 0, floats<N>{}, load<N>(grad + r * grad_ld + c));
+          part.add(d, centred);
+          if (total) store<N>(total + r * total_ld + c, load<N>(source + r * source_ld + c) + scale * d);
+        }
+        return relu(y);
+      };
+      to_panel<N, T>(count, a ? a + first / kRowsPerStep<T> * a_width + c : nullptr, a_width, row);
+      sums.add(part);
+    });
+    if (grad) sums.add_to(sum_d + c, sum_dx + c);
   });
 }
 
@@ -123,29 +127,30 @@ void mask_windows(const float* grad, int64_t grad_ld, const T* const* x, int64_t
   lines(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
-    floats<N> sum = {}, sum_x = {};
-    const auto row = [&](int64_t r) {
-      const floats<N> share = grad ? factor * load<N>(grad + r * grad_ld + c) : floats<N>{};
-      floats<N> mean_a = {};
-      for (int64_t i = r * window; i < (r + 1) * window; ++i) {
-        __builtin_prefetch(x[i] + offset + c + 32, 0, 2);  // the next panel's
-        if (grad) __builtin_prefetch(out[i] + offset + c + 32, 1, 2);
-        const floats<N> centred = load<N>(x[i] + offset + c) - mean;
-        const floats<N> y = centred * scale + shift;
-        mean_a += relu(y);
-        if (!grad) continue;
-        const floats<N> d = select(y <= 0, floats<N>{}, share);
-        sum += d;
-        sum_x += d * centred;
-        store<N>(out[i] + offset + c, scale * d);
-      }
-      return factor * mean_a;
-    };
-    to_panel<N, T>(rows, a ? a + c : nullptr, a_width, row);
-    if (grad) {
-      store<N>(sum_d + c, load<N>(sum_d + c) + sum);
-      store<N>(sum_dx + c, load<N>(sum_dx + c) + sum_x);
-    }
+    MaskSums<N> sums;
+    parts(rows, [&](int64_t first, int64_t count) {
+      MaskSums<N> part;
+      const auto row = [&](int64_t j) {
+        const int64_t r = first + j;
+        const floats<N> share = grad ? factor * load<N>(grad + r * grad_ld + c) : floats<N>{};
+        floats<N> mean_a = {};
+        for (int64_t i = r * window; i < (r + 1) * window; ++i) {
+          __builtin_prefetch(x[i] + offset + c + 32, 0, 2);  // the next panel's
+          if (grad) __builtin_prefetch(out[i] + offset + c + 32, 1, 2);
+          const floats<N> centred = load<N>(x[i] + offset + c) - mean;
+          const floats<N> y = centred * scale + shift;
+          mean_a += relu(y);
+          if (!grad) continue;
+          const floats<N> d = select(y <= 0, floats<N>{}, share);
+          part.add(d, centred);
+          store<N>(out[i] + offset + c, scale * d);
+        }
+        return factor * mean_a;
+      };
+      to_panel<N, T>(count, a ? a + first / kRowsPerStep<T> * a_width + c : nullptr, a_width, row);
+      sums.add(part);
+    });
+    if (grad) sums.add_to(sum_d + c, sum_dx + c);
   });
 }
 

@@ -217,15 +217,16 @@ struct Tiles {
   }
 };
 
-// (sum D, sum D * (x - mean)) of one chunk of tiles: each tile's by itself, then added, so that rounding does not grow
-// with the number of rows
+// (sum D, sum D * (x - mean)) of one chunk of tiles: each tile's by itself, then added in double, so that rounding does
+// not grow with the number of rows
 struct ColumnSums {
   int64_t cols = 0;
-  std::vector<float> sums, tile;
+  std::vector<double> sums;
+  std::vector<float> tile;
 
   void reset(int64_t columns) {
     cols = columns;
-    sums = zeros(2 * cols);
+    sums.assign(2 * cols, 0.0);
   }
 
   // f(sum_d, sum_dx) adds a tile's sums to zeros
@@ -233,7 +234,7 @@ struct ColumnSums {
   void add(F f) {
     tile.assign(2 * cols, 0.0f);
     f(tile.data(), tile.data() + cols);
-    kernels().f32.add(tile.data(), 2 * cols, sums.data());
+    for (int64_t i = 0; i < 2 * cols; ++i) sums[i] += tile[i];
   }
 };
 
@@ -416,8 +417,11 @@ struct Finalise {
 
 // Sums the chunks' accumulators in their order: [2, cols]
 inline void total(const std::vector<ColumnSums>& parts, float* sums) {
-  std::copy(parts[0].sums.begin(), parts[0].sums.end(), sums);
-  for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].sums.data(), 2 * parts[i].cols, sums);
+  for (int64_t i = 0; i < 2 * parts[0].cols; ++i) {
+    double sum = 0;
+    for (const ColumnSums& part : parts) sum += part.sums[i];
+    sums[i] = sum;
+  }
 }
 
 inline Tensor total(const std::vector<ColumnSums>& parts, const Tensor& like) {

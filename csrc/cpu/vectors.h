@@ -239,6 +239,33 @@ struct Moments<N> {
   }
 };
 
+// f(first row, rows) for the parts of a tile that are summed by themselves, so that rounding does not grow with its
+// rows
+template <typename F>
+inline void parts(int64_t rows, F f) {
+  constexpr int64_t kRows = 16;
+  for (int64_t r = 0; r < rows; r += kRows) f(r, rows - r < kRows ? rows - r : kRows);
+}
+
+// sum D and sum D * (x - mean) of N columns
+template <int N>
+struct MaskSums {
+  floats<N> d = {}, dx = {};
+
+  void add(floats<N> masked, floats<N> centred) {
+    d += masked;
+    dx += masked * centred;
+  }
+  void add(const MaskSums& part) {
+    d += part.d;
+    dx += part.dx;
+  }
+  void add_to(float* sum_d, float* sum_dx) const {
+    store<N>(sum_d, load<N>(sum_d) + d);
+    store<N>(sum_dx, load<N>(sum_dx) + dx);
+  }
+};
+
 // f<lanes>(column) over the columns of a row: WIDEST at a time, by default a register's, and the rest by eight, four
 // and one
 template <int WIDEST = kLanes, typename F>

@@ -169,21 +169,24 @@ void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t 
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
-    floats<N> total = {}, total_x = {};
+    MaskSums<N> sums, part;
     for (int64_t t = 0; t < tiles; ++t) {
+      if (t % 4 == 0) {
+        sums.add(part);
+        part = {};
+      }
       floats<N> d[4];
       output_tile<N>(m + t * ld + c, tiles * ld, d);
       for (int i = 0; i < 4; ++i) {
         if (!out[4 * t + i]) continue;
         const floats<N> centred = load<N>(x[4 * t + i] + offset + c) - mean;
         const floats<N> masked = centred * scale + shift <= 0 ? floats<N>{} : d[i];
-        total += masked;
-        total_x += masked * centred;
+        part.add(masked, centred);
         store<N>(out[4 * t + i] + offset + c, scale * masked);
       }
     }
-    store<N>(sum_d + c, load<N>(sum_d + c) + total);
-    store<N>(sum_dx + c, load<N>(sum_dx + c) + total_x);
+    sums.add(part);
+    sums.add_to(sum_d + c, sum_dx + c);
   });
 }
 

@@ -3,14 +3,18 @@
 Stock is taken in the memory layout in which it is less accurate, which depends on the quantity and on the machine.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import densenet_fast
+from densenet_fast import nn
 from densenet_fast.backends import BACKENDS
 from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
-from helpers import error
+from helpers import error, step
 
 SHAPES = [(28, 128, 32), (7, 128, 32), (14, 192, 48), (32, 48, 12)]
 """Height and width, input and output channels of 3x3 convolutions of DenseNet-121, -161 and -BC-100."""
@@ -81,3 +85,28 @@ def test_statistics_of_nearly_constant_maps(kind):
                 assert error(own.mean, mean) <= 2 * error(norm.running_mean, mean), backend.name
                 stock_var = norm.running_var.double() * (count - 1) / count
                 assert error(own.var, var) <= 2 * error(stock_var, var), backend.name
+
+
+PARTS = {
+    "transition": lambda: nn.Transition(32, 16),
+    "block in one dimension": lambda: nn.DenseBlock(1, 32, None, 16, spatial_dims=1),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_gradients_of_normalisations(kind):
+    """They are sums over all pixels: at most twice stock's error on contiguous memory, which it sums in float64. No
+    value is so near to zero behind the normalisation that rounding could decide what the ReLU does."""
+    ours, theirs = {}, {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module, shape = PARTS[kind](), (8, 32, 28, 28) if kind == "transition" else (8, 32, 784)
+        x = torch.randn(shape).sign() * (torch.rand(shape) + 0.5)
+        with densenet_fast.set_fused(False):
+            stock_values, truth = dict(step(module, x)), dict(step(copy.deepcopy(module).double(), x.double()))
+        for errors, values in ((ours, dict(step(module, x))), (theirs, stock_values)):
+            for name, value in values.items():
+                if name.startswith("grad") and "norm" in name:
+                    errors[name] = errors.get(name, 0) + error(value, truth[name])
+    for name in theirs:
+        assert ours[name] <= 2 * theirs[name], (name, ours[name] / theirs[name])
