@@ -159,8 +159,8 @@ void collect(const Stage& stage, const Folded& folded, const std::vector<float>&
     if (grad_weight) grad_weight[c] = r * sum_dx[c];
     if (grad_bias) grad_bias[c] = sum_d[c];
     if (stage.frozen()) continue;
-    p[c] -= s * sum_d[c];
-    q[c] -= 0.5f * s * r * r * sum_dx[c];
+    p[c] = std::fma(-s, sum_d[c], p[c]);  // rounded once, as by torch's addcmul
+    q[c] = std::fma(-0.5f * (s * r * r), sum_dx[c], q[c]);
   }
 }
 
