@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
 
 test: $(INSTALLED) lint
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

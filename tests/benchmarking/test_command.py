@@ -141,7 +141,7 @@ def test_disagreement_is_not_timed(spoil, what, out, monkeypatch, capsys):
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 def test_compiled_by_the_compiler_and_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    flags = ["--against", "torchvision,ours-compile", "--memory", "faster", "--out", str(tmp_path / "out")]
+    flags = ["--infer", "--against", "torchvision,ours-compile", "--memory", "faster", "--out", str(tmp_path / "out")]
     assert main([*TINY, *flags]) == 0
     rows = rows_of(tmp_path / "out")
     assert list(rows[0]) == COLUMNS and {row["failure"] for row in rows} == {""}

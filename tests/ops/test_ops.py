@@ -159,8 +159,15 @@ def opcheck_arguments(options, save, known):
     return x, *statistics, tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True), save, known, None, link
 
 
-@pytest.mark.parametrize("save, known", [([False, False], False), ([True, True], True), ([True, False], True)])
-@pytest.mark.parametrize("options", BLOCKS, ids=str)
+KEPT = [([False, False], False), ([True, True], True), ([True, False], True)]
+"""Whose bottlenecks are saved, and whether the statistics of x are known."""
+
+
+@pytest.mark.parametrize(
+    "options, save, known",
+    [(options, *KEPT[i % 3]) for i, options in enumerate(BLOCKS)] + [(BLOCKS[0], *kept) for kept in KEPT[1:]],
+    ids=str,
+)
 def test_opcheck_dense_block(options, save, known):
     torch.library.opcheck(OPS.dense_block.default, opcheck_arguments(options, save, known))
 
