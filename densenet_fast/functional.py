@@ -17,7 +17,7 @@ from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.ops import stock
 from densenet_fast.ops.op import seen_by_dispatcher
-from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype, without_autocast
+from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
 
 __all__ = [
@@ -143,7 +143,7 @@ def _bn_relu_conv1x1(
     if _beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
         outputs = _on_stock(convolve, x, stage, None, None)
-    _update_running_statistics([unit.norm], [slice(None)], *outputs[1:4])
+    _update_running_statistics([unit.norm], [slice(None)], *outputs[1:3], rows_of(outputs[3], x.numel() // x.shape[1]))
     return outputs[0], BatchStatistics(*outputs[4:6])
 
 
@@ -174,7 +174,7 @@ def bn_relu_maxpool(
     if _beyond_range(x, outputs[2], group):
         out, *own = _on_stock(stock.bn_relu_maxpool, x, stage, None, None)
         outputs = (out, *own[:3], None, *own[3:])
-    _update_running_statistics([norm], [slice(None)], *outputs[1:4])
+    _update_running_statistics([norm], [slice(None)], *outputs[1:3], rows_of(outputs[3], x.numel() // x.shape[1]))
     return (outputs[0], BatchStatistics(*outputs[5:7])) if return_statistics else outputs[0]
 
 
@@ -191,7 +191,7 @@ def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStati
     outputs = ops.bn_relu_global_avgpool(x, *_known(x, norm, statistics, group), [stage], group)
     if _beyond_range(x, outputs[2], group):
         outputs = _on_stock(stock.bn_relu_global_avgpool, x, stage, None, None)
-    _update_running_statistics([norm], [slice(None)], *outputs[1:4])
+    _update_running_statistics([norm], [slice(None)], *outputs[1:3], rows_of(outputs[3], x.numel() // x.shape[1]))
     return outputs[0]
 
 
@@ -279,7 +279,9 @@ def dense_block(
         features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
         mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
-    _update_running_statistics(norms, _packed_ranges(x.shape[1], layers), mean, var, count)
+    _update_running_statistics(
+        norms, _packed_ranges(x.shape[1], layers), mean, var, rows_of(count, x.numel() // x.shape[1])
+    )
     return (features, BatchStatistics(*described, group)) if return_statistics else features
 
 
@@ -348,7 +350,7 @@ def _packed_ranges(channels: int, layers: Sequence[Sequence[BNReLUConv]]) -> lis
 
 @torch.no_grad()
 def _update_running_statistics(
-    norms: Sequence[BatchNorm], ranges: Sequence[slice], mean: Tensor, var: Tensor, count: Tensor
+    norms: Sequence[BatchNorm], ranges: Sequence[slice], mean: Tensor, var: Tensor, count: Tensor | int
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; ``ranges`` says where each
     normalisation's batch statistics stand in ``mean`` and ``var``."""
@@ -361,7 +363,8 @@ def _update_running_statistics(
     counters = [norm.num_batches_tracked for norm, _ in training if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    var = var * (count / (count - 1)).to(var.dtype)
+    unbiased = count / (count - 1)
+    var = var * (unbiased.to(var.dtype) if isinstance(unbiased, Tensor) else unbiased)
     by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for norm, r in training:
         if norm.running_mean is None:

@@ -1,21 +1,63 @@
 """The vectors between kernels: statistics, what normalises by them, what leads the gradient back through them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Affine(NamedTuple):
-    """``relu(bn(x)) = relu((x - mean) * scale + shift)``, one value per column, in the accumulation dtype.
+    """``relu(bn(x)) = relu((x - mean) * scale + bias)`` with ``scale = weight * rstd``, or ``rstd`` where there is no
+    weight; one value per column. ``mean`` and ``rstd`` are in the accumulation dtype, ``bias`` and ``weight`` in that
+    or in x's.
 
     The centred form keeps full precision where a column's mean is large against its deviation, which ``x * s + t`` with
-    ``t = shift - mean * s`` does not.
+    ``t = bias - mean * s`` does not.
     """
 
     mean: Tensor
-    scale: Tensor
-    shift: Tensor
+    rstd: Tensor
+    bias: Tensor
+    weight: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """In the accumulation dtype."""
+        return self.rstd if self.weight is None else self.weight * self.rstd
+
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``mean``, ``scale`` and ``bias``, all in the accumulation dtype."""
+        return self.mean, self.scale, self.bias.to(self.mean.dtype)
+
+
+class Reader(NamedTuple):
+    """Where the gradients through one normalisation go, from sum D and sum D * (x - mean); None: not asked for.
+
+    ``after`` are the gradients P and Q with respect to the batch's mean and variance, [columns] each, ``before`` those
+    of the other readers so far, zero if None, which may be the same memory; ``weight`` and ``bias`` those with respect
+    to the normalisation's, each in the dtype of its tensor.
+
+        P = P_before - scale * sum D;   Q = Q_before - scale * rstd^2 * sum D * (x - mean) / 2
+        weight = rstd * sum D * (x - mean);   bias = sum D
+    """
+
+    before: tuple[Tensor, Tensor] | None
+    after: tuple[Tensor, Tensor] | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def read(self, sums: tuple[Tensor, Tensor], affine: Affine) -> None:
+        """Writes them, on torch ops."""
+        d, dx = sums
+        if self.after is not None:
+            scale = affine.scale
+            before = self.before or (torch.zeros_like(d), torch.zeros_like(d))
+            torch.addcmul(before[0], scale, d, value=-1, out=self.after[0])
+            torch.addcmul(before[1], scale * affine.rstd * affine.rstd, dx, value=-0.5, out=self.after[1])
+        if self.weight is not None:
+            self.weight.copy_(dx * affine.rstd)
+        if self.bias is not None:
+            self.bias.copy_(d)
 
 
 class Statistics(NamedTuple):
@@ -30,6 +72,27 @@ class Statistics(NamedTuple):
     def of(self, columns: slice) -> "Statistics":
         """The part for a range of columns."""
         return Statistics(self.mean[columns], self.var[columns], self.rstd[columns], self.eps)
+
+
+class Job(NamedTuple):
+    """A vector or a weight that is made before the kernels run: ``target`` becomes a copy of ``source`` in target's
+    dtype and layout ("copy"), ``1 / sqrt(source + eps)`` ("rstd"), or zero ("zero")."""
+
+    kind: str
+    target: Tensor
+    source: Tensor | None = None
+    eps: float = 0.0
+
+
+class Running(NamedTuple):
+    """The running statistics of a normalisation, updated in place by columns ``start``... of packed batch statistics;
+    ``momentum`` None averages cumulatively by ``batches``."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+    momentum: float | None
+    start: int
 
 
 NO_STATISTICS = (None, None, None, 0.0)
@@ -47,6 +110,23 @@ class ThroughStatistics(NamedTuple):
     count: Tensor | int
 
 
+class Completion(NamedTuple):
+    """Columns of a gradient matrix that are completed as soon as P and Q are known: by what, and where to."""
+
+    columns: slice
+    through: ThroughStatistics
+    out: Tensor
+
+
+class Unfinished:
+    """What the backward pass of a layer's 3x3 product leaves to that of its 1x1 product: the completion of the gradient
+    between them, and sums of partial results that only the backend which left them knows."""
+
+    def __init__(self, through: ThroughStatistics | None) -> None:
+        self.through = through
+        self.sums: list[Any] = []
+
+
 def empty_statistics(like: Tensor, columns: int, eps: float) -> Statistics:
     """Uninitialised ones, for values of the dtype and on the device of ``like``."""
     dtype = accumulation_dtype(like.dtype)
@@ -60,7 +140,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def normalise(x: Tensor, affine: Affine) -> Tensor:
     """bn(x) [M, C] in the accumulation dtype, on torch ops."""
-    return torch.addcmul(affine.shift, x.to(affine.mean.dtype) - affine.mean, affine.scale)
+    return torch.addcmul(affine.bias.to(affine.mean.dtype), x.to(affine.mean.dtype) - affine.mean, affine.scale)
 
 
 def bn_relu(x: Tensor, affine: Affine) -> Tensor:

@@ -5,13 +5,19 @@ column ranges of a wider buffer: any row stride, columns adjacent. ``grid`` is (
 dimensions. Where statistics are asked for, they are of what was stored, after rounding.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from densenet_fast.backends.affine import (
     Affine,
+    Completion,
+    Job,
+    Reader,
     Statistics,
     ThroughStatistics,
+    Unfinished,
     accumulation_dtype,
     bn_relu,
     normalise,
@@ -21,6 +27,9 @@ from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool
 name = "aten"
 
 Sums = tuple[Tensor, Tensor]
+
+TAPS_FIRST = False
+"""Whether 3x3 kernels want their weights' memory channels last: [k, 3, 3, B]."""
 
 
 def unavailable() -> str | None:
@@ -36,6 +45,23 @@ def describe() -> str:
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this backend has kernels for ``dtype`` on ``device``."""
     return dtype.is_floating_point
+
+
+def prepare(jobs: Sequence[Job]) -> None:
+    """Does ``jobs``, none of which reads what another one makes."""
+    for kind in ("copy", "rstd", "zero"):
+        of_kind = [job for job in jobs if job.kind == kind]
+        targets, sources = [job.target for job in of_kind], [job.source for job in of_kind]
+        if not of_kind:
+            continue
+        if kind == "zero":
+            torch._foreach_zero_(targets)
+        elif kind == "copy":
+            torch._foreach_copy_(targets, sources)
+        else:
+            shifted = torch._foreach_add([s.to(t.dtype) for s, t in zip(sources, targets)], [j.eps for j in of_kind])
+            torch._foreach_rsqrt_(shifted)
+            torch._foreach_copy_(targets, shifted)
 
 
 def channel_statistics(x: Tensor, out: Statistics) -> None:
@@ -93,22 +119,32 @@ def bn_relu_conv1x1_backward(
     grad_x: Tensor | None,
     need_weight: bool,
     need_sums: bool,
-    through: ThroughStatistics | None = None,
     source: Tensor | None = None,
+    reader: Reader | None = None,
+    completion: Completion | None = None,
+    unfinished: Unfinished | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
-    """From grad [M, B], first completed by ``through``, with D = (grad @ weight) * (bn(x) > 0):
+    """From grad [M, B] with D = (grad @ weight) * (bn(x) > 0):
 
     grad_x [M, C] = source + scale * D (unless None; without a source, += in place), dW = grad^T @ relu(bn(x)), and the
     column sums (sum D, sum D * (x - mean)), each [C].
+
+    A ``reader`` gets the sums, and None is returned for them; then columns of grad_x may be ``completed``. What is
+    ``unfinished`` is done first: grad may be overwritten by its completion. With ``like``, a convolution's weight, dW
+    may come in its dtype, shape and strides.
     """
-    if through is not None:
-        grad = finalise_gradient(grad, through, torch.empty_like(grad))
+    if unfinished is not None and unfinished.through is not None:
+        grad = finalise_gradient(grad, unfinished.through, grad)
     weight_gradient = grad.t() @ bn_relu(x, affine) if need_weight else None
     if grad_x is None and not need_sums:
         return weight_gradient, None
     scaled, sums = _masked(grad @ weight, x, affine)
     if grad_x is not None:
         torch.add(grad_x if source is None else source, scaled, out=grad_x)
+    sums = read(sums, affine, reader)
+    if completion is not None:
+        finalise_gradient(grad_x[:, completion.columns], completion.through, completion.out)
     return weight_gradient, sums
 
 
@@ -141,10 +177,15 @@ def bn_relu_conv3x3_backward(
     grid: tuple[int, ...],
     out: Tensor | None,
     need_weight: bool,
+    reader: Reader | None = None,
+    unfinished: Unfinished | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
     """From grad [M, k] with D = conv_input_grad(grad, weight) * (bn(x) > 0):
 
-    out [M, B] = scale * D (unless None), dW, and with out the column sums (sum D, sum D * (x - mean)), each [B].
+    out [M, B] = scale * D (unless None), dW, and with out the column sums (sum D, sum D * (x - mean)), each [B]; the
+    ``reader`` gets them if there is one. What is ``unfinished`` may be done here, or left; dW as for
+    :func:`bn_relu_conv1x1_backward`.
     """
     input_gradient, weight_gradient = convolve_backward(
         grad, bn_relu(x, affine), weight, grid, out is not None, need_weight
@@ -153,7 +194,7 @@ def bn_relu_conv3x3_backward(
         return weight_gradient, None
     scaled, sums = _masked(input_gradient, x, affine)
     out.copy_(scaled)
-    return weight_gradient, sums
+    return weight_gradient, read(sums, affine, reader)
 
 
 def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
@@ -193,17 +234,19 @@ def bn_relu_pool_conv1x1_backward(
     grid: tuple[int, ...],
     need_input: bool,
     need_weight: bool,
+    reader: Reader | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     """From grad [M', C'] with D = unpool(grad @ weight) * (bn(x) > 0):
 
     scale * D [M, C], dW, and the column sums (sum D, sum D * (x - mean)), each [C]. A row or column that the pooling
-    drops (odd sizes) gets no gradient.
+    drops (odd sizes) gets no gradient. ``reader`` and ``like`` as for :func:`bn_relu_conv1x1_backward`.
     """
     weight_gradient = grad.t() @ _pooled(x, affine, grid) if need_weight else None
     if not need_input:
         return None, weight_gradient, None
     scaled, sums = _masked(unpool(grad @ weight, grid), x, affine)
-    return scaled, weight_gradient, sums
+    return scaled, weight_gradient, read(sums, affine, reader)
 
 
 def bn_relu_maxpool(
@@ -219,13 +262,15 @@ def bn_relu_maxpool(
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Sums]:
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+) -> tuple[Tensor, Sums | None]:
     """From grad [M', C] with D = unpool(grad) * (bn(x) > 0), where a maximum's gradient goes to its position:
 
-    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C].
+    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C]; the ``reader`` gets them if there is
+    one.
     """
-    return _masked(max_unpool(grad.to(affine.mean.dtype), argmax, grid), x, affine)
+    scaled, sums = _masked(max_unpool(grad.to(affine.mean.dtype), argmax, grid), x, affine)
+    return scaled, read(sums, affine, reader)
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
@@ -234,14 +279,24 @@ def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> 
 
 
 def bn_relu_global_avgpool_backward(
-    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Sums]:
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+) -> tuple[Tensor, Sums | None]:
     """From grad [N, C] with D = (grad / pixels of an image) * (bn(x) > 0):
 
-    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C].
+    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C]; the ``reader`` gets them if there is
+    one.
     """
     pixels = x.shape[0] // grid[0]
-    return _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
+    scaled, sums = _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
+    return scaled, read(sums, affine, reader)
+
+
+def read(sums: Sums | None, affine: Affine, reader: Reader | None) -> Sums | None:
+    """Gives the sums to the ``reader``, if there is one; what a backward kernel returns for them."""
+    if reader is None or sums is None:
+        return sums
+    reader.read(sums, affine)
+    return None
 
 
 def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Sums]:

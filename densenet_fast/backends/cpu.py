@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
-from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
+from densenet_fast.backends.affine import (
+    NO_STATISTICS,
+    Affine,
+    Completion,
+    Reader,
+    Statistics,
+    ThroughStatistics,
+    Unfinished,
+)
+from densenet_fast.backends.aten import TAPS_FIRST, prepare, read
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
+
+__all__ = ["TAPS_FIRST", "prepare"]
 
 name = "cpu"
 
@@ -66,12 +77,12 @@ def bn_relu_conv1x1(
 ) -> None:
     kernels.cpu_bn_relu_conv1x1(
         x,
-        *affine,
+        *affine.vectors(),
         weight.contiguous(),
         _float(bias),
         out,
         *(statistics or NO_STATISTICS),
-        *(then or (None, None, None)),
+        *(then.vectors() if then else (None, None, None)),
     )
 
 
@@ -83,15 +94,22 @@ def bn_relu_conv1x1_backward(
     grad_x: Tensor | None,
     need_weight: bool,
     need_sums: bool,
-    through: ThroughStatistics | None = None,
     source: Tensor | None = None,
+    reader: Reader | None = None,
+    completion: Completion | None = None,
+    unfinished: Unfinished | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
-    completion = (None, None, None, None, 1.0) if through is None else (*through[:4], float(through.count))
+    through = None if unfinished is None else unfinished.through
+    by = (None, None, None, None, 1.0) if through is None else (*through[:4], float(through.count))
     grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(
-        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums, *completion, source
+        grad, x, *affine.vectors(), weight.contiguous(), grad_x, need_weight, need_sums, *by, source
     )
     have_sums = need_sums or grad_x is not None
-    return grad_weight if need_weight else None, (sums[0], sums[1]) if have_sums else None
+    sums = read((sums[0], sums[1]) if have_sums else None, affine, reader)
+    if completion is not None:
+        finalise_gradient(grad_x[:, completion.columns], completion.through, completion.out)
+    return grad_weight if need_weight else None, sums
 
 
 def bn_relu_conv3x3(
@@ -106,9 +124,11 @@ def bn_relu_conv3x3(
     statistics: Statistics | None,
 ) -> None:
     if not minimal_filtering(grid):
-        y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
+        y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *affine.vectors()), weight, bias, grid)
         return append_features(y, out, statistics, mask, keep_scale)
-    kernels.cpu_bn_relu_conv3x3(x, *(affine or (None, None, None)), _evenly_spaced(weight), _float(bias), grid, out)
+    kernels.cpu_bn_relu_conv3x3(
+        x, *(affine.vectors() if affine else (None, None, None)), _evenly_spaced(weight), _float(bias), grid, out
+    )
     _finish(out, statistics, mask, keep_scale)
 
 
@@ -120,17 +140,21 @@ def bn_relu_conv3x3_backward(
     grid: tuple[int, ...],
     out: Tensor | None,
     need_weight: bool,
+    reader: Reader | None = None,
+    unfinished: Unfinished | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
     if minimal_filtering(grid):
         weight = _evenly_spaced(weight)
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
-        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine, weight, grid, out, grad_weight)
+        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine.vectors(), weight, grid, out, grad_weight)
     else:
-        a = kernels.cpu_bn_relu(x, *affine)
+        a = kernels.cpu_bn_relu(x, *affine.vectors())
         input_gradient, grad_weight = convolve_backward(grad, a, weight, grid, out is not None, need_weight)
         if out is not None:
-            sums = kernels.cpu_mask(input_gradient, x, *affine, out)
-    return grad_weight if need_weight else None, None if out is None else (sums[0], sums[1])
+            sums = kernels.cpu_mask(input_gradient, x, *affine.vectors(), out)
+    sums = None if out is None else read((sums[0], sums[1]), affine, reader)
+    return grad_weight if need_weight else None, sums
 
 
 def minimal_filtering(grid: tuple[int, ...]) -> bool:
@@ -170,7 +194,7 @@ def dense_block_backward(
     bottlenecks: list[Tensor],
     mean: Tensor,
     var: Tensor,
-    count: Tensor,
+    count: Tensor | int,
     tensors: list[Tensor],
     eps: list[float],
     grid: tuple[int, ...],
@@ -212,39 +236,47 @@ def bn_relu_pool_conv1x1(
     statistics: Statistics | None,
 ) -> Tensor:
     return kernels.cpu_bn_relu_pool_conv1x1(
-        x, *affine, weight.contiguous(), _float(bias), grid, *(statistics or NO_STATISTICS)
+        x, *affine.vectors(), weight.contiguous(), _float(bias), grid, *(statistics or NO_STATISTICS)
     )
 
 
 def bn_relu_pool_conv1x1_backward(
-    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    need_input: bool,
+    need_weight: bool,
+    reader: Reader | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     scaled, grad_weight, sums = kernels.cpu_bn_relu_pool_conv1x1_backward(
-        grad, x, *affine, weight.contiguous(), grid, need_input, need_weight
+        grad, x, *affine.vectors(), weight.contiguous(), grid, need_input, need_weight
     )
     grad_weight = grad_weight if need_weight else None
-    return (scaled, grad_weight, (sums[0], sums[1])) if need_input else (None, grad_weight, None)
+    return (scaled, grad_weight, read((sums[0], sums[1]), affine, reader)) if need_input else (None, grad_weight, None)
 
 
 def bn_relu_maxpool(
     x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
-    return kernels.cpu_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS))
+    return kernels.cpu_bn_relu_maxpool(x, *affine.vectors(), grid, *(statistics or NO_STATISTICS))
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Sums]:
-    scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *affine, grid)
-    return scaled, (sums[0], sums[1])
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+) -> tuple[Tensor, Sums | None]:
+    scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *affine.vectors(), grid)
+    return scaled, read((sums[0], sums[1]), affine, reader)
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    return kernels.cpu_bn_relu_global_avgpool(x, *affine, grid[0])
+    return kernels.cpu_bn_relu_global_avgpool(x, *affine.vectors(), grid[0])
 
 
 def bn_relu_global_avgpool_backward(
-    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Sums]:
-    scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *affine)
-    return scaled, (sums[0], sums[1])
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+) -> tuple[Tensor, Sums | None]:
+    scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *affine.vectors())
+    return scaled, read((sums[0], sums[1]), affine, reader)

@@ -18,12 +18,14 @@ from densenet_fast.backends.cuda_kernels import (
     bn_relu_maxpool_backward,
     channel_statistics,
     finalise_gradient,
+    prepare,
     supports,
     unavailable,
 )
 from densenet_fast.backends.spatial import convolve
 
 __all__ = [
+    "TAPS_FIRST",
     "append_features",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
@@ -39,11 +41,14 @@ __all__ = [
     "describe",
     "finalise_gradient",
     "name",
+    "prepare",
     "supports",
     "unavailable",
 ]
 
 name = "cuda"
+
+TAPS_FIRST = True
 
 
 def describe() -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension, nvidia
+from densenet_fast.backends.aten import prepare  # noqa: F401 (interim)
 from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 
 Sums = tuple[Tensor, Tensor]
@@ -82,24 +83,28 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
 def bn_relu_maxpool(
     x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
-    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS), _stream(x))
+    return kernels.cuda_bn_relu_maxpool(x, *affine.vectors(), grid, *(statistics or NO_STATISTICS), _stream(x))
 
 
 def bn_relu_maxpool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
 ) -> tuple[Tensor, Sums]:
-    scaled, *sums = kernels.cuda_bn_relu_maxpool_backward(_adjacent(grad), argmax, x, *affine, grid, _stream(x))
+    scaled, *sums = kernels.cuda_bn_relu_maxpool_backward(
+        _adjacent(grad), argmax, x, *affine.vectors(), grid, _stream(x)
+    )
     return scaled, tuple(sums)
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    return kernels.cuda_bn_relu_global_avgpool(x, *affine, grid[0], _stream(x))
+    return kernels.cuda_bn_relu_global_avgpool(x, *affine.vectors(), grid[0], _stream(x))
 
 
 def bn_relu_global_avgpool_backward(
     grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
 ) -> tuple[Tensor, Sums]:
-    scaled, *sums = kernels.cuda_bn_relu_global_avgpool_backward(_adjacent(grad), x, *affine, grid[0], _stream(x))
+    scaled, *sums = kernels.cuda_bn_relu_global_avgpool_backward(
+        _adjacent(grad), x, *affine.vectors(), grid[0], _stream(x)
+    )
     return scaled, tuple(sums)
 
 

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype, empty_statistics
+from densenet_fast.backends.affine import (
+    Affine,
+    Statistics,
+    ThroughStatistics,
+    Unfinished,
+    accumulation_dtype,
+    empty_statistics,
+)
 from densenet_fast.backends.layout import to_image
 from densenet_fast.benchmarking.traffic import Call
 
@@ -78,9 +85,9 @@ class Kernels:
     def _bn_relu_conv1x1_backward(self, call: Call) -> Callable[[], object]:
         x, affine, weight = self._features(call), self._affine(call.inputs), self._weight(call.outputs, call.inputs)
         grad, grad_x = self._matrix("dZ", self._rows(call), call.outputs), self._features(call, "G")
-        through = self._through(self._matrix("Z", self._rows(call), call.outputs))
+        unfinished = Unfinished(self._through(self._matrix("Z", self._rows(call), call.outputs)))
         return lambda: self.backend.bn_relu_conv1x1_backward(
-            grad, x, affine, weight, grad_x, True, True, through=through
+            grad, x, affine, weight, grad_x, True, True, unfinished=unfinished
         )
 
     def _bn_relu_conv3x3(self, call: Call) -> Callable[[], object]:

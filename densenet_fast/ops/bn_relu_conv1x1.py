@@ -40,21 +40,20 @@ def _forward(
     the mean and variance [C'] of out, else empty.
 
     ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known, and ``count``
-    the number of rows they are over. With ``pool``, the spatial sizes are halved, rounding down. ``group`` names the
-    process group whose batches are normalised together, None for this process's alone.
+    the number of rows they are over, empty without a group. With ``pool``, the spatial sizes are halved, rounding
+    down. ``group`` names the process group whose batches are normalised together, None for this process's alone.
     """
-    given = Input(x, tensors, eps)
-    weight, bias = given.convolution()
-    own, grid = given.statistics(mean, var, group), given.grid
-    affine = given.affine(own)
-    made, out_mean, out_var = statistics_of_output(x, weight.shape[0], describe)
+    given = Input(x, tensors, eps, mean, var, group)
+    grid = given.grid
+    made, out_mean, out_var = statistics_of_output(x, given.weight.shape[0], describe)
+    unit = (given.affine, given.weight, given.bias)
     if pool:
-        out = given.backend.bn_relu_pool_conv1x1(given.matrix, affine, weight, bias, grid, made)
+        out = given.backend.bn_relu_pool_conv1x1(given.matrix, *unit, grid, made)
         grid = (grid[0], *(size // 2 for size in grid[1:]))
     else:
-        out = given.matrix.new_empty(given.matrix.shape[0], weight.shape[0])
-        given.backend.bn_relu_conv1x1(given.matrix, affine, weight, bias, out, made)
-    return as_output(to_image(out, grid)), own.mean, own.var, given.count(group), out_mean, out_var
+        out = given.matrix.new_empty(given.matrix.shape[0], given.weight.shape[0])
+        given.backend.bn_relu_conv1x1(given.matrix, *unit, out, made)
+    return as_output(to_image(out, grid)), *given.own[:2], given.count(), out_mean, out_var
 
 
 @_forward.custom_op.register_fake
@@ -70,7 +69,7 @@ def _(
 ) -> Outputs:
     spatial = [size // 2 for size in x.shape[2:]] if pool else x.shape[2:]
     out = empty_image(x, (x.shape[0], *spatial), tensors[4].shape[0])
-    return out, *fake_statistics(x), *statistics_of_output(x, out.shape[1], describe)[1:]
+    return out, *fake_statistics(x, group), *statistics_of_output(x, out.shape[1], describe)[1:]
 
 
 @define("bn_relu_conv1x1_backward")
@@ -89,24 +88,23 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
     says so, and, if needed, those of mean and var, which x's then leaves out."""
-    given = Input(x, tensors, eps)
+    given = Input(x, tensors, eps, mean, var, group, again=True)
     gradients = StageGradients(given.stage, needs[2:])
-    grad_out = to_matrix(grad)
-    weight, _ = given.convolution()
-    own = given.known(mean, var)
-    affine = given.affine(own)
+    grad_out, need_weight, like = to_matrix(grad), gradients.needs_conv_weight, given.stage.conv_weight
     need_d = needs[0] or needs[1] or gradients.needs_norm
+    reader = given.reader(gradients, needs)
+    unit = (given.matrix, given.affine, given.weight)
     if pool:
-        grad_x, grad_weight, sums = given.backend.bn_relu_pool_conv1x1_backward(
-            grad_out, given.matrix, affine, weight, given.grid, need_d, gradients.needs_conv_weight
+        grad_x, grad_weight, _ = given.backend.bn_relu_pool_conv1x1_backward(
+            grad_out, *unit, given.grid, need_d, need_weight, reader, like
         )
     else:
         grad_x = torch.zeros_like(given.matrix) if needs[0] else None
-        grad_weight, sums = given.backend.bn_relu_conv1x1_backward(
-            grad_out, given.matrix, affine, weight, grad_x, gradients.needs_conv_weight, need_d
+        grad_weight, _ = given.backend.bn_relu_conv1x1_backward(
+            grad_out, *unit, grad_x, need_weight, need_d, reader=reader, like=like
         )
     gradients.convolution(grad_weight, grad_out)
-    return given.gradients(grad_x, sums, gradients, own, count, group, needs)
+    return given.gradients(grad_x, gradients, count, needs)
 
 
 @_backward.custom_op.register_fake

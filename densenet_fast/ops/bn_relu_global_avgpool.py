@@ -30,13 +30,12 @@ def _forward(
     """From x [N, C, *spatial] and one stage without convolution: out [N, C], mean [C], var [C], count [].
 
     ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known, ``count`` the
-    number of rows they are over. ``group`` names the process group whose batches are normalised together, None for this
-    process's alone.
+    number of rows they are over, empty without a group. ``group`` names the process group whose batches are normalised
+    together, None for this process's alone.
     """
-    given = Input(x, tensors, eps)
-    own = given.statistics(mean, var, group)
-    out = given.backend.bn_relu_global_avgpool(given.matrix, given.affine(own), given.grid)
-    return out, own.mean, own.var, given.count(group)
+    given = Input(x, tensors, eps, mean, var, group)
+    out = given.backend.bn_relu_global_avgpool(given.matrix, given.affine, given.grid)
+    return out, *given.own[:2], given.count()
 
 
 @_forward.custom_op.register_fake
@@ -48,7 +47,7 @@ def _(
     eps: list[float],
     group: str | None,
 ) -> Outputs:
-    return x.new_empty(x.shape[:2]), *fake_statistics(x)
+    return x.new_empty(x.shape[:2]), *fake_statistics(x, group)
 
 
 @define("bn_relu_global_avgpool_backward")
@@ -65,11 +64,13 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
     says so, and, if needed, those of mean and var, which x's then leaves out."""
-    given = Input(x, tensors, eps)
-    own = given.known(mean, var)
-    affine = given.affine(own)
-    scaled, sums = given.backend.bn_relu_global_avgpool_backward(to_matrix(grad), given.matrix, affine, given.grid)
-    return given.gradients(scaled, sums, StageGradients(given.stage, needs[2:]), own, count, group, needs)
+    given = Input(x, tensors, eps, mean, var, group, again=True)
+    gradients = StageGradients(given.stage, needs[2:])
+    reader = given.reader(gradients, needs)
+    scaled, _ = given.backend.bn_relu_global_avgpool_backward(
+        to_matrix(grad), given.matrix, given.affine, given.grid, reader
+    )
+    return given.gradients(scaled, gradients, count, needs)
 
 
 @_backward.custom_op.register_fake

@@ -36,15 +36,14 @@ def _forward(
     argmax [M', C], and with ``describe`` the mean and variance [C] of out, else empty.
 
     ``argmax`` holds the maxima's positions in their windows, ``mean`` and ``var`` are the batch's (zeros if the stage
-    is frozen), the given ones if they are known, ``count`` the number of rows they are over. ``group`` names the
-    process group whose batches are normalised together, None for this process's alone.
+    is frozen), the given ones if they are known, ``count`` the number of rows they are over, empty without a group.
+    ``group`` names the process group whose batches are normalised together, None for this process's alone.
     """
-    given = Input(x, tensors, eps)
-    own = given.statistics(mean, var, group)
+    given = Input(x, tensors, eps, mean, var, group)
     made, out_mean, out_var = statistics_of_output(x, x.shape[1], describe)
-    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine(own), given.grid, made)
+    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine, given.grid, made)
     image = as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:]))))
-    return image, own.mean, own.var, given.count(group), argmax, out_mean, out_var
+    return image, *given.own[:2], given.count(), argmax, out_mean, out_var
 
 
 @_forward.custom_op.register_fake
@@ -60,7 +59,7 @@ def _(
     grid = (x.shape[0], *pooled_sizes(x.shape[2:]))
     argmax = x.new_empty((math.prod(grid), x.shape[1]), dtype=torch.uint8)
     out = empty_image(x, grid, x.shape[1])
-    return out, *fake_statistics(x), argmax, *statistics_of_output(x, x.shape[1], describe)[1:]
+    return out, *fake_statistics(x, group), argmax, *statistics_of_output(x, x.shape[1], describe)[1:]
 
 
 @define("bn_relu_maxpool_backward")
@@ -79,11 +78,13 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
     says so, and, if needed, those of mean and var, which x's then leaves out."""
-    given = Input(x, tensors, eps)
-    own = given.known(mean, var)
-    affine = given.affine(own)
-    scaled, sums = given.backend.bn_relu_maxpool_backward(to_matrix(grad), argmax, given.matrix, affine, given.grid)
-    return given.gradients(scaled, sums, StageGradients(given.stage, needs[2:]), own, count, group, needs)
+    given = Input(x, tensors, eps, mean, var, group, again=True)
+    gradients = StageGradients(given.stage, needs[2:])
+    reader = given.reader(gradients, needs)
+    scaled, _ = given.backend.bn_relu_maxpool_backward(
+        to_matrix(grad), argmax, given.matrix, given.affine, given.grid, reader
+    )
+    return given.gradients(scaled, gradients, count, needs)
 
 
 @_backward.custom_op.register_fake

@@ -8,7 +8,7 @@ statistics of a column are computed once, when it is written.
 Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
 
     dY = finalise(columns C..C+k)                                              G + (P + 2Q(F - mu)) / M      (1)
-    D' = conv3x3_input_grad(dY, W2) * (bn2(Z) > 0);   dZ = finalise(s' * D'), by the kernel that reads it
+    D' = conv3x3_input_grad(dY, W2) * (bn2(Z) > 0);   dZ = finalise(s' * D')
     D  = (dZ @ W1) * (bn1(F) > 0)
     G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
 """
@@ -20,24 +20,31 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import select
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics, accumulation_dtype
-from densenet_fast.backends.layout import empty_image, to_matrix
+from densenet_fast.backends.affine import (
+    Affine,
+    Completion,
+    Statistics,
+    ThroughStatistics,
+    Unfinished,
+    accumulation_dtype,
+    empty_statistics,
+)
+from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.op import Gradients, define, with_autograd
+from densenet_fast.ops.single import fake_count
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
+    Pair,
+    Prepared,
     Stage,
     StageGradients,
-    add_reader,
-    affines,
-    convolutions,
     global_count,
     global_sum,
-    norm_gradients,
     present,
+    rows_of,
     synchronise,
-    through_statistics,
     unflatten,
 )
 
@@ -122,6 +129,12 @@ class Plan:
         shape = features.shape[0], self.bottlenecks[i].stop - self.bottlenecks[i].start
         return features.new_empty(shape) if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
 
+    def without_statistics(self) -> list[slice]:
+        """The packed ranges of whose columns no statistics are made."""
+        columns = (slice(0, self.starts[0]), *map(self.new, range(len(self.layers))))
+        unread = [c for i, c in enumerate(columns) if not self.normalised_by_batch(i)]
+        return unread + [c for c, layer in zip(self.bottlenecks, self.layers) if layer[1].frozen]
+
     def normalised_by_batch(self, i: int) -> bool:
         """Whether layer i or a later one, or a reader behind the block, normalises its input by batch statistics."""
         return self.described or any(not layer[0].frozen for layer in self.layers[i:])
@@ -157,40 +170,41 @@ def _forward(
         link: a tensor of x's shape and gradient but without its memory, through which second derivatives reach x.
 
     ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where they are not wanted; those of
-    the features are differentiable. ``count`` is the number of rows they are over.
+    the features are differentiable. ``count`` is the number of rows they are over, empty without a group.
     """
     plan = Plan(x, tensors, eps, bottleneck, drop_rates, describe)
     backend = select(x.device, x.dtype)
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
     rows = features.shape[0]
-    mean = features.new_zeros(plan.packed, dtype=accumulation_dtype(x.dtype))
-    packed = Statistics(mean, torch.zeros_like(mean), torch.empty_like(mean), plan.eps)
+    packed = empty_statistics(features, plan.packed, plan.eps)
+    walked = plan.walked_by(backend, x.dtype, group, saved)
+    prepared = Prepared([] if walked else plan.stages, backend, x)
+    for columns in plan.without_statistics():
+        prepared.zero(packed.mean[columns]), prepared.zero(packed.var[columns])
     own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
     if own is not None and x_mean is not None:
-        own.mean.copy_(x_mean), own.var.copy_(x_var), torch.add(x_var, plan.eps, out=own.rstd).rsqrt_()
+        prepared.copy(own.mean, x_mean), prepared.copy(own.var, x_var), prepared.rstd(own.rstd, x_var, plan.eps)
         own = None
+    prepared.done()
     backend.append_features(x, features[:, : plan.starts[0]], own)
     synchronise(own, rows, group)
     bottlenecks = []
-    if plan.walked_by(backend, x.dtype, group, saved):
+    if walked:
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         given = (present(tensors, x), eps, plan.grid, bottlenecks, packed, describe)
         backend.dense_block(features, plan.starts[0], *given)
-        return image, mean, packed.var, global_count(rows, x, group), bottlenecks
-    weights = convolutions(plan.stages, x.dtype)
-    frozen = [j for j, stage in enumerate(plan.stages) if stage.frozen]
-    known = dict(zip(frozen, affines([plan.stages[j] for j in frozen], [packed] * len(frozen)))) if frozen else {}
+        return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
     def affine(j: int) -> Affine:
-        return (known[j] if j in known else affines([plan.stages[j]], [packed.of(plan.ranges[j])])[0])[0]
+        return prepared.affine(j, packed.of(plan.ranges[j]))
 
     shared = None if all(saved) else plan.bottleneck_buffer(features)
     for i, layer in enumerate(plan.layers):
         j, inputs = i * len(layer), features[:, : plan.starts[i]]
         normalise: Affine | None = affine(j)
         if bottleneck:
-            weight, bias = weights[j]
+            weight, bias = prepared.weights[j]
             j += 1
             z = plan.bottleneck_in(None if saved[i] else shared, i, features)
             own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
@@ -200,13 +214,13 @@ def _forward(
             inputs, normalise = z, affine(j) if then is None else None
             if saved[i]:
                 bottlenecks.append(z)
-        weight, bias = weights[j]
+        weight, bias = prepared.weights[j]
         mask = masks[i] if plan.dropped[i] else None
         own = packed.of(plan.new(i)) if plan.normalised_by_batch(i + 1) else None
         out = features[:, plan.new(i)]
         backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, mask, plan.keep_scales[i], own)
         synchronise(own, rows, group)
-    return image, mean, packed.var, global_count(rows, x, group), bottlenecks
+    return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
 
 @_forward.custom_op.register_fake
@@ -229,12 +243,12 @@ def _(
     rows = x.numel() // x.shape[1]
     bottlenecks = [x.new_empty(rows, c.stop - c.start) for c, kept in zip(plan.bottlenecks, saved) if kept]
     mean = x.new_empty(plan.packed, dtype=accumulation_dtype(x.dtype))
-    return image, mean, torch.empty_like(mean), x.new_empty((), dtype=torch.float64), bottlenecks
+    return image, mean, torch.empty_like(mean), fake_count(x, group), bottlenecks
 
 
 class BlockGradients:
-    """The backward pass: G, P and Q, and the gradients of the stages. ``p`` and ``q`` start with what came from behind
-    the block."""
+    """The backward pass: G, P and Q, and the gradients of the stages. ``behind`` are P and Q of the packed statistics
+    as they came from behind the block, if they did."""
 
     def __init__(
         self,
@@ -243,18 +257,23 @@ class BlockGradients:
         mean: Tensor,
         var: Tensor,
         count: Tensor,
-        p: Tensor,
-        q: Tensor,
+        behind: Pair | None,
         group: str | None,
     ) -> None:
-        self.plan, self.mean, self.count, self.group = plan, mean, count, group
+        self.plan, self.mean, self.group = plan, mean, group
         self.backend = select(features.device, features.dtype)
         self.features = to_matrix(features)
-        self.weights = convolutions(plan.stages, features.dtype)
-        packed = Statistics(mean, var, torch.rsqrt(var + plan.eps), plan.eps)
-        self.affines = affines(plan.stages, [packed.of(columns) for columns in plan.ranges])
-        self.factors = through_statistics(self.affines)
-        self.p, self.q = p, q
+        self.count = rows_of(count, self.features.shape[0])
+        packed = Statistics(mean, var, torch.empty_like(var), plan.eps)
+        prepared = Prepared(plan.stages, self.backend, features)
+        prepared.rstd(packed.rstd, var, plan.eps)
+        self.weights = prepared.weights
+        self.affines = [prepared.affine(j, packed.of(columns)) for j, columns in enumerate(plan.ranges)]
+        prepared.done()
+        self.pair = behind
+        """P and Q of F's columns so far; None for zero."""
+        self.spare = [mean.new_empty(2, plan.columns).unbind() for _ in range(2)]
+        self.bottleneck_pair = mean.new_empty(2, plan.packed - plan.columns).unbind()
 
     def run(
         self, grad: Tensor, bottlenecks: list[Tensor], saved: list[bool], masks: list[Tensor], needs: list[bool]
@@ -274,102 +293,120 @@ class BlockGradients:
         self.dz = plan.bottleneck_buffer(self.features)
         self.source = to_matrix(grad)
         """Where the gradient of F stands: the incoming one until the last layer has written G, then G."""
+        image = empty_image(self.features, plan.grid, plan.starts[0]) if need_x else self.features.new_empty(0)
+        own = slice(0, plan.starts[0])
 
-        kept = iter(reversed(bottlenecks))
+        kept, completed = iter(reversed(bottlenecks)), None
         for i in reversed(range(first, len(plan.layers))):
-            dy = self.finalise(plan.new(i), plan.normalised_by_batch(i + 1))
+            dy = self.finalise(plan.new(i), i + 1) if completed is None else completed
             if plan.dropped[i]:
                 dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
             z = next(kept) if plan.bottleneck and saved[i] else None
-            self.layer(i, dy, z, need_inputs=need_x or i > first)
+            if i > first:
+                completed = self.layer(i, dy, z, plan.new(i - 1), self.grad[:, plan.new(i - 1)])
+            else:
+                completed = self.layer(i, dy, z, own, to_matrix(image) if need_x else None)
             self.source = self.grad
-        norm_gradients(self.gradients, [r for _, r in self.affines])
-        tensors = [t for g in self.gradients for t in g.tensors()]
-        if not need_x:
-            return self.features.new_empty(0), tensors
-        image = empty_image(self.features, plan.grid, plan.starts[0])
-        self.finalise(slice(0, plan.starts[0]), plan.normalised_by_batch(0), to_matrix(image))
-        return image, tensors
+        if need_x and completed is None:
+            self.finalise(own, 0, to_matrix(image))
+        return image, [t for g in self.gradients for t in g.tensors()]
 
-    def finalise(self, columns: slice, normalised_by_batch: bool, out: Tensor | None = None) -> Tensor:
-        """(1) on columns of F, in G or into ``out``; nothing to add where no reader normalises by the batch."""
+    def finalise(self, columns: slice, reader: int, out: Tensor | None = None) -> Tensor:
+        """(1) on columns of F that layer ``reader`` is the first to read, in G or into ``out``; nothing to add where no
+        reader normalises by the batch."""
         grad = self.source[:, columns]
         target = self.grad[:, columns] if out is None else out
-        if normalised_by_batch:
-            p, q = global_sum(self.p[columns], self.q[columns], self.group)
-            through = ThroughStatistics(self.features[:, columns], self.mean[columns], p, q, self.count)
-            self.backend.finalise_gradient(grad, through, target)
+        if self.plan.normalised_by_batch(reader) and self.pair is not None:
+            p, q = global_sum(self.pair[0][columns], self.pair[1][columns], self.group)
+            self.backend.finalise_gradient(grad, self.through(columns, p, q), target)
         elif out is not None or self.source is not self.grad:
-            target.copy_(grad)
+            self.backend.append_features(to_image(grad, self.plan.grid), target, None)
         return target
 
-    def layer(self, i: int, dy: Tensor, z: Tensor | None, need_inputs: bool) -> None:
-        """One layer's backward: its stages' gradients, and (2) on the columns it read if they need gradients."""
+    def through(self, columns: slice, p: Tensor, q: Tensor) -> ThroughStatistics:
+        """What completes the gradient of columns of F."""
+        return ThroughStatistics(self.features[:, columns], self.mean[columns], p, q, self.count)
+
+    def layer(self, i: int, dy: Tensor, z: Tensor | None, last: slice, target: Tensor | None) -> Tensor | None:
+        """One layer's backward: its stages' gradients, and (2) on the columns it read, unless their gradients are not
+        needed: no ``target``. Of them nobody before it reads the ``last``: (1), into the target, which is returned if
+        that was done."""
         plan = self.plan
         j, start = i * len(plan.layers[i]), plan.starts[i]
-        inputs, affine, gradients = self.features[:, :start], self.affines[j][0], self.gradients[j]
-        weight = self.weights[j][0]
-        need_d = need_inputs or gradients.needs_norm
+        inputs, affine, gradients = self.features[:, :start], self.affines[j], self.gradients[j]
+        weight, like = self.weights[j][0], gradients.stage.conv_weight
+        need_d = target is not None or gradients.needs_norm
+        before = None if self.pair is None else (self.pair[0][:start], self.pair[1][:start])
+        after = self.spare[0][0][:start], self.spare[0][1][:start]
+        reader, completion = gradients.reader(before, after), None
         if not plan.bottleneck:
             scaled = torch.empty_like(inputs, memory_format=torch.contiguous_format) if need_d else None
-            grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
-                dy, inputs, affine, weight, plan.grid, scaled, gradients.needs_conv_weight
+            grad_weight, _ = self.backend.bn_relu_conv3x3_backward(
+                dy, inputs, affine, weight, plan.grid, scaled, gradients.needs_conv_weight, reader, like=like
             )
             gradients.convolution(grad_weight, dy)
-            if need_inputs:
+            if target is not None:
                 torch.add(self.source[:, :start], scaled, out=self.grad[:, :start])
         else:
             need_dz = need_d or gradients.needs_any
-            dz, through = self.bottleneck(i, dy, z, need_dz)
+            dz, unfinished = self.bottleneck(i, dy, z, need_dz)
             if not need_dz:
-                return
-            if through is not None and gradients.needs_conv_bias:
-                dz, through = self.backend.finalise_gradient(dz, through, dz), None
-            grad_inputs = self.grad[:, :start] if need_inputs else None
-            source = self.source[:, :start] if self.source is not self.grad else None
-            grad_weight, sums = self.backend.bn_relu_conv1x1_backward(
+                return None
+            if unfinished.through is not None and gradients.needs_conv_bias:
+                self.backend.finalise_gradient(dz, unfinished.through, dz)
+                unfinished.through = None
+            if target is not None and reader.after is not None and self.group is None:
+                completion = Completion(last, self.through(last, after[0][last], after[1][last]), target)
+            grad_weight, _ = self.backend.bn_relu_conv1x1_backward(
                 dz,
                 inputs,
                 affine,
                 weight.flatten(1),
-                grad_inputs,
+                None if target is None else self.grad[:, :start],
                 gradients.needs_conv_weight,
                 need_d,
-                through,
-                source,
+                self.source[:, :start] if self.source is not self.grad else None,
+                reader,
+                completion,
+                unfinished,
+                like,
             )
             gradients.convolution(grad_weight, dz)
-        if need_d:
-            self.collect(j, sums)
+        if need_d and reader.after is not None:
+            self.pair = after
+            self.spare.reverse()
+        return None if completion is None else target
 
-    def bottleneck(
-        self, i: int, dy: Tensor, z: Tensor | None, need_dz: bool
-    ) -> tuple[Tensor | None, ThroughStatistics | None]:
-        """From dY to dZ, through the 3x3 convolution and the second normalisation: s' * D', and what completes it."""
+    def bottleneck(self, i: int, dy: Tensor, z: Tensor | None, need_dz: bool) -> tuple[Tensor | None, Unfinished]:
+        """From dY to dZ, through the 3x3 convolution and the second normalisation: s' * D', and what is unfinished."""
         plan, columns, j = self.plan, self.plan.bottlenecks[i], 2 * i + 1
         gradients = self.gradients[j]
         if z is None:
             (weight, bias), inputs = self.weights[j - 1], self.features[:, : plan.starts[i]]
             z = plan.bottleneck_in(self.z, i, self.features)
-            self.backend.bn_relu_conv1x1(inputs, self.affines[j - 1][0], weight.flatten(1), bias, z, None)
+            self.backend.bn_relu_conv1x1(inputs, self.affines[j - 1], weight.flatten(1), bias, z, None)
         scaled = plan.bottleneck_in(self.dz, i, self.features) if need_dz or gradients.needs_norm else None
-        grad_weight, sums = self.backend.bn_relu_conv3x3_backward(
-            dy, z, self.affines[j][0], self.weights[j][0], plan.grid, scaled, gradients.needs_conv_weight
+        p, q = (v[columns.start - plan.columns : columns.stop - plan.columns] for v in self.bottleneck_pair)
+        through = ThroughStatistics(z, self.mean[columns], p, q, self.count)
+        unfinished = Unfinished(through if need_dz and not plan.stages[j].frozen else None)
+        later = unfinished if need_dz and self.group is None else None
+        grad_weight, _ = self.backend.bn_relu_conv3x3_backward(
+            dy,
+            z,
+            self.affines[j],
+            self.weights[j][0],
+            plan.grid,
+            scaled,
+            gradients.needs_conv_weight,
+            gradients.reader(None, (p, q)),
+            later,
+            gradients.stage.conv_weight,
         )
         gradients.convolution(grad_weight, dy)
-        if sums is not None:
-            self.collect(j, sums)
-        if not need_dz or plan.stages[j].frozen:
-            return scaled, None
-        p, q = global_sum(self.p[columns], self.q[columns], self.group)
-        return scaled, ThroughStatistics(z, self.mean[columns], p, q, self.count)
-
-    def collect(self, j: int, sums: tuple[Tensor, Tensor]) -> None:
-        """Keeps what stage j's normalisation needs for its own gradients, and adds (2) to P and Q."""
-        self.gradients[j].sums = sums
-        if not self.plan.stages[j].frozen:
-            columns = self.plan.ranges[j]
-            add_reader(sums, self.factors[j], self.p[columns], self.q[columns])
+        if later is None and unfinished.through is not None:
+            p, q = global_sum(p, q, self.group)
+            unfinished.through = through._replace(p=p, q=q)
+        return scaled, unfinished
 
 
 @define("dense_block_backward")
@@ -400,9 +437,6 @@ def _backward(
     described = grad_mean is not None
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
     backend = select(features.device, features.dtype)
-    p, q = mean.new_zeros(2, *mean.shape).unbind()
-    if described:
-        p.copy_(grad_mean), q.copy_(grad_var)
     trained = [j % STAGE_TENSORS in (0, 1, 4) and t.numel() > 0 for j, t in enumerate(tensors)]
     if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
         backend, features.dtype, group, saved
@@ -410,14 +444,18 @@ def _backward(
         image = empty_image(features, plan.grid, in_channels)
         empty = features.new_empty(0)
         gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
-        kept = (to_matrix(features), bottlenecks, mean, var, count)
+        p, q = mean.new_zeros(2, *mean.shape).unbind()
+        if described:
+            p.copy_(grad_mean), q.copy_(grad_var)
+        kept = (to_matrix(features), bottlenecks, mean, var, rows_of(count, to_matrix(features).shape[0]))
         out = (to_matrix(image), gradients, p, q, described)
         backend.dense_block_backward(to_matrix(grad), *kept, tensors, eps, plan.grid, *out)
         return image, [
             None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
             for g, t, own in zip(gradients, tensors, trained)
         ]
-    return BlockGradients(plan, features, mean, var, count, p, q, group).run(grad, bottlenecks, saved, masks, needs)
+    behind = (grad_mean.contiguous(), grad_var.contiguous()) if described else None
+    return BlockGradients(plan, features, mean, var, count, behind, group).run(grad, bottlenecks, saved, masks, needs)
 
 
 @_backward.custom_op.register_fake

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densenet_fast.backends import select
 from densenet_fast.backends.affine import (
-    Affine,
+    Reader,
     Statistics,
     ThroughStatistics,
     accumulation_dtype,
@@ -24,89 +24,91 @@ from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.op import Gradients, Op
 from densenet_fast.ops.op import with_autograd as op_with_autograd
 from densenet_fast.ops.stage import (
+    Prepared,
     StageGradients,
-    add_reader,
-    affines,
-    convolutions,
     global_count,
     global_sum,
-    norm_gradients,
     present,
+    rows_of,
     synchronise,
-    through_statistics,
     unflatten,
 )
 
 
 class Input:
-    """x [N, C, *spatial] of an op of one packed stage, as the kernels take it."""
+    """x [N, C, *spatial] of an op of one packed stage, as the kernels take it, with what normalises it.
 
-    def __init__(self, x: Tensor, tensors: list[Tensor], eps: list[float]) -> None:
-        self.x = x
+    ``own`` are the batch's statistics: a copy of ``mean`` and ``var`` if they are given, else computed; zero if the
+    stage is frozen.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        tensors: list[Tensor],
+        eps: list[float],
+        mean: Tensor | None,
+        var: Tensor | None,
+        group: str | None,
+        again: bool = False,
+    ) -> None:
+        """With ``again``, in a backward pass, the given statistics are not copied."""
+        self.x, self.group = x, group
         (self.stage,) = unflatten(tensors, eps)
         self.backend = select(x.device, x.dtype)
         self.matrix, self.grid = to_matrix(x), (x.shape[0], *x.shape[2:])
-
-    def convolution(self) -> tuple[Tensor, Tensor | None]:
-        """The convolution's weight [C', C] and bias in x's dtype."""
-        ((weight, bias),) = convolutions([self.stage], self.x.dtype)
-        return weight.flatten(1), bias
-
-    def statistics(self, mean: Tensor | None, var: Tensor | None, group: str | None) -> Statistics:
-        """Of the batch, [C] each: a copy of the given ones, or computed; zeros if the stage is frozen."""
+        prepared = Prepared([self.stage], self.backend, x)
+        ((weight, self.bias),) = prepared.weights
+        self.weight = None if weight is None else weight.flatten(1)
+        self.own = empty_statistics(x, x.shape[1], self.stage.eps)
         if mean is not None:
-            return self.known(mean.clone(), var.clone())
-        own = empty_statistics(self.x, self.x.shape[1], self.stage.eps)
-        if self.stage.frozen:
-            own.mean.zero_(), own.var.zero_()
+            if again:
+                self.own = Statistics(mean, var, self.own.rstd, self.stage.eps)
+            else:
+                prepared.copy(self.own.mean, mean), prepared.copy(self.own.var, var)
+            prepared.rstd(self.own.rstd, var, self.stage.eps)
+        elif self.stage.frozen:
+            prepared.zero(self.own.mean), prepared.zero(self.own.var)
         else:
-            self.backend.channel_statistics(self.matrix, own)
-            synchronise(own, self.matrix.shape[0], group)
-        return own
+            self.backend.channel_statistics(self.matrix, self.own)
+            synchronise(self.own, self.matrix.shape[0], group)
+        self.affine = prepared.affine(0, self.own)
 
-    def known(self, mean: Tensor, var: Tensor) -> Statistics:
-        """Those with ``mean`` and ``var``."""
-        return Statistics(mean, var, torch.rsqrt(var + self.stage.eps), self.stage.eps)
+    def count(self) -> Tensor:
+        """The number of rows that the statistics are over, as :func:`global_count` returns it."""
+        return global_count(self.matrix.shape[0], self.x, self.group)
 
-    def count(self, group: str | None) -> Tensor:
-        """The number of rows that the statistics are over."""
-        return global_count(self.matrix.shape[0], self.x, group)
-
-    def affine(self, own: Statistics) -> Affine:
-        """What normalises x."""
-        return affines([self.stage], [own])[0][0]
+    def reader(self, gradients: StageGradients, needs: list[bool]) -> Reader:
+        """Where the kernel that sums writes the gradients through the normalisation."""
+        self.through = None
+        if not self.stage.frozen and (needs[0] or needs[1]):
+            self.through = torch.empty_like(self.own.mean), torch.empty_like(self.own.mean)
+        return gradients.reader(None, self.through)
 
     def gradients(
-        self,
-        scaled: Tensor | None,
-        sums: tuple[Tensor, Tensor] | None,
-        gradients: StageGradients,
-        own: Statistics,
-        count: Tensor,
-        group: str | None,
-        needs: list[bool],
+        self, scaled: Tensor | None, gradients: StageGradients, count: Tensor, needs: list[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """What a backward op returns, from scale * D, None where x needs no gradient, and (sum D, sum D * (x - mean)),
-        None where neither x nor the normalisation does: (1) and (2)."""
-        normalised = affines([self.stage], [own])
-        gradients.sums = sums
-        norm_gradients([gradients], [normalised[0][1]])
+        """What a backward op returns, from scale * D, None where x needs no gradient, after the kernels have written to
+        :meth:`reader`: (1)."""
         tensors = gradients.tensors()
-        p, q = torch.zeros_like(own.mean), torch.zeros_like(own.mean)
-        if not self.stage.frozen and (needs[0] or needs[1]):
-            add_reader(sums, through_statistics(normalised)[0], p, q)
         if needs[1]:
-            tensors += [p, q]
-        elif needs[0] and not self.stage.frozen:
-            through = ThroughStatistics(self.matrix, own.mean, *global_sum(p, q, group), count)
-            self.backend.finalise_gradient(scaled, through, scaled)
+            tensors += self.through or (torch.zeros_like(self.own.mean), torch.zeros_like(self.own.mean))
+        elif self.through is not None:
+            rows = rows_of(count, self.matrix.shape[0])
+            p, q = global_sum(*self.through, self.group)
+            self.backend.finalise_gradient(scaled, ThroughStatistics(self.matrix, self.own.mean, p, q, rows), scaled)
         return as_output(to_image(scaled, self.grid)) if needs[0] else self.x.new_empty(0), tensors
 
 
-def fake_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and count as :meth:`Input.statistics` returns them, without values."""
+def fake_statistics(x: Tensor, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count that an op of one stage returns, without values."""
     vector = x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
-    return vector, torch.empty_like(vector), x.new_empty((), dtype=torch.float64)
+    return vector, torch.empty_like(vector), fake_count(x, group)
+
+
+def fake_count(x: Tensor, group: str | None) -> Tensor:
+    """What :func:`global_count` returns, without values."""
+    return x.new_empty(0 if group is None else (), dtype=torch.float64)
 
 
 def fake_gradients(x: Tensor, mean: Tensor, tensors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor]]:

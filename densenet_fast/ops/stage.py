@@ -6,14 +6,17 @@ P and Q the gradients with respect to mu and v, D the gradient behind the ReLU's
 
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, Statistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, accumulation_dtype
 from densenet_fast.backends.layout import as_output
+
+Pair = tuple[Tensor, Tensor]
 
 STAGE_TENSORS = 6
 """Tensors of a stage in a flat list."""
@@ -39,35 +42,82 @@ class Stage(NamedTuple):
         return self.running_mean is not None
 
 
-def convolutions(stages: Sequence[Stage], dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
-    """The convolutions' weights and biases in ``dtype``, converted all at once."""
-    given = [t for stage in stages for t in (stage.conv_weight, stage.conv_bias) if t is not None and t.dtype != dtype]
-    converted = [torch.empty_like(t, dtype=dtype) for t in given]
-    if given:
-        torch._foreach_copy_(converted, given)
-    by_id = dict(zip(map(id, given), converted))
-    return [tuple(by_id.get(id(t), t) for t in (stage.conv_weight, stage.conv_bias)) for stage in stages]
+class Prepared:
+    """What the kernels read besides feature maps, for stages of one op: made by one launch, :meth:`done`.
 
+    ``weights`` are the convolutions' (weight, bias) in ``dtype``, as they are where that is so already.
+    """
 
-def affines(stages: Sequence[Stage], statistics: Sequence[Statistics]) -> list[tuple[Affine, Tensor]]:
-    """What normalises each stage's input, and its r, all at once; ``statistics`` are the batch's, for each stage."""
-    dtype = statistics[0].mean.dtype
-    means = [stage.running_mean.to(dtype) if stage.frozen else own.mean for stage, own in zip(stages, statistics)]
-    rs = [own.rstd for own in statistics]
-    apart = [i for i, stage in enumerate(stages) if stage.frozen or stage.eps != statistics[i].eps]
-    if apart:
-        variances = [stages[i].running_var.to(dtype) if stages[i].frozen else statistics[i].var for i in apart]
-        shifted = torch._foreach_add(variances, [stages[i].eps for i in apart])
-        torch._foreach_rsqrt_(shifted)
-        for i, r in zip(apart, shifted):
-            rs[i] = r
-    scales, scaled = list(rs), [i for i, stage in enumerate(stages) if stage.weight is not None]
-    if scaled:
-        products = torch._foreach_mul([stages[i].weight for i in scaled], [rs[i] for i in scaled])
-        for i, scale in zip(scaled, products):
-            scales[i] = scale
-    shifts = [torch.zeros_like(r) if stage.bias is None else stage.bias.to(dtype) for stage, r in zip(stages, rs)]
-    return [(Affine(*(v.contiguous() for v in vectors)), r) for *vectors, r in zip(means, scales, shifts, rs)]
+    def __init__(self, stages: Sequence[Stage], backend: ModuleType, like: Tensor) -> None:
+        self.stages, self.backend, self.dtype = stages, backend, like.dtype
+        self.vector_dtype = accumulation_dtype(like.dtype)
+        self.jobs: list[Job] = []
+        self.weights = [(self._weight(stage.conv_weight), self._bias(stage.conv_bias)) for stage in stages]
+        self._frozen_rstds = {j: self._frozen_rstd(stage) for j, stage in enumerate(stages) if stage.frozen}
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.jobs.append(Job("copy", target, source))
+
+    def rstd(self, target: Tensor, variance: Tensor, eps: float) -> None:
+        self.jobs.append(Job("rstd", target, variance, eps))
+
+    def zero(self, target: Tensor) -> None:
+        self.jobs.append(Job("zero", target))
+
+    def done(self) -> None:
+        """Does what was asked for so far."""
+        if self.jobs:
+            self.backend.prepare(self.jobs)
+        self.jobs = []
+
+    def affine(self, j: int, own: Statistics) -> Affine:
+        """What normalises the input of stage j, whose batch statistics are ``own``."""
+        stage = self.stages[j]
+        if stage.frozen:
+            mean, rstd = self._vector(stage.running_mean), self._frozen_rstds[j]
+        else:
+            mean, rstd = own.mean, own.rstd
+            if stage.eps != own.eps:
+                rstd = torch.empty_like(rstd)
+                self.rstd(rstd, own.var, stage.eps)
+        bias = self._zeros(rstd) if stage.bias is None else stage.bias.contiguous()
+        self.done()
+        return Affine(mean, rstd, bias, None if stage.weight is None else stage.weight.contiguous())
+
+    def _weight(self, weight: Tensor | None) -> Tensor | None:
+        if weight is None:
+            return None
+        taps_first = self.backend.TAPS_FIRST and weight.dim() == 4 and weight.shape[-1] == 3
+        layout = torch.channels_last if taps_first else torch.preserve_format
+        if weight.dtype == self.dtype and (not taps_first or weight.is_contiguous(memory_format=layout)):
+            return weight
+        made = torch.empty_like(weight, dtype=self.dtype, memory_format=layout)
+        self.copy(made, weight)
+        return made
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or bias.dtype == self.dtype:
+            return bias
+        made = torch.empty_like(bias, dtype=self.dtype)
+        self.copy(made, bias)
+        return made
+
+    def _frozen_rstd(self, stage: Stage) -> Tensor:
+        made = torch.empty_like(stage.running_var, dtype=self.vector_dtype)
+        self.rstd(made, stage.running_var, stage.eps)
+        return made
+
+    def _vector(self, vector: Tensor) -> Tensor:
+        if vector.dtype == self.vector_dtype:
+            return vector.contiguous()
+        made = torch.empty_like(vector, dtype=self.vector_dtype)
+        self.copy(made, vector)
+        return made
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        made = torch.empty_like(like)
+        self.zero(made)
+        return made
 
 
 def flatten(stages: Sequence[Stage]) -> tuple[list[Tensor | None], list[float]]:
@@ -95,63 +145,48 @@ class StageGradients:
         self.needs_weight, self.needs_bias, _, _, self.needs_conv_weight, self.needs_conv_bias = needs
         self.needs_norm = self.needs_weight or self.needs_bias
         self.needs_any = any(needs)
-        self._gradients: list[Tensor | None] = [None] * STAGE_TENSORS
-        self.sums: tuple[Tensor, Tensor] | None = None
-        """(sum D, sum D * (F - mu)), if the normalisation's gradients or the input's are needed."""
+        empty = torch.empty_like
+        self.weight = empty(stage.weight) if self.needs_weight else None
+        """The gradient of the normalisation's weight, and of its bias, for the kernel that sums to write."""
+        self.bias = empty(stage.bias) if self.needs_bias else None
+        self._convolution: tuple[Tensor | None, Tensor | None] = None, None
+
+    def reader(self, before: Pair | None, after: Pair | None) -> Reader:
+        """Where the kernel that sums writes; P and Q to ``after`` unless the normalisation is frozen."""
+        return Reader(before, None if self.stage.frozen else after, self.weight, self.bias)
 
     def convolution(self, weight: Tensor | None, grad_output: Tensor) -> None:
         """From the weight's gradient and the output's gradient matrix [M, out_channels]."""
+        bias = None
         if self.needs_conv_weight:
             like = self.stage.conv_weight
-            own = weight.view(like.shape)
-            if own.dtype == like.dtype and own.stride() == like.stride():
-                self._gradients[4] = as_output(own)
-            else:
-                self._gradients[4] = torch.empty_like(like).copy_(own)
+            if weight.dtype != like.dtype or weight.view(like.shape).stride() != like.stride():
+                weight = torch.empty_like(like).copy_(weight.view(like.shape))
+            elif weight.shape != like.shape or weight._is_view():
+                weight = as_output(weight.view(like.shape))
         if self.needs_conv_bias:
             total = grad_output.sum(0, dtype=accumulation_dtype(grad_output.dtype))
-            self._gradients[5] = total.to(self.stage.conv_bias.dtype)
-
-    def norm(self, weight: Tensor, bias: Tensor) -> None:
-        """Takes the gradients of the normalisation's weight and bias, as far as they are needed."""
-        if self.needs_weight:
-            self._gradients[0] = weight.to(self.stage.weight.dtype)
-        if self.needs_bias:
-            self._gradients[1] = bias.to(self.stage.bias.dtype)
+            bias = total.to(self.stage.conv_bias.dtype)
+        self._convolution = weight if self.needs_conv_weight else None, bias
 
     def tensors(self) -> list[Tensor | None]:
         """One gradient per tensor of the stage, None where it was not needed."""
-        return self._gradients
-
-
-def norm_gradients(gradients: Sequence[StageGradients], rs: Sequence[Tensor]) -> None:
-    """db = sum D and dg = r * sum D * (F - mu) of every stage that needs them, all at once."""
-    needed = [(g, r) for g, r in zip(gradients, rs) if g.needs_norm and g.sums is not None]
-    if needed:
-        weights = torch._foreach_mul([g.sums[1] for g, _ in needed], [r for _, r in needed])
-        biases = torch._foreach_mul([g.sums[0] for g, _ in needed], 1)
-        for (g, _), weight, bias in zip(needed, weights, biases):
-            g.norm(weight, bias)
-
-
-def through_statistics(normalised: Sequence[tuple[Affine, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """By what :func:`add_reader` multiplies a stage's two sums, of all stages at once: s and s * r^2."""
-    scales, rs = [affine.scale for affine, _ in normalised], [r for _, r in normalised]
-    return list(zip(scales, torch._foreach_mul(torch._foreach_mul(scales, rs), rs)))
-
-
-def add_reader(sums: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor], p: Tensor, q: Tensor) -> None:
-    """What one reader adds to P and Q (2): P -= s * sum D, Q -= s * r^2 * sum D * (F - mu) / 2."""
-    p.addcmul_(factors[0], sums[0], value=-1)
-    q.addcmul_(factors[1], sums[1], value=-0.5)
+        return [self.weight, self.bias, None, None, *self._convolution]
 
 
 def global_count(rows: int, like: Tensor, group: str | None) -> Tensor:
-    """Rows M of the whole batch, over all processes of ``group``, as a float64 scalar."""
+    """Rows M of the whole batch over all processes of ``group`` as a float64 scalar; without a group, where everybody
+    knows them, empty."""
+    if group is None:
+        return like.new_empty(0, dtype=torch.float64)
     count = torch.full((), rows, dtype=torch.float64, device=like.device)
-    if group is not None:
-        dist.all_reduce(count, group=_process_group(group))
+    dist.all_reduce(count, group=_process_group(group))
     return count
+
+
+def rows_of(count: Tensor, rows: int) -> Tensor | int:
+    """The rows that statistics are over, from what :func:`global_count` made of this process's ``rows``."""
+    return count if count.numel() else rows
 
 
 def synchronise(statistics: Statistics | None, rows: int, group: str | None) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from densenet_fast.backends import BACKENDS
-from densenet_fast.backends.affine import Affine, ThroughStatistics, accumulation_dtype, empty_statistics
+from densenet_fast.backends.affine import Affine, ThroughStatistics, Unfinished, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
 from helpers import EPS, assert_statistics, error
 
@@ -184,8 +184,9 @@ def test_bn_relu_conv1x1_backward_completes_its_gradient(backend, dtype, channel
     for complete in (True, False):
         grad_x = torch.zeros_like(case.x)
         dz = backend.finalise_gradient(grad, through, torch.empty_like(grad)) if complete else grad
+        unfinished = Unfinished(None if complete else through)
         arguments = (dz, case.x, case.affine, case.w1.flatten(1), grad_x, True, True)
-        grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, None if complete else through)
+        grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, unfinished=unfinished)
         results.append((grad_x, grad_weight, *sums))
     for got, expected in zip(*results):
         assert got.equal(expected)

@@ -24,11 +24,13 @@ from densenet_fast.backends.aten import (
     bn_relu_maxpool_backward,
     channel_statistics,
     finalise_gradient,
+    prepare,
 )
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import interpreted
 
 __all__ = [
+    "TAPS_FIRST",
     "append_features",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_backward",
@@ -44,11 +46,14 @@ __all__ = [
     "describe",
     "finalise_gradient",
     "name",
+    "prepare",
     "supports",
     "unavailable",
 ]
 
 name = "triton"
+
+TAPS_FIRST = True
 
 MINIMUM_CAPABILITY = (8, 0)
 

@@ -104,9 +104,17 @@ TABLE: dict[str, Rows] = {
 BN_RELU = Tile(32, 128, 0, 4, 1)
 STATISTICS = Tile(64, 16, 0, 4, 1)
 """rows: lanes of tiles that are combined at once."""
-SUMS = ((4096, Tile(64, 32, 0, 4, 1)), (ANY, Tile(4, 256, 0, 4, 1)))
-"""By the number of columns: of a few, each of many tiles; of many, each of a few tiles."""
-INTERPRETED_SUMS = Tile(4, 1024, 0, 4, 1)
+SUMS = {
+    90: (Tile(128, 16, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(64, 32, 0, 4, 1)),
+    80: (Tile(128, 16, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(64, 32, 0, 4, 1)),
+    0: (Tile(4, 1024, 0, 4, 1), Tile(4, 1024, 0, 4, 1), Tile(4, 64, 0, 4, 1)),
+}
+"""rows: lanes of tiles that are added at once. First for column sums, a few columns of many tiles; then for products,
+many columns of a few tiles; last for column sums by the programs that complete columns with them."""
+COMPLETION = Tile(64, 128, 0, 4, 1)
+"""rows and columns that are completed at once; columns by their column sums are as SUMS says."""
+COMPLETING_PROGRAMS = 8
+"""Programs per multiprocessor that complete columns."""
 
 PROGRAMS_PER_PROCESSOR = 2
 """Ranges of rows are made so many that a product over rows has this many programs per multiprocessor."""
@@ -181,9 +189,11 @@ def tile(kernel: str, device: Device, dtype: torch.dtype, width: int) -> Tile:
     return next(found for limit, found in TABLE[kernel][row(device, dtype)] if width <= limit)
 
 
-def sums_tile(device: Device, columns: int) -> Tile:
-    """The configuration of a sum over tiles for ``columns`` columns."""
-    return next(found for limit, found in SUMS if columns <= limit) if device.generation else INTERPRETED_SUMS
+def chunks(device: Device, rows: int, column_tiles: int) -> tuple[int, int]:
+    """How programs that complete ``rows`` rows of ``column_tiles`` tiles divide them: (chunks, rows of each)."""
+    wanted = max(1, device.processors * COMPLETING_PROGRAMS // column_tiles)
+    each = -(-rows // wanted // COMPLETION.rows) * COMPLETION.rows
+    return -(-rows // each), each
 
 
 def fit(size: int, limit: int) -> int:

@@ -1,9 +1,8 @@
 """``aten.bn_relu_conv1x1`` and its backward pass: launches of two kernels and of the reductions behind them."""
 
-import torch
 from torch import Tensor
 
-from densenet_fast.backends.affine import Affine, Statistics, ThroughStatistics
+from densenet_fast.backends.affine import Affine, Completion, Reader, Statistics, Unfinished
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu_conv1x1 import bn_relu_conv1x1 as conv1x1_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_conv1x1_backward import (
@@ -11,14 +10,17 @@ from densenet_fast.backends.triton.kernels.bn_relu_conv1x1_backward import (
 )
 from densenet_fast.backends.triton.launch import launch, units
 from densenet_fast.backends.triton.shared import (
+    Columns,
     Sums,
     adjacent,
     combine_statistics,
     dot_precision,
     finalise_gradient,
     float32,
+    normalisation,
     sum_partials,
     tiles_of,
+    weight_gradient,
 )
 
 
@@ -37,16 +39,18 @@ def bn_relu_conv1x1(
     columns = config.fit(width, tile.columns)
     tiles = tiles_of(rows, tile.rows)
     partials = float32(x, 0 if statistics is None else tiles, 2, width)
+    if then is not None and (then.weight is None) != (affine.weight is None):
+        affine, then = (Affine(a.mean, a.scale, a.bias) for a in (affine, then))
     (c, c_unit), (b, b_unit) = units(channels), units(width)
     (ld_x, x_unit), (ld_out, out_unit) = units(x.stride(0)), units(out.stride(0))
     launch(
         conv1x1_kernel,
         (tiles * tiles_of(width, columns),),
         x,
-        *affine,
+        *normalisation(affine),
         weight,
         weight if bias is None else bias,
-        *(affine if then is None else then),
+        *normalisation(affine if then is None else then),
         out,
         partials,
         rows,
@@ -65,6 +69,7 @@ def bn_relu_conv1x1(
         BIAS=bias is not None,
         THEN=then is not None,
         STATISTICS=statistics is not None,
+        WEIGHTED=affine.weight is not None,
         PRECISION=dot_precision(x.dtype),
     )
     if statistics is not None:
@@ -79,28 +84,62 @@ def bn_relu_conv1x1_backward(
     grad_x: Tensor | None,
     need_weight: bool,
     need_sums: bool,
-    through: ThroughStatistics | None = None,
     source: Tensor | None = None,
+    reader: Reader | None = None,
+    completion: Completion | None = None,
+    unfinished: Unfinished | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
+    other = unfinished.sums.pop() if unfinished is not None and unfinished.sums else None
     need_input = need_sums or grad_x is not None
     if not need_input and not need_weight:
+        if other is not None:
+            sum_partials(float32(x, 0, 0), None, 0, other=other)
         return None, None
-    if source is not None and grad_x is not None:
-        grad_x.copy_(source)
-    if through is not None:
-        grad = finalise_gradient(grad, through, torch.empty_like(grad))
+    if unfinished is not None and unfinished.through is not None:
+        grad = finalise_gradient(grad, unfinished.through, grad)
     grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()
-    (rows, channels), width = x.shape, weight.shape[0]
+    channels, width = x.shape[1], weight.shape[0]
+    partials = _partials(grad, x, affine, weight, grad_x if source is None else source, grad_x, need_input, need_weight)
+    grad_weight = weight_gradient(like, width, channels, x) if need_weight else None
+    columns = None
+    if completion is not None and reader is not None and reader.after is not None:
+        columns, completion = Columns(grad_x, x, completion), None
+    sums = sum_partials(partials, grad_weight, channels if need_input else 0, affine, reader, other, columns)
+    if completion is not None:
+        finalise_gradient(grad_x[:, completion.columns], completion.through, completion.out)
+    return grad_weight, sums
+
+
+def product_over_rows(grad: Tensor, x: Tensor) -> Tensor:
+    """Partial results [ranges, K * C] of grad^T @ x for grad [M, K] and x [M, C]."""
+    return _partials(grad, x, None, x, None, None, False, True)
+
+
+def _partials(
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine | None,
+    weight: Tensor,
+    source: Tensor | None,
+    grad_x: Tensor | None,
+    need_input: bool,
+    need_weight: bool,
+) -> Tensor:
+    """Updates grad_x, if there is one, and leaves [ranges, n]: dW's B * C columns, if it is needed, and if the input is
+    needed C of sum D and C of sum D * (x - mean). Without an affine, the product of grad and x itself."""
+    (rows, channels), width = x.shape, grad.shape[1]
     device = config.device_of(x.device)
     tile = config.tile("bn_relu_conv1x1_backward", device, x.dtype, width)
     block, columns = config.fit(width, tile.inner), config.fit(channels, tile.columns)
     wide, column_tiles = width > block, tiles_of(channels, columns)
     ranges, range_rows = config.ranges(device, rows, tile.rows, column_tiles)
     weight_rows = width if need_weight else 0
-    partials = float32(x, ranges, weight_rows + (2 if need_input else 0), channels)
-    target = x if grad_x is None else grad_x
+    partials = float32(x, ranges, (weight_rows + (2 if need_input else 0)) * channels)
+    source, target = x if source is None else source, x if grad_x is None else grad_x
     (c, c_unit), (b, b_unit) = units(channels), units(width)
-    (ld_grad, grad_unit), (ld_x, x_unit), (ld_target, target_unit) = (units(t.stride(0)) for t in (grad, x, target))
+    (ld_grad, grad_unit), (ld_x, x_unit) = units(grad.stride(0)), units(x.stride(0))
+    (ld_source, source_unit), (ld_target, target_unit) = units(source.stride(0)), units(target.stride(0))
 
     def run(with_input: bool, with_weight: bool, blocks: int) -> None:
         launch(
@@ -108,8 +147,9 @@ def bn_relu_conv1x1_backward(
             (column_tiles, ranges, blocks),
             grad,
             x,
-            *affine,
+            *((partials,) * 4 if affine is None else normalisation(affine)),
             weight,
+            source,
             target,
             partials,
             rows,
@@ -117,15 +157,17 @@ def bn_relu_conv1x1_backward(
             b,
             ld_grad,
             ld_x,
+            ld_source,
             ld_target,
             range_rows,
-            partials.shape[1],
+            partials.shape[1] // channels,
             weight_rows,
             tile=tile,
             C_UNIT=c_unit,
             B_UNIT=b_unit,
             GRAD_UNIT=grad_unit,
             X_UNIT=x_unit,
+            SOURCE_UNIT=source_unit,
             GRAD_X_UNIT=target_unit,
             ROWS=tile.rows,
             CHANNELS=columns,
@@ -134,6 +176,8 @@ def bn_relu_conv1x1_backward(
             UPDATE=with_input and grad_x is not None,
             WEIGHT=with_weight,
             WIDE=with_input and wide,
+            PLAIN=affine is None,
+            WEIGHTED=affine is not None and affine.weight is not None,
             PRECISION=dot_precision(x.dtype),
         )
 
@@ -144,5 +188,4 @@ def bn_relu_conv1x1_backward(
             run(True, False, 1)
         if need_weight:
             run(False, True, tiles_of(width, block))
-    grad_weight, sums = sum_partials(partials.flatten(1), x.new_empty(weight_rows, channels))
-    return grad_weight if need_weight else None, sums.view(2, channels).unbind() if need_input else None
+    return partials

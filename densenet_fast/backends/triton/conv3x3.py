@@ -4,10 +4,11 @@ relu(bn(x)) is materialised once, because the taps read it nine times; the backw
 the input's gradient.
 """
 
+import torch
 from torch import Tensor
 
 from densenet_fast.backends import aten
-from densenet_fast.backends.affine import Affine, Statistics
+from densenet_fast.backends.affine import Affine, Reader, Statistics, ThroughStatistics, Unfinished
 from densenet_fast.backends.spatial import convolve
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels.bn_relu import bn_relu as bn_relu_kernel
@@ -18,12 +19,15 @@ from densenet_fast.backends.triton.kernels.bn_relu_conv3x3_backward import (
 )
 from densenet_fast.backends.triton.launch import launch, units
 from densenet_fast.backends.triton.shared import (
+    Product,
     Sums,
     adjacent,
     append_features,
     combine_statistics,
     dot_precision,
+    evenly_laid,
     float32,
+    normalisation,
     sum_partials,
     tiles_of,
 )
@@ -91,16 +95,28 @@ def bn_relu_conv3x3_backward(
     grid: tuple[int, ...],
     out: Tensor | None,
     need_weight: bool,
+    reader: Reader | None = None,
+    unfinished: Unfinished | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
     if config.convolution_by_torch(grid, x.dtype):
-        return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight)
-    grad = adjacent(grad)
+        return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight, reader, None, like)
+    grad, x, like = adjacent(grad), adjacent(x), evenly_laid(like)
     a = sums = None
     if out is not None:
-        a, sums = _conv3x3_grad_input(grad, adjacent(x), affine, _taps_first(weight), grid, out, need_weight)
-    elif need_weight:
-        a = _bn_relu(x, affine)
-    return _conv3x3_grad_weight(grad, a, grid) if need_weight else None, sums
+        a, partials = _conv3x3_grad_input(grad, x, affine, _taps_first(weight), grid, out, need_weight)
+        sums = sum_partials(partials, None, x.shape[1], affine, reader)
+    if not need_weight:
+        return None, sums
+    through = None
+    if unfinished is not None and out is not None and unfinished.through is not None:
+        through, unfinished.through = unfinished.through, None
+    product = _conv3x3_grad_weight(grad, _bn_relu(x, affine) if a is None else a, grid, like, through, out)
+    if unfinished is None or like is None:
+        sum_partials(float32(x, 0, 0), None, 0, other=product)
+    else:
+        unfinished.sums.append(product)
+    return product.out, sums
 
 
 def _conv3x3_grad_input(
@@ -111,14 +127,14 @@ def _conv3x3_grad_input(
     grid: tuple[int, ...],
     scaled: Tensor,
     keep_a: bool,
-) -> tuple[Tensor | None, Sums]:
-    """``scaled`` = scale * D; relu(bn(z)) if asked for, and D's column sums; ``weight`` [k, 3, 3, B]."""
+) -> tuple[Tensor | None, Tensor]:
+    """``scaled`` = scale * D; relu(bn(z)) if asked for, and D's column sums in parts; ``weight`` [k, 3, 3, B]."""
     (rows, channels), outputs = z.shape, grad.shape[1]
     tile = config.tile("bn_relu_conv3x3_grad_input", config.device_of(z.device), z.dtype, channels)
     columns = config.fit(channels, tile.columns)
     tiles = tiles_of(rows, tile.rows)
     a = z.new_empty(rows, channels) if keep_a else None
-    partials = float32(z, tiles, 2, channels)
+    partials = float32(z, tiles, 2 * channels)
     (b, b_unit), (k, k_unit), (ld_scaled, scaled_unit) = units(channels), units(outputs), units(scaled.stride(0))
     (ld_grad, grad_unit), (ld_z, z_unit) = units(grad.stride(0)), units(z.stride(0))
     launch(
@@ -126,7 +142,7 @@ def _conv3x3_grad_input(
         (tiles * tiles_of(channels, columns),),
         grad,
         z,
-        *affine,
+        *normalisation(affine),
         weight,
         scaled,
         scaled if a is None else a,
@@ -149,34 +165,60 @@ def _conv3x3_grad_input(
         COLUMNS=columns,
         INNER=config.fit(outputs, tile.inner),
         KEEP_A=keep_a,
+        WEIGHTED=affine.weight is not None,
         PRECISION=dot_precision(z.dtype),
     )
-    _, sums = sum_partials(partials.flatten(1), z.new_empty(0))
-    return a, sums.view(2, channels).unbind()
+    return a, partials
 
 
-def _conv3x3_grad_weight(grad: Tensor, a: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """dW2 [k, B, 3, 3] from dY [M, k] and A [M, B]."""
+def _conv3x3_grad_weight(
+    grad: Tensor,
+    a: Tensor,
+    grid: tuple[int, ...],
+    like: Tensor | None,
+    through: ThroughStatistics | None,
+    dz: Tensor | None,
+) -> Product:
+    """dW2 [k, B, 3, 3], ``like`` the parameter if it is given, in parts, from dY [M, k] and A [M, B]; completes dz
+    on the way, if it is to go ``through`` statistics."""
     (rows, channels), outputs = a.shape, grad.shape[1]
     device = config.device_of(a.device)
     tile = config.tile("bn_relu_conv3x3_grad_weight", device, a.dtype, channels)
     block, width = config.fit(channels, tile.columns), config.fit(outputs, tile.inner)
     programs = 3 * tiles_of(channels, block) * tiles_of(outputs, width)
     ranges, range_rows = config.ranges(device, rows, tile.rows, programs)
-    partials = float32(a, ranges, outputs, 9 * channels)
+    partials = float32(a, ranges, outputs * 9 * channels)
     (b, b_unit), (k, k_unit), (ld_grad, grad_unit) = units(channels), units(outputs), units(grad.stride(0))
+    completion, completed = config.COMPLETION, config.fit(channels, config.COMPLETION.columns)
+    z, mean, p, q, count = (a, partials, partials, partials, 1) if through is None else through
+    dz, more, chunk_rows = a if through is None else dz, 0, 1
+    if through is not None:
+        column_tiles = tiles_of(channels, completed)
+        parts, chunk_rows = config.chunks(device, rows, column_tiles)
+        more = tiles_of(parts * column_tiles, programs)
+    (ld_z, z_unit), (ld_dz, dz_unit) = units(z.stride(0)), units(dz.stride(0))
     launch(
         bn_relu_conv3x3_grad_weight,
-        (programs, ranges),
+        (programs, ranges + more),
         grad,
         a,
         partials,
+        z,
+        dz,
+        mean,
+        p,
+        q,
         rows,
         b,
         k,
         *grid[1:],
         ld_grad,
         range_rows,
+        ranges,
+        ld_z,
+        ld_dz,
+        chunk_rows,
+        float(count),
         tile=tile,
         B_UNIT=b_unit,
         K_UNIT=k_unit,
@@ -184,10 +226,14 @@ def _conv3x3_grad_weight(grad: Tensor, a: Tensor, grid: tuple[int, ...]) -> Tens
         ROWS=tile.rows,
         BLOCK=block,
         WIDTH=width,
+        Z_UNIT=z_unit,
+        DZ_UNIT=dz_unit,
+        COMPLETED_ROWS=completion.rows,
+        COMPLETED=completed,
         PRECISION=dot_precision(a.dtype),
     )
-    grad_weight, _ = sum_partials(partials.flatten(1), a.new_empty(outputs, 3, 3, channels))
-    return grad_weight.permute(0, 3, 1, 2)
+    out = a.new_empty(outputs, 3, 3, channels).permute(0, 3, 1, 2) if like is None else torch.empty_like(like)
+    return Product(partials, out, 9)
 
 
 def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
@@ -202,7 +248,7 @@ def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
         bn_relu_kernel,
         (tiles_of(rows, tile.rows) * tiles_of(channels, columns),),
         x,
-        *affine,
+        *normalisation(affine),
         out,
         rows,
         c,
@@ -212,6 +258,7 @@ def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
         X_UNIT=x_unit,
         ROWS=tile.rows,
         COLUMNS=columns,
+        WEIGHTED=affine.weight is not None,
     )
     return out
 

@@ -1,12 +1,15 @@
 """What the functions share: partial results combined, and the sizes of launches."""
 
+import math
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from densenet_fast.backends import aten, cuda_kernels
-from densenet_fast.backends.affine import Statistics, ThroughStatistics
+from densenet_fast.backends.affine import Affine, Completion, Job, Reader, Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels import partials as kernels
 from densenet_fast.backends.triton.launch import launch, units
@@ -35,28 +38,136 @@ def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statist
     )
 
 
-def sum_partials(partials: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over the rows of partials [tiles, n]: of the first columns in ``first``, of the others in float32."""
-    tiles, columns = partials.shape
-    tile = config.sums_tile(config.device_of(partials.device), columns)
-    rest = float32(partials, columns - first.numel())
-    (n, unit), (n_first, first_unit) = units(columns), units(first.numel())
+class Product(NamedTuple):
+    """Partial results [ranges, k * taps * B] of a weight's gradient [k, taps, B], and where their sum goes: to ``out``,
+    in its dtype and memory layout."""
+
+    partials: Tensor
+    out: Tensor
+    taps: int
+
+
+class Columns(NamedTuple):
+    """What columns of a gradient are completed by: the gradient [M, C] and x [M, C] that the sums are of."""
+
+    grad: Tensor
+    x: Tensor
+    completion: Completion
+
+
+def sum_partials(
+    partials: Tensor,
+    weight: Tensor | None,
+    channels: int,
+    affine: Affine | None = None,
+    reader: Reader | None = None,
+    other: Product | None = None,
+    columns: Columns | None = None,
+) -> Sums | None:
+    """The sums over the rows of partials [tiles, n], in one launch: of the first columns in ``weight``, of the others,
+    2 * channels, the column sums, which are returned or, if there is one, given to the ``reader``. Also another
+    product's sum, and columns that are completed by what the reader gets."""
+    tiles, length = partials.shape
+    device = config.device_of(partials.device)
+    few, many, completed = config.SUMS[device.generation]
+    n_weight = length - 2 * channels
+    raw = float32(partials, 2, channels) if reader is None and channels else None
+    dummy = partials
+    p, q = (dummy, dummy) if raw is None else raw.unbind()
+    before, after = (None, None) if reader is None or not channels else reader[:2]
+    norm_weight, norm_bias = (None, None) if reader is None or not channels else reader[2:]
+    weighted = affine is not None and affine.weight is not None
+    programs = tiles_of(channels, few.columns) + tiles_of(n_weight, many.columns)
+    others, grad_other, taps = (dummy, dummy, 1) if other is None else other
+    n_other = 0 if other is None else others.shape[1]
+    programs += tiles_of(n_other, many.columns)
+    inputs = n_other // (grad_other.shape[0] * taps) if other is not None else 1
+    tap_stride, channel_stride = _strides(grad_other, taps, inputs)
+    grad = x = out = dummy
+    first, width, rows, chunk_rows, count, lds = 0, 0, 0, 1, 1.0, (0, 0, 0)
+    if columns is not None:
+        grad, x, (span, through, out) = columns
+        first, width, rows, count = span.start, span.stop - span.start, x.shape[0], float(through.count)
+        lds = grad.stride(0), x.stride(0), out.stride(0)
+        column_tiles = tiles_of(width, completed.columns)
+        parts, chunk_rows = config.chunks(device, rows, column_tiles)
+        programs += parts * column_tiles
+    unit, matrix_unit, other_unit = (
+        math.gcd(*n, 16) for n in ((length, n_weight, channels), (first, *lds), (n_other,))
+    )
     launch(
         kernels.sum_partials,
-        (tiles_of(columns, tile.columns),),
+        (programs,),
         partials,
-        first,
-        rest,
+        dummy if weight is None else weight,
+        dummy if affine is None else affine.mean,
+        dummy if affine is None else affine.rstd,
+        affine.weight if weighted else dummy,
+        *(before or (dummy, dummy)),
+        *(after or (p, q)),
+        dummy if norm_weight is None else norm_weight,
+        dummy if norm_bias is None else norm_bias,
+        others,
+        grad_other,
+        grad,
+        x,
+        out,
         tiles,
-        n,
-        n_first,
-        tile=tile,
+        length // unit,
+        n_weight // unit,
+        channels // unit,
+        others.shape[0],
+        n_other // other_unit,
+        inputs,
+        taps,
+        tap_stride,
+        channel_stride,
+        first // matrix_unit,
+        width,
+        rows,
+        chunk_rows,
+        *(ld // matrix_unit for ld in lds),
+        count,
+        tile=few,
         UNIT=unit,
-        FIRST_UNIT=first_unit,
-        LANES=tile.rows,
-        COLUMNS=tile.columns,
+        OTHER_UNIT=other_unit,
+        MATRIX_UNIT=matrix_unit,
+        WEIGHTED=weighted,
+        BEFORE=before is not None,
+        THROUGH=after is not None,
+        GRAD_NORM_WEIGHT=norm_weight is not None,
+        GRAD_NORM_BIAS=norm_bias is not None,
+        RAW=raw is not None,
+        LANES=few.rows,
+        COLUMNS=few.columns,
+        WIDE_LANES=many.rows,
+        WIDE=many.columns,
+        COMPLETED_LANES=completed.rows,
+        COMPLETED=completed.columns,
+        ROWS=config.COMPLETION.rows,
     )
-    return first, rest
+    return None if raw is None else raw.unbind()
+
+
+def _strides(weight: Tensor, taps: int, inputs: int) -> tuple[int, int]:
+    """Elements from tap to tap and from channel to channel of a convolution's weight [k, B, 3, 3] or [k, B, 1, 1]."""
+    if taps == 1:
+        return inputs, 1
+    return weight.stride(3), weight.stride(1)
+
+
+def evenly_laid(like: Tensor | None) -> Tensor | None:
+    """A convolution's weight, if its memory is contiguous or channels last."""
+    if like is None or like.is_contiguous():
+        return like
+    return like if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def weight_gradient(like: Tensor | None, width: int, channels: int, values: Tensor) -> Tensor:
+    """An uninitialised gradient of a 1x1 convolution's weight: ``like`` it, if its memory is evenly laid, else
+    [width, channels] in the dtype of ``values``."""
+    like = evenly_laid(like)
+    return values.new_empty(width, channels) if like is None else torch.empty_like(like)
 
 
 def append_features(
@@ -69,9 +180,18 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
     return _bound_by_bandwidth(grad).finalise_gradient(grad, through, out)
 
 
+def prepare(jobs: Sequence[Job]) -> None:
+    _bound_by_bandwidth(jobs[0].target).prepare(jobs)
+
+
 def _bound_by_bandwidth(x: Tensor) -> ModuleType:
     """Where such kernels for x are: in CUDA C++ if it serves x."""
     return cuda_kernels if cuda_kernels.serve(x) else aten
+
+
+def normalisation(affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An affine's vectors as kernels take them, something in the place of a missing weight."""
+    return affine.mean, affine.rstd, affine.bias, affine.mean if affine.weight is None else affine.weight
 
 
 def adjacent(matrix: Tensor) -> Tensor:

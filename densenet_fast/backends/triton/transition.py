@@ -3,21 +3,26 @@
 from torch import Tensor
 
 from densenet_fast.backends import aten
-from densenet_fast.backends.affine import Affine, Statistics
+from densenet_fast.backends.affine import Affine, Job, Reader, Statistics
 from densenet_fast.backends.triton import config
+from densenet_fast.backends.triton.conv1x1 import product_over_rows
 from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1 import bn_relu_pool_conv1x1 as pool_kernel
 from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1_backward import (
     bn_relu_pool_conv1x1_backward as pool_backward_kernel,
 )
 from densenet_fast.backends.triton.launch import launch, units
 from densenet_fast.backends.triton.shared import (
+    Product,
     Sums,
     adjacent,
     combine_statistics,
     dot_precision,
     float32,
+    normalisation,
+    prepare,
     sum_partials,
     tiles_of,
+    weight_gradient,
 )
 
 
@@ -43,7 +48,7 @@ def bn_relu_pool_conv1x1(
         pool_kernel,
         (tiles * tiles_of(width, columns),),
         x,
-        *affine,
+        *normalisation(affine),
         weight,
         weight if bias is None else bias,
         out,
@@ -62,6 +67,7 @@ def bn_relu_pool_conv1x1(
         INNER=config.fit(channels, tile.inner),
         BIAS=bias is not None,
         STATISTICS=statistics is not None,
+        WEIGHTED=affine.weight is not None,
         PRECISION=dot_precision(x.dtype),
     )
     if statistics is not None:
@@ -70,10 +76,18 @@ def bn_relu_pool_conv1x1(
 
 
 def bn_relu_pool_conv1x1_backward(
-    grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
+    grad: Tensor,
+    x: Tensor,
+    affine: Affine,
+    weight: Tensor,
+    grid: tuple[int, ...],
+    need_input: bool,
+    need_weight: bool,
+    reader: Reader | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     if config.pooling_by_torch(grid):
-        return aten.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, grid, need_input, need_weight)
+        return aten.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, grid, need_input, need_weight, reader, like)
     if not need_input and not need_weight:
         return None, None, None
     grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()
@@ -81,10 +95,11 @@ def bn_relu_pool_conv1x1_backward(
     tile = config.tile("bn_relu_pool_conv1x1_backward", config.device_of(x.device), x.dtype, channels)
     columns = config.fit(channels, tile.columns)
     tiles = tiles_of(windows, tile.rows)
-    allocate = x.new_zeros if grid[1] % 2 or grid[2] % 2 else x.new_empty
-    scaled = allocate(rows if need_input else 0, channels)
+    scaled = x.new_empty(rows if need_input else 0, channels)
+    if need_input and (grid[1] % 2 or grid[2] % 2):
+        prepare([Job("zero", scaled)])
     pooled = x.new_empty(windows if need_weight else 0, channels)
-    partials = float32(x, tiles if need_input else 0, 2, channels)
+    partials = float32(x, tiles, 2 * channels if need_input else 0)
     (c, c_unit), (k, k_unit) = units(channels), units(width)
     (ld_grad, grad_unit), (ld_x, x_unit) = units(grad.stride(0)), units(x.stride(0))
     launch(
@@ -92,7 +107,7 @@ def bn_relu_pool_conv1x1_backward(
         (tiles * tiles_of(channels, columns),),
         grad,
         x,
-        *affine,
+        *normalisation(affine),
         weight,
         scaled,
         pooled,
@@ -113,13 +128,14 @@ def bn_relu_pool_conv1x1_backward(
         INNER=config.fit(width, tile.inner),
         INPUT=need_input,
         POOLED=need_weight,
+        WEIGHTED=affine.weight is not None,
         PRECISION=dot_precision(x.dtype),
     )
-    grad_weight = grad.t() @ pooled if need_weight else None
-    if not need_input:
-        return None, grad_weight, None
-    _, sums = sum_partials(partials.flatten(1), x.new_empty(0))
-    return scaled, grad_weight, sums.view(2, channels).unbind()
+    product = None
+    if need_weight:
+        product = Product(product_over_rows(grad, pooled), weight_gradient(like, width, channels, x), 1)
+    sums = sum_partials(partials, None, channels if need_input else 0, affine, reader, product)
+    return scaled if need_input else None, None if product is None else product.out, sums
 
 
 def _windows(grid: tuple[int, ...]) -> int:

@@ -4,7 +4,14 @@ import torch
 
 from backends.comparison import Comparison, compare
 from densenet_fast.backends import aten
-from densenet_fast.backends.affine import Affine, empty_statistics
+from densenet_fast.backends.affine import (
+    Affine,
+    Completion,
+    Reader,
+    ThroughStatistics,
+    Unfinished,
+    empty_statistics,
+)
 
 LAYERS = [
     # grid, C, B, k
@@ -31,7 +38,7 @@ class Layer:
         self.buffer[:, :channels] = normal(self.rows, channels).to(dtype)
         self.gradient = torch.full_like(self.buffer, torch.nan)
         self.gradient[:, : channels + outputs] = normal(self.rows, channels + outputs).to(dtype)
-        self.affine1, self.affine2 = (Affine(*normal(3, n).unbind()) for n in (channels, width))
+        self.affine1, self.affine2 = Affine(*normal(4, channels).unbind()), Affine(*normal(3, width).unbind())
         self.w1, self.bias1 = (normal(width, channels) / channels**0.5).to(dtype), normal(width).to(dtype)
         self.w2, self.bias2 = (normal(outputs, width, 3, 3) / (3 * width**0.5)).to(dtype), normal(outputs).to(dtype)
         self.mask = normal(grid[0], outputs, *grid[1:]) > 0
@@ -44,7 +51,8 @@ class Layer:
         other = object.__new__(type(self))
         for name, value in vars(self).items():
             if isinstance(value, Affine):
-                value = Affine(*(t.to(torch.promote_types(dtype, torch.float32)) for t in value))
+                wide = torch.promote_types(dtype, torch.float32)
+                value = Affine(*(t if t is None else t.to(wide) for t in value))
             elif isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
                 value = value.to(dtype)
             setattr(other, name, value)
@@ -100,6 +108,8 @@ class Layer:
         keep("3x3 backward", scaled, *gradients)
         keep("3x3 backward, weight", *backend.bn_relu_conv3x3_backward(dy, *second, self.grid, None, True))
         keep("G", gradient)
+        keep("layer backward", *self.backward(backend, parameter=torch.float32))
+        keep("layer backward, of halves", *self.backward(backend, parameter=self.w2.dtype, channels_last=True))
         if min(self.grid[1:]) > 1:
             third = (f, self.affine1, self.transition)
             statistics = empty_statistics(f, self.outputs, 1e-5)
@@ -107,9 +117,45 @@ class Layer:
             bias = self.bias2
             keep("transition with bias", backend.bn_relu_pool_conv1x1(*third, bias, self.grid, None))
             keep("transition backward", *backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, True, True))
+            reader, like = self.reader(self.affine1, torch.float32), self.transition.float()[:, :, None, None]
+            scaled, grad, _ = backend.bn_relu_pool_conv1x1_backward(
+                self.dt, *third, self.grid, True, True, reader, like
+            )
+            keep("transition backward, read", scaled, grad.float().flatten(1), *reader.after, *reader[2:])
             only_weight = backend.bn_relu_pool_conv1x1_backward(self.dt, *third, self.grid, False, True)
             keep("transition backward, weight", *only_weight)
         return results
+
+    @staticmethod
+    def reader(affine, dtype, before=None):
+        """One that asks for everything, of a normalisation whose weight and bias are of ``dtype``."""
+        return Reader(
+            before,
+            tuple(torch.full_like(affine.mean, torch.nan) for _ in range(2)),
+            *(torch.full_like(affine.mean, torch.nan, dtype=dtype) for _ in range(2)),
+        )
+
+    def backward(self, backend, parameter, channels_last=False):
+        """A layer's backward pass in one piece, as the block's does it: from dY to G, of which the last three columns of
+        the inputs are completed in place, and all gradients of parameters."""
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        like1 = self.w1.to(parameter)[:, :, None, None]
+        like2 = self.w2.to(parameter).contiguous(memory_format=memory_format)
+        gradient, wide = self.gradient.clone(), self.affine1.mean.dtype
+        g, last = gradient[:, : self.channels], slice(self.channels - 3, self.channels)
+        before = tuple((self.affine1.rstd * i).to(wide) for i in (2, 3))
+        inner, outer = self.reader(self.affine2, parameter), self.reader(self.affine1, parameter, before)
+        unfinished = Unfinished(ThroughStatistics(self.z, self.affine2.mean, *inner.after, self.rows))
+        dz = self.empty_bottleneck()
+        given = (gradient[:, self.new].clone(), self.z, self.affine2, self.w2, self.grid, dz[:, 3:-2], True)
+        grad_w2, _ = backend.bn_relu_conv3x3_backward(*given, inner, unfinished, like2)
+        through = ThroughStatistics(
+            self.features[:, last], self.affine1.mean[last], *(v[last] for v in outer.after), self.rows
+        )
+        given = (dz[:, 3:-2], self.features, self.affine1, self.w1, g, True, True, 2 * self.features, outer)
+        grad_w1, _ = backend.bn_relu_conv1x1_backward(*given, Completion(last, through, g[:, last]), unfinished, like1)
+        grads = (grad.to(parameter).reshape(like.shape) for grad, like in ((grad_w1, like1), (grad_w2, like2)))
+        return gradient, dz, *grads, *outer.after, *outer[2:], *inner.after, *inner[2:]
 
     def against_aten(self, backend, dtype, rounding=0.0) -> list[Comparison]:
         """Every kernel's results beside those of ``aten`` in ``dtype``, the layer's."""

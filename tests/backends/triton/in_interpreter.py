@@ -71,7 +71,7 @@ def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
     assert 6 * y * column_tiles < grad_weight["load", "grad"] <= 9 * y * column_tiles
 
     backward = requested("bn_relu_conv1x1_backward")
-    assert backward["load", "x"] == backward["load", "grad_x"] == backward["store", "grad_x"] == f
+    assert backward["load", "x"] == backward["load", "source"] == backward["store", "source"] == f  # grad_x is source
     owners = -(-layer.channels // config.tile("bn_relu_conv1x1_backward", device, torch.float16, width).columns)
     assert backward["load", "grad"] == owners * z
     assert backward["load", "weight"] == width * layer.channels * HALF * ranges(backward, layer)

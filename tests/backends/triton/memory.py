@@ -22,7 +22,8 @@ class Span:
 
     def __init__(self, name, tensor):
         self.name, self.base, self.size = name, tensor.data_ptr(), tensor.element_size()
-        dense = tensor.numel() == 0 or tensor.is_contiguous()
+        extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+        dense = tensor.numel() in (0, extent)
         self.rows, self.columns = (1, tensor.numel()) if dense else tensor.shape
         self.stride = max(1, tensor.numel()) if dense else tensor.stride(0)
 

@@ -1,6 +1,6 @@
 """A = relu(bn(X)), materialised: what the 3x3 convolution's taps read nine times.
 
-A[p, b] = relu((X[p, b] - mean_b) * scale_b + shift_b)
+A[p, b] = relu((X[p, b] - mean_b) * weight_b * rstd_b + bias_b)
 """
 
 import triton
@@ -14,8 +14,9 @@ from densenet_fast.backends.triton.kernels.pieces import load_affine
 def bn_relu(
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
-    scale,  # [C]
-    shift,  # [C]
+    rstd,  # [C]
+    norm_bias,  # [C]
+    norm_weight,  # [C], if WEIGHTED
     out,  # [M, C]
     M,
     C,
@@ -24,13 +25,14 @@ def bn_relu(
     X_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     C, ld_x = C * C_UNIT, ld_x * X_UNIT
     column_tiles = tl.cdiv(C, COLUMNS)
     rows = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < C
-    m, s, t = load_affine(mean, scale, shift, columns, inside)
+    m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, columns, inside, WEIGHTED)
     wide_rows = rows.to(tl.int64)[:, None]
     valid = (rows < M)[:, None] & inside[None, :]
     features = tl.load(x + wide_rows * ld_x + columns[None, :], mask=valid, other=0.0)

@@ -17,13 +17,15 @@ from densenet_fast.backends.triton.kernels.pieces import bn_relu, load_affine, s
 def bn_relu_conv1x1(
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
-    scale,  # [C]
-    shift,  # [C]
+    rstd,  # [C]
+    norm_bias,  # [C]
+    norm_weight,  # [C], if WEIGHTED
     weight,  # [B, C]
     bias,  # [B]
     then_mean,  # [B]
-    then_scale,  # [B]
-    then_shift,  # [B]
+    then_rstd,  # [B]
+    then_bias,  # [B]
+    then_weight,  # [B], if WEIGHTED
     z,  # [M, B], rows ld_z apart
     partials,  # [row tiles, 2, B] float32
     M,
@@ -41,6 +43,7 @@ def bn_relu_conv1x1(
     BIAS: tl.constexpr,
     THEN: tl.constexpr,
     STATISTICS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     C, ld_x, B, ld_z = C * C_UNIT, ld_x * X_UNIT, B * B_UNIT, ld_z * Z_UNIT
@@ -57,14 +60,14 @@ def bn_relu_conv1x1(
     for start in range(0, C, INNER):
         channels = start + tl.arange(0, INNER)
         inside = channels < C
-        m, s, t = load_affine(mean, scale, shift, channels, inside)
+        m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, channels, inside, WEIGHTED)
         features = tl.load(x_rows + channels[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
         w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
         total = settled(tl.dot(bn_relu(features, m, s, t), w, total, input_precision=PRECISION))
     if BIAS:
         total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
     if THEN:
-        m, s, t = load_affine(then_mean, then_scale, then_shift, columns, inside_columns)
+        m, s, t = load_affine(then_mean, then_rstd, then_bias, then_weight, columns, inside_columns, WEIGHTED)
         total = bn_relu(total, m, s, t)
     stored = total.to(z.dtype.element_ty)
     valid = inside_rows[:, None] & inside_columns[None, :]

@@ -1,7 +1,7 @@
 """The gradients of Z = relu(bn(F[:, :C])) @ W1^T from dZ, in one pass over F and G.
 
     D   = (dZ @ W1) * (bn(F) > 0)
-    G  += scale * D
+    G   = source + scale * D
     dW1 = dZ^T @ relu(bn(F));   sum D;   sum D * (F - mean)
 
 One program owns CHANNELS columns of F and a range of rows: it keeps its part of W1, of dW1 and of the two column sums,
@@ -9,7 +9,7 @@ walks down its rows, ROWS at a time, and leaves dW1 and the sums as partial resu
 one range are neighbours in the grid, so that all but the first find dZ in the L2 cache.
 
 B above WIDTH takes two launches: one (INPUT) that walks over the B columns of dZ in blocks for each row tile, and one
-(WEIGHT) with a program per block.
+(WEIGHT) with a program per block. PLAIN is the product dZ^T @ F alone.
 """
 
 import triton
@@ -18,14 +18,19 @@ import triton.language as tl
 from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
 
 
-@triton.jit(do_not_specialize=["M", "C", "B", "ld_grad", "ld_x", "ld_grad_x", "range_rows", "partial_rows", "sums_row"])
+@triton.jit(
+    do_not_specialize=["M", "C", "B", "ld_grad", "ld_x", "ld_source", "ld_grad_x"]
+    + ["range_rows", "partial_rows", "sums_row"]
+)
 def bn_relu_conv1x1_backward(
     grad,  # [M, B], rows ld_grad apart
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
-    scale,  # [C]
-    shift,  # [C]
+    rstd,  # [C]
+    norm_bias,  # [C]
+    norm_weight,  # [C], if WEIGHTED
     weight,  # [B, C]
+    source,  # [M, C], rows ld_source apart: what G was; may be grad_x
     grad_x,  # [M, C], rows ld_grad_x apart: G
     partials,  # [ranges, dW1's B rows if asked for, then the sums' two if asked for, C] float32
     M,
@@ -33,6 +38,7 @@ def bn_relu_conv1x1_backward(
     B,
     ld_grad,
     ld_x,
+    ld_source,
     ld_grad_x,
     range_rows,
     partial_rows,
@@ -41,6 +47,7 @@ def bn_relu_conv1x1_backward(
     B_UNIT: tl.constexpr,
     GRAD_UNIT: tl.constexpr,
     X_UNIT: tl.constexpr,
+    SOURCE_UNIT: tl.constexpr,
     GRAD_X_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -49,13 +56,17 @@ def bn_relu_conv1x1_backward(
     UPDATE: tl.constexpr,
     WEIGHT: tl.constexpr,
     WIDE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     C, B = C * C_UNIT, B * B_UNIT
-    ld_grad, ld_x, ld_grad_x = ld_grad * GRAD_UNIT, ld_x * X_UNIT, ld_grad_x * GRAD_X_UNIT
+    ld_grad, ld_x = ld_grad * GRAD_UNIT, ld_x * X_UNIT
+    ld_source, ld_grad_x = ld_source * SOURCE_UNIT, ld_grad_x * GRAD_X_UNIT
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channels < C
-    m, s, t = load_affine(mean, scale, shift, channels, inside)
+    if not PLAIN:
+        m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, channels, inside, WEIGHTED)
     block = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     inside_block = block < B
     if INPUT and not WIDE:
@@ -75,8 +86,9 @@ def bn_relu_conv1x1_backward(
         wide_rows = rows.to(tl.int64)
         valid = inside_rows[:, None] & inside[None, :]
         features = tl.load(x + wide_rows[:, None] * ld_x + channels[None, :], mask=valid, other=0.0)
-        centred = features.to(tl.float32) - m
-        normalised = centred * s + t
+        if not PLAIN:
+            centred = features.to(tl.float32) - m
+            normalised = centred * s + t
         dz_rows = grad + wide_rows[:, None] * ld_grad
         if not WIDE:
             dz = tl.load(dz_rows + block[None, :], mask=inside_rows[:, None] & inside_block[None, :], other=0.0)
@@ -98,11 +110,14 @@ def bn_relu_conv1x1_backward(
             sum_d += d
             sum_dx += d * centred
             if UPDATE:
-                g = grad_x + wide_rows[:, None] * ld_grad_x + channels[None, :]
+                g = source + wide_rows[:, None] * ld_source + channels[None, :]
                 updated = tl.load(g, mask=valid, other=0.0).to(tl.float32) + s * d
+                g = grad_x + wide_rows[:, None] * ld_grad_x + channels[None, :]
                 tl.store(g, updated.to(grad_x.dtype.element_ty), mask=valid)
         if WEIGHT:
-            a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
+            a = features
+            if not PLAIN:
+                a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
             grad_weight = tl.dot(tl.trans(dz), a, grad_weight, input_precision=PRECISION)
 
     partial = partials + tl.program_id(1).to(tl.int64) * partial_rows * C

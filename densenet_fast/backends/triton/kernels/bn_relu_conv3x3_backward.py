@@ -6,13 +6,15 @@
 
 over the shifted pixels that stay inside the image. In the weight gradient A stays where it is and dY is shifted; a
 program takes the three taps of one dy, BLOCK channels and WIDTH outputs, and a range of rows, whose partial result
-it leaves.
+it leaves. Further programs complete dZ, which they have nothing to do with:
+
+    dZ = scale * D + (P + 2 * Q * (Z - mean)) / count
 """
 
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
+from densenet_fast.backends.triton.kernels.pieces import complete, load_affine, store_sums
 
 
 @triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_grad", "ld_z", "ld_scaled", "taps"])
@@ -20,8 +22,9 @@ def bn_relu_conv3x3_grad_input(
     grad,  # [M, k], rows ld_grad apart
     z,  # [M, B], rows ld_z apart
     mean,  # [B]
-    scale,  # [B]
-    shift,  # [B]
+    rstd,  # [B]
+    norm_bias,  # [B]
+    norm_weight,  # [B], if WEIGHTED
     weight,  # [k, 3, 3, B]
     scaled,  # [M, B], rows ld_scaled apart
     a,  # [M, B]
@@ -44,6 +47,7 @@ def bn_relu_conv3x3_grad_input(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     KEEP_A: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     B, k, ld_grad = B * B_UNIT, k * K_UNIT, ld_grad * GRAD_UNIT
@@ -74,7 +78,7 @@ def bn_relu_conv3x3_grad_input(
         total = tl.dot(g, w, total, input_precision=PRECISION)
 
     valid = inside_rows[:, None] & inside_columns[None, :]
-    m, s, t = load_affine(mean, scale, shift, columns, inside_columns)
+    m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, columns, inside_columns, WEIGHTED)
     values = tl.load(z + wide_rows[:, None] * ld_z + columns[None, :], mask=valid, other=0.0)
     centred = values.to(tl.float32) - m
     normalised = centred * s + t
@@ -87,11 +91,18 @@ def bn_relu_conv3x3_grad_input(
         tl.store(a + wide_rows[:, None] * B + columns[None, :], rectified.to(a.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_grad", "range_rows"])
+@triton.jit(
+    do_not_specialize=["M", "B", "k", "H", "W", "ld_grad", "range_rows", "ranges", "ld_z", "ld_dz", "chunk_rows"]
+)
 def bn_relu_conv3x3_grad_weight(
     grad,  # [M, k], rows ld_grad apart
     a,  # [M, B]
     partials,  # [ranges, k, 3, 3, B] float32
+    z,  # [M, B], rows ld_z apart
+    dz,  # [M, B], rows ld_dz apart: completed in place
+    mean,  # [B]
+    p,  # [B]
+    q,  # [B]
     M,
     B,
     k,
@@ -99,15 +110,60 @@ def bn_relu_conv3x3_grad_weight(
     W,
     ld_grad,
     range_rows,
+    ranges,
+    ld_z,
+    ld_dz,
+    chunk_rows,
+    count,
     B_UNIT: tl.constexpr,
     K_UNIT: tl.constexpr,
     GRAD_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    Z_UNIT: tl.constexpr,
+    DZ_UNIT: tl.constexpr,
+    COMPLETED_ROWS: tl.constexpr,
+    COMPLETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     B, k, ld_grad = B * B_UNIT, k * K_UNIT, ld_grad * GRAD_UNIT
+    ld_z, ld_dz = ld_z * Z_UNIT, ld_dz * DZ_UNIT
+    if tl.program_id(1) < ranges:
+        grad_weight_of_range(grad, a, partials, M, B, k, H, W, ld_grad, range_rows, ROWS, BLOCK, WIDTH, PRECISION)
+    else:
+        program = (tl.program_id(1) - ranges) * tl.num_programs(0) + tl.program_id(0)
+        column_tiles = tl.cdiv(B, COMPLETED)
+        columns = (program % column_tiles) * COMPLETED + tl.arange(0, COMPLETED)
+        inside = columns < B
+        m = tl.load(mean + columns, mask=inside, other=0.0)
+        constant = tl.load(p + columns, mask=inside, other=0.0) / count
+        slope = 2 * tl.load(q + columns, mask=inside, other=0.0) / count
+        first_row = (program // column_tiles) * chunk_rows
+        last_row = tl.minimum(first_row + chunk_rows, M)
+        complete(
+            dz, ld_dz, z, ld_z, dz, ld_dz, m, constant, slope, first_row, last_row, columns, inside, COMPLETED_ROWS
+        )
+
+
+@triton.jit
+def grad_weight_of_range(
+    grad,
+    a,
+    partials,
+    M,
+    B,
+    k,
+    H,
+    W,
+    ld_grad,
+    range_rows,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The partial result of one range of rows, for the three taps of one dy, BLOCK channels and WIDTH outputs."""
     dy = tl.program_id(0) % 3 - 1
     blocks = tl.cdiv(B, BLOCK)
     channels = (tl.program_id(0) // 3 % blocks) * BLOCK + tl.arange(0, BLOCK)

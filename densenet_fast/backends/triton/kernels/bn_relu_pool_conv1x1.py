@@ -17,8 +17,9 @@ from densenet_fast.backends.triton.kernels.pieces import load_affine, settled, s
 def bn_relu_pool_conv1x1(
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
-    scale,  # [C]
-    shift,  # [C]
+    rstd,  # [C]
+    norm_bias,  # [C]
+    norm_weight,  # [C], if WEIGHTED
     weight,  # [K, C]
     bias,  # [K]
     out,  # [M', K]
@@ -37,6 +38,7 @@ def bn_relu_pool_conv1x1(
     INNER: tl.constexpr,
     BIAS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     C, ld_x, K = C * C_UNIT, ld_x * X_UNIT, K * K_UNIT
@@ -52,7 +54,7 @@ def bn_relu_pool_conv1x1(
     for start in range(0, C, INNER):
         channels = start + tl.arange(0, INNER)
         inside = channels < C
-        m, s, t = load_affine(mean, scale, shift, channels, inside)
+        m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, channels, inside, WEIGHTED)
         pooled = tl.zeros((ROWS, INNER), tl.float32)
         for i in tl.static_range(4):
             pixels = x_rows + ((i // 2) * W + i % 2) * ld_x + channels[None, :]

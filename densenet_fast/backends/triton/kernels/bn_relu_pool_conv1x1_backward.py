@@ -18,8 +18,9 @@ def bn_relu_pool_conv1x1_backward(
     grad,  # [M', K], rows ld_grad apart
     x,  # [M, C], rows ld_x apart
     mean,  # [C]
-    scale,  # [C]
-    shift,  # [C]
+    rstd,  # [C]
+    norm_bias,  # [C]
+    norm_weight,  # [C], if WEIGHTED
     weight,  # [K, C]
     scaled,  # [M, C]
     pooled,  # [M', C]
@@ -40,6 +41,7 @@ def bn_relu_pool_conv1x1_backward(
     INNER: tl.constexpr,
     INPUT: tl.constexpr,
     POOLED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     C, K = C * C_UNIT, K * K_UNIT
@@ -70,7 +72,7 @@ def bn_relu_pool_conv1x1_backward(
             product = tl.dot(g, w, product, input_precision=PRECISION)
     share = 0.25 * product
 
-    m, s, t = load_affine(mean, scale, shift, columns, inside)
+    m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, columns, inside, WEIGHTED)
     first = top_left(windows, H, W)
     sum_d = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_dx = tl.zeros((ROWS, COLUMNS), tl.float32)

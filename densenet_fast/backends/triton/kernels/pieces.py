@@ -9,11 +9,13 @@ COMPILED = tl.constexpr(not interpreted())
 
 
 @triton.jit
-def load_affine(mean, scale, shift, columns, inside):
-    """Rows [1, n] of the three vectors; zeros, which normalise to zero, outside."""
+def load_affine(mean, rstd, bias, weight, columns, inside, WEIGHTED: tl.constexpr):
+    """Rows [1, n] of mean, scale = weight * rstd and shift; zeros, which normalise to zero, outside."""
     m = tl.load(mean + columns, mask=inside, other=0.0)
-    s = tl.load(scale + columns, mask=inside, other=0.0)
-    t = tl.load(shift + columns, mask=inside, other=0.0)
+    s = tl.load(rstd + columns, mask=inside, other=0.0)
+    t = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        s *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     return m[None, :], s[None, :], t[None, :]
 
 
@@ -54,6 +56,34 @@ def store_sums(sum_d, sum_dx, row, columns, num_columns, inside_columns):
     """The two column sums of a tile into two adjacent rows of ``num_columns``, from pointer ``row``."""
     tl.store(row + columns, sum_d, mask=inside_columns)
     tl.store(row + num_columns + columns, sum_dx, mask=inside_columns)
+
+
+@triton.jit
+def sum_rows(partials, tiles, length, columns, inside, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of ``tiles`` rows of partial results, ``length`` apart: of ``columns``."""
+    lane = tl.arange(0, LANES)
+    total = tl.zeros((LANES, COLUMNS), tl.float32)
+    for start in range(0, tiles, LANES):
+        tile = start + lane
+        row = partials + (tile.to(tl.int64) * length)[:, None] + columns[None, :]
+        total += tl.load(row, mask=(tile < tiles)[:, None] & inside[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def complete(
+    grad, ld_grad, x, ld_x, out, ld_out, m, constant, slope, first_row, last_row, columns, inside, ROWS: tl.constexpr
+):
+    """out = grad + constant + slope * (x - m) on rows ``first_row`` to ``last_row`` and ``columns``, whose m, constant
+    and slope are given."""
+    for start in range(first_row, last_row, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        wide_rows = rows.to(tl.int64)[:, None]
+        valid = (rows < last_row)[:, None] & inside[None, :]
+        g = tl.load(grad + wide_rows * ld_grad + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+        features = tl.load(x + wide_rows * ld_x + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+        completed = g + (constant[None, :] + slope[None, :] * (features - m[None, :]))
+        tl.store(out + wide_rows * ld_out + columns[None, :], completed.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
