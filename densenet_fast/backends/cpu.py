@@ -7,7 +7,7 @@ threads; another number divides the rows otherwise, and rounds otherwise.
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import extension
+from densenet_fast.backends import aten, extension
 from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
@@ -38,6 +38,11 @@ def channel_statistics(x: Tensor, out: Statistics) -> None:
     kernels.cpu_statistics(x, *out)
 
 
+def _vectors(affine: Affine | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """An affine as the kernels take it."""
+    return (None, None, None) if affine is None else (affine.mean, affine.scale, affine.bias.float())
+
+
 def append_features(
     new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
@@ -66,12 +71,12 @@ def bn_relu_conv1x1(
 ) -> None:
     kernels.cpu_bn_relu_conv1x1(
         x,
-        *affine,
+        *_vectors(affine),
         weight.contiguous(),
         _float(bias),
         out,
         *(statistics or NO_STATISTICS),
-        *(then or (None, None, None)),
+        *_vectors(then),
     )
 
 
@@ -88,7 +93,7 @@ def bn_relu_conv1x1_backward(
 ) -> tuple[Tensor | None, Sums | None]:
     completion = (None, None, None, None, 1.0) if through is None else (*through[:4], float(through.count))
     grad_weight, sums = kernels.cpu_bn_relu_conv1x1_backward(
-        grad, x, *affine, weight.contiguous(), grad_x, need_weight, need_sums, *completion, source
+        grad, x, *_vectors(affine), weight.contiguous(), grad_x, need_weight, need_sums, *completion, source
     )
     have_sums = need_sums or grad_x is not None
     return grad_weight if need_weight else None, (sums[0], sums[1]) if have_sums else None
@@ -106,9 +111,9 @@ def bn_relu_conv3x3(
     statistics: Statistics | None,
 ) -> None:
     if not minimal_filtering(grid):
-        y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *affine), weight, bias, grid)
+        y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *_vectors(affine)), weight, bias, grid)
         return append_features(y, out, statistics, mask, keep_scale)
-    kernels.cpu_bn_relu_conv3x3(x, *(affine or (None, None, None)), _evenly_spaced(weight), _float(bias), grid, out)
+    kernels.cpu_bn_relu_conv3x3(x, *_vectors(affine), _evenly_spaced(weight), _float(bias), grid, out)
     _finish(out, statistics, mask, keep_scale)
 
 
@@ -124,12 +129,12 @@ def bn_relu_conv3x3_backward(
     if minimal_filtering(grid):
         weight = _evenly_spaced(weight)
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
-        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine, weight, grid, out, grad_weight)
+        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *_vectors(affine), weight, grid, out, grad_weight)
     else:
-        a = kernels.cpu_bn_relu(x, *affine)
+        a = kernels.cpu_bn_relu(x, *_vectors(affine))
         input_gradient, grad_weight = convolve_backward(grad, a, weight, grid, out is not None, need_weight)
         if out is not None:
-            sums = kernels.cpu_mask(input_gradient, x, *affine, out)
+            sums = kernels.cpu_mask(input_gradient, x, *_vectors(affine), out)
     return grad_weight if need_weight else None, None if out is None else (sums[0], sums[1])
 
 
@@ -212,7 +217,7 @@ def bn_relu_pool_conv1x1(
     statistics: Statistics | None,
 ) -> Tensor:
     return kernels.cpu_bn_relu_pool_conv1x1(
-        x, *affine, weight.contiguous(), _float(bias), grid, *(statistics or NO_STATISTICS)
+        x, *_vectors(affine), weight.contiguous(), _float(bias), grid, *(statistics or NO_STATISTICS)
     )
 
 
@@ -220,7 +225,7 @@ def bn_relu_pool_conv1x1_backward(
     grad: Tensor, x: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     scaled, grad_weight, sums = kernels.cpu_bn_relu_pool_conv1x1_backward(
-        grad, x, *affine, weight.contiguous(), grid, need_input, need_weight
+        grad, x, *_vectors(affine), weight.contiguous(), grid, need_input, need_weight
     )
     grad_weight = grad_weight if need_weight else None
     return (scaled, grad_weight, (sums[0], sums[1])) if need_input else (None, grad_weight, None)
@@ -229,22 +234,26 @@ def bn_relu_pool_conv1x1_backward(
 def bn_relu_maxpool(
     x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
-    return kernels.cpu_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS))
+    return kernels.cpu_bn_relu_maxpool(x, *_vectors(affine), grid, *(statistics or NO_STATISTICS))
 
 
 def bn_relu_maxpool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
 ) -> tuple[Tensor, Sums]:
-    scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *affine, grid)
+    scaled, sums = kernels.cpu_bn_relu_maxpool_backward(grad, argmax, x, *_vectors(affine), grid)
     return scaled, (sums[0], sums[1])
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    return kernels.cpu_bn_relu_global_avgpool(x, *affine, grid[0])
+    return kernels.cpu_bn_relu_global_avgpool(x, *_vectors(affine), grid[0])
 
 
 def bn_relu_global_avgpool_backward(
     grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
 ) -> tuple[Tensor, Sums]:
-    scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *affine)
+    scaled, sums = kernels.cpu_bn_relu_global_avgpool_backward(grad, x, *_vectors(affine))
     return scaled, (sums[0], sums[1])
+
+
+prepare = aten.prepare
+update_running_statistics = aten.update_running_statistics

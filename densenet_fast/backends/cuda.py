@@ -18,8 +18,10 @@ from densenet_fast.backends.cuda_kernels import (
     bn_relu_maxpool_backward,
     channel_statistics,
     finalise_gradient,
+    prepare,
     supports,
     unavailable,
+    update_running_statistics,
 )
 from densenet_fast.backends.spatial import convolve
 
@@ -39,8 +41,10 @@ __all__ = [
     "describe",
     "finalise_gradient",
     "name",
+    "prepare",
     "supports",
     "unavailable",
+    "update_running_statistics",
 ]
 
 name = "cuda"

@@ -24,6 +24,8 @@ from densenet_fast.backends.aten import (
     bn_relu_maxpool_backward,
     channel_statistics,
     finalise_gradient,
+    prepare,
+    update_running_statistics,
 )
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import interpreted
@@ -44,8 +46,10 @@ __all__ = [
     "describe",
     "finalise_gradient",
     "name",
+    "prepare",
     "supports",
     "unavailable",
+    "update_running_statistics",
 ]
 
 name = "triton"

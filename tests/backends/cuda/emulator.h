@@ -27,7 +27,7 @@
 
 namespace densenet_fast::cuda {
 
-inline uint3 threadIdx, blockIdx;
+inline uint3 threadIdx, blockIdx, gridDim;
 
 using std::sqrt;
 
@@ -151,6 +151,7 @@ inline const char* run_grid(const void* kernel, const unsigned (&grid)[3], const
   block.kernel = kernel;
   block.call = calls().at(kernel);
   block.params = params;
+  gridDim = {grid[0], grid[1], grid[2]};
   for (unsigned y = 0; y < grid[1]; ++y)
     for (unsigned x = 0; x < grid[0]; ++x) {
       blockIdx = {x, y, 0};

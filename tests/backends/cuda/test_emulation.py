@@ -28,8 +28,16 @@ def test_every_kernel():
     run(["tests/backends/cuda/on_device.py"])
 
 
+def test_every_kernel_on_vectors():
+    run(["tests/backends/cuda/vectors_on_device.py"])
+
+
 def test_every_kernel_with_threads_in_reverse_order():
     run(["tests/backends/cuda/on_device.py", "-k", "bfloat16"], order="reverse")
+
+
+def test_every_kernel_on_vectors_with_threads_in_reverse_order():
+    run(["tests/backends/cuda/vectors_on_device.py"], order="reverse")
 
 
 def test_the_suite_of_all_backends():
