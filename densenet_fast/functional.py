@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast import ops
-from densenet_fast.backends.affine import accumulation_dtype
+from densenet_fast.backends import aten, select
+from densenet_fast.backends.affine import Running, accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.ops import stock
 from densenet_fast.ops.op import seen_by_dispatcher
@@ -143,7 +144,7 @@ def _bn_relu_conv1x1(
     if _beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
         outputs = _on_stock(convolve, x, stage, None, None)
-    _update_running_statistics([unit.norm], [slice(None)], *outputs[1:3], rows_of(outputs[3], x.numel() // x.shape[1]))
+    _update_running_statistics(x, [unit.norm], [slice(None)], *outputs[1:4])
     return outputs[0], BatchStatistics(*outputs[4:6])
 
 
@@ -174,7 +175,7 @@ def bn_relu_maxpool(
     if _beyond_range(x, outputs[2], group):
         out, *own = _on_stock(stock.bn_relu_maxpool, x, stage, None, None)
         outputs = (out, *own[:3], None, *own[3:])
-    _update_running_statistics([norm], [slice(None)], *outputs[1:3], rows_of(outputs[3], x.numel() // x.shape[1]))
+    _update_running_statistics(x, [norm], [slice(None)], *outputs[1:4])
     return (outputs[0], BatchStatistics(*outputs[5:7])) if return_statistics else outputs[0]
 
 
@@ -191,7 +192,7 @@ def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStati
     outputs = ops.bn_relu_global_avgpool(x, *_known(x, norm, statistics, group), [stage], group)
     if _beyond_range(x, outputs[2], group):
         outputs = _on_stock(stock.bn_relu_global_avgpool, x, stage, None, None)
-    _update_running_statistics([norm], [slice(None)], *outputs[1:3], rows_of(outputs[3], x.numel() // x.shape[1]))
+    _update_running_statistics(x, [norm], [slice(None)], *outputs[1:4])
     return outputs[0]
 
 
@@ -279,9 +280,7 @@ def dense_block(
         features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
         mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
-    _update_running_statistics(
-        norms, _packed_ranges(x.shape[1], layers), mean, var, rows_of(count, x.numel() // x.shape[1])
-    )
+    _update_running_statistics(x, norms, _packed_ranges(x.shape[1], layers), mean, var, count)
     return (features, BatchStatistics(*described, group)) if return_statistics else features
 
 
@@ -350,37 +349,20 @@ def _packed_ranges(channels: int, layers: Sequence[Sequence[BNReLUConv]]) -> lis
 
 @torch.no_grad()
 def _update_running_statistics(
-    norms: Sequence[BatchNorm], ranges: Sequence[slice], mean: Tensor, var: Tensor, count: Tensor | int
+    x: Tensor, norms: Sequence[BatchNorm], ranges: Sequence[slice], mean: Tensor, var: Tensor, count: Tensor
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance; ``ranges`` says where each
-    normalisation's batch statistics stand in ``mean`` and ``var``."""
-    training = [(norm, r) for norm, r in zip(norms, ranges) if norm.training]
-    buffers = [id(norm.running_mean) for norm, _ in training if norm.running_mean is not None]
-    if len(set(buffers)) < len(buffers):
-        for norm, r in training:  # a normalisation that several layers share is updated by each in turn
-            _update_running_statistics([norm], [r], mean, var, count)
-        return
-    counters = [norm.num_batches_tracked for norm, _ in training if norm.num_batches_tracked is not None]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    unbiased = count / (count - 1)
-    var = var * (unbiased.to(var.dtype) if isinstance(unbiased, Tensor) else unbiased)
-    by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for norm, r in training:
-        if norm.running_mean is None:
-            continue
-        targets, values, momentum = (norm.running_mean, norm.running_var), (mean[r], var[r]), norm.momentum or 0.0
-        if norm.momentum is None and norm.num_batches_tracked is not None:
-            momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-        if isinstance(momentum, Tensor) or norm.running_mean.dtype != mean.dtype:
-            for target, value in zip(targets, values):
-                target.copy_(torch.lerp(target.to(mean.dtype), value, momentum))
-        else:
-            running, batch = by_momentum.setdefault(momentum, ([], []))
-            running += targets
-            batch += values
-    for momentum, (running, batch) in by_momentum.items():
-        torch._foreach_lerp_(running, batch, momentum)
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the statistics of x and
+    what was made of it; ``ranges`` says where each normalisation's stand in ``mean`` and ``var``."""
+    running = []
+    for norm, columns in zip(norms, ranges):
+        if norm.training and norm.running_mean is not None:
+            averages = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+            running.append(Running(*averages, columns.start or 0))
+        elif norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+    traced = seen_by_dispatcher([mean, *(r.mean for r in running)])
+    backend = aten if traced else select(x.device, x.dtype)
+    backend.update_running_statistics(running, mean, var, rows_of(count, x.numel() // x.shape[1]))
 
 
 class _Link(torch.autograd.Function):

@@ -17,7 +17,8 @@ TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob(
 LEVELS = [
     ["version", "reference", "table", "thirdparty", "memory", "progress", "backends.affine", "backends.layout"],
     ["backends.spatial", "backends.extension", "backends.nvidia"],
-    ["backends.aten", "backends.cpu", "backends.cuda_kernels"],
+    ["backends.aten", "backends.cuda_kernels"],
+    ["backends.cpu"],
     ["backends.triton.config", "backends.triton.kernels", "backends.triton.hazards"],
     ["backends.triton.kernels.pieces", "backends.triton.launch"],
     ["backends.triton.races", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],

@@ -12,6 +12,10 @@
 
 #include "kernels.h"
 
+#ifndef DENSENET_FAST_DEVICE
+#define DENSENET_FAST_DEVICE CUDA  // CPU where the kernels are emulated
+#endif
+
 namespace densenet_fast::cuda {
 
 using torch::headeronly::ScalarType;
@@ -23,12 +27,28 @@ inline std::string shape(const Tensor& t) {
   return text + "]";
 }
 
+inline Type type_of(const Tensor& t, const char* kernel, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::Double:
+      return Type::f64;
+    case ScalarType::Half:
+      return Type::f16;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    default:
+      STD_TORCH_CHECK(false, kernel, ": ", name, ": expected float32, float64, float16 or bfloat16");
+      return Type::f32;
+  }
+}
+
 // What a launch has in common: the device and stream, the dtype of matrices and of vectors, and the widest access that
 // every address so far allows
 class Arguments {
  public:
   Arguments(const char* kernel, const Tensor& x, int64_t stream)
-      : kernel_(kernel), like_(x), type_(type_of(x, "x")), stream_(reinterpret_cast<void*>(stream)) {
+      : kernel_(kernel), like_(x), type_(type_of(x, kernel, "x")), stream_(reinterpret_cast<void*>(stream)) {
     STD_TORCH_CHECK(x.numel() > 0, kernel, ": x: expected at least one value, got ", shape(x));
     width_ = static_cast<int>(16 / element_size(type_));
     if (x.is_cuda()) guard_.emplace(x.get_device_index());
@@ -38,6 +58,11 @@ class Arguments {
   Type type() const { return type_; }
   void* stream() const { return stream_; }
   int width() const { return width_; }
+
+  void check_device(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.is_cuda() == like_.is_cuda() && t.get_device_index() == like_.get_device_index(), kernel_, ": ",
+                    name, ": expected all tensors on one device");
+  }
 
   // [rows, cols], adjacent columns
   Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
@@ -99,8 +124,32 @@ class Arguments {
     return t ? vector(*t, name, size) : nullptr;
   }
 
-  Affine affine(const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t cols) const {
-    return {vector(mean, "mean", cols), vector(scale, "scale", cols), vector(shift, "shift", cols)};
+  // [size] in any dtype that kernels take
+  void* any_vector(const Tensor& t, const char* name, int64_t size) const {
+    check_device(t, name);
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.is_contiguous(), kernel_, ": ", name, ": expected ", size,
+                    " contiguous values, got ", shape(t));
+    return t.data_ptr();
+  }
+
+  // One float64 value, if there is any
+  const double* count(const std::optional<Tensor>& t) const {
+    if (!t) return nullptr;
+    check_device(*t, "count");
+    STD_TORCH_CHECK(t->numel() == 1 && t->scalar_type() == ScalarType::Double, kernel_,
+                    ": count: expected one float64 value on x's device, got ", shape(*t));
+    return static_cast<const double*>(t->data_ptr());
+  }
+
+  Affine affine(const Tensor& mean, const Tensor& rstd, const Tensor& bias, const std::optional<Tensor>& weight,
+                int64_t cols) const {
+    Affine a{vector(mean, "mean", cols), vector(rstd, "rstd", cols), affine_vector(bias, "bias", cols)};
+    a.narrow_bias = bias.scalar_type() != vector_dtype();
+    if (weight) {
+      a.weight = affine_vector(*weight, "weight", cols);
+      a.narrow_weight = weight->scalar_type() != vector_dtype();
+    }
+    return a;
   }
 
   Tensor new_matrix(int64_t rows, int64_t cols) const { return torch::stable::new_empty(like_, {rows, cols}); }
@@ -115,27 +164,12 @@ class Arguments {
   }
 
  private:
-  static Type type_of(const Tensor& t, const char* name) {
-    switch (t.scalar_type()) {
-      case ScalarType::Float:
-        return Type::f32;
-      case ScalarType::Double:
-        return Type::f64;
-      case ScalarType::Half:
-        return Type::f16;
-      case ScalarType::BFloat16:
-        return Type::bf16;
-      default:
-        STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
-        return Type::f32;
-    }
-  }
   static int64_t element_size(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
   ScalarType vector_dtype() const { return type_ == Type::f64 ? ScalarType::Double : ScalarType::Float; }
 
-  void check_device(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.is_cuda() == like_.is_cuda() && t.get_device_index() == like_.get_device_index(), kernel_, ": ",
-                    name, ": expected all tensors on one device");
+  // [size] in the matrix's or the accumulation dtype
+  const void* affine_vector(const Tensor& t, const char* name, int64_t size) const {
+    return t.scalar_type() == like_.scalar_type() ? any_vector(t, name, size) : vector(t, name, size);
   }
   void align(const void* data, int64_t size) { fit(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)), size); }
   // Narrows accesses, from 16 bytes to 8 to one element, until `distance` is a multiple of them, in units of `size`

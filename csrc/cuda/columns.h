@@ -69,6 +69,29 @@ __device__ inline bf16 narrow<bf16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+template <typename To, typename From>
+__device__ inline To convert(From v) {
+  return narrow<To>(static_cast<Accumulated<To>>(widen(v)));
+}
+
+// vector[i] = v, in the vector's type
+template <typename A>
+__device__ inline void store(void* vector, Type type, int64_t i, A v) {
+  if (type == Type::f32) static_cast<float*>(vector)[i] = convert<float>(v);
+  if (type == Type::f64) static_cast<double*>(vector)[i] = convert<double>(v);
+  if (type == Type::f16) static_cast<f16*>(vector)[i] = convert<f16>(v);
+  if (type == Type::bf16) static_cast<bf16*>(vector)[i] = convert<bf16>(v);
+}
+
+// vector[i] in A
+template <typename A>
+__device__ inline A load(const void* vector, Type type, int64_t i) {
+  if (type == Type::f32) return static_cast<A>(static_cast<const float*>(vector)[i]);
+  if (type == Type::f64) return static_cast<A>(static_cast<const double*>(vector)[i]);
+  if (type == Type::f16) return static_cast<A>(widen(static_cast<const f16*>(vector)[i]));
+  return static_cast<A>(widen(static_cast<const bf16*>(vector)[i]));
+}
+
 // Adjacent values as memory holds them; beyond the first `valid` (at least 1), zeros that are neither read nor written
 template <typename T, int V>
 struct Pack {
@@ -154,23 +177,35 @@ struct Place {
   __device__ int64_t stride() const { return static_cast<int64_t>(kUnroll) * lanes; }
 };
 
-// One column's affine: y = (x - mean) * scale + shift
+// Element i of a vector of T, if it is narrow, or of T's accumulation type
+template <typename T>
+__device__ inline Accumulated<T> element(const void* vector, bool is_narrow, int64_t i) {
+  return is_narrow ? widen(static_cast<const T*>(vector)[i]) : static_cast<const Accumulated<T>*>(vector)[i];
+}
+
+template <typename T>
+__device__ inline Accumulated<T> scale_of(const Affine& affine, int64_t col) {
+  const Accumulated<T> rstd = static_cast<const Accumulated<T>*>(affine.rstd)[col];
+  return affine.weight == nullptr ? rstd : element<T>(affine.weight, affine.narrow_weight, col) * rstd;
+}
+
+// One column's affine: y = (x - mean) * scale + bias
 template <typename A>
 struct AffineColumn {
-  A mean, scale, shift;
+  A mean, scale, bias;
 
-  __device__ A operator()(A x) const { return (x - mean) * scale + shift; }
+  __device__ A operator()(A x) const { return (x - mean) * scale + bias; }
 };
 
-// A lane's columns
-template <typename A, int V>
+// A lane's columns, of a matrix of T
+template <typename T, int V, typename A = Accumulated<T>>
 __device__ inline void load_affine(AffineColumn<A> (&columns)[V], const Affine& affine, const Place& at) {
 #pragma unroll
   for (int i = 0; i < V; ++i)
     if (i < at.valid) {
       const int64_t col = at.col + i;
-      columns[i] = {static_cast<const A*>(affine.mean)[col], static_cast<const A*>(affine.scale)[col],
-                    static_cast<const A*>(affine.shift)[col]};
+      columns[i] = {static_cast<const A*>(affine.mean)[col], scale_of<T>(affine, col),
+                    element<T>(affine.bias, affine.narrow_bias, col)};
     }
 }
 
@@ -281,6 +316,21 @@ __device__ inline S combine_tiles(int64_t tiles, Read read) {
   return sum[0];
 }
 
+// Calls f(T())
+template <typename F>
+const char* by_type(Type type, F f) {
+  switch (type) {
+    case Type::f32:
+      return f(float());
+    case Type::f64:
+      return f(double());
+    case Type::f16:
+      return f(f16());
+    default:
+      return f(bf16());
+  }
+}
+
 // Calls f(T(), Width<V>()) for the type and the width: 16 bytes, 8, or one element
 template <int V>
 struct Width {};
@@ -297,16 +347,7 @@ const char* by_width(int width, F f) {
 
 template <typename F>
 const char* by_type(Type type, int width, F f) {
-  switch (type) {
-    case Type::f32:
-      return by_width<float>(width, f);
-    case Type::f64:
-      return by_width<double>(width, f);
-    case Type::f16:
-      return by_width<f16>(width, f);
-    default:
-      return by_width<bf16>(width, f);
-  }
+  return by_type(type, [&]<typename T>(T) { return by_width<T>(width, f); });
 }
 
 template <typename F>

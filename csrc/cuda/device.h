@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include "recorder.h"
+
 namespace densenet_fast::cuda {
 
 __device__ inline void* shared_memory() {
@@ -15,10 +17,11 @@ __device__ inline void* shared_memory() {
   return bytes;
 }
 
-// What went wrong, or null
+// What went wrong, or null; where there is a recorder, records instead
 template <typename Params>
 const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Params& params) {
+  if (record(kernel, grid, block, shared_bytes, params)) return nullptr;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -1,6 +1,8 @@
 // The gradient of columns completed, and the sums that tiles left, combined.
 //
 //   dF = G + (P + 2 * Q * (F - mu)) / M                                                                    (1)
+//   P -= s * sum D;   Q -= s * r^2 * sum D * (F - mu) / 2                                                  (2)
+//   dg = r * sum D * (F - mu);   db = sum D
 #include "columns.h"
 
 namespace densenet_fast::cuda {
@@ -43,8 +45,9 @@ __global__ __launch_bounds__(kThreads, 2) void finalise_kernel(const Finalise p)
   }
 }
 
-template <typename A>
+template <typename T>
 __global__ __launch_bounds__(kThreads, 2) void combine_sums_kernel(const CombineSums p) {
+  using A = Accumulated<T>;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kCombineColumns + threadIdx.x;
   const A* partials = static_cast<const A*>(p.partials) + col;
   const Pair<A> sums = combine_tiles<Pair<A>>(p.tiles, [&](int64_t t) {
@@ -52,8 +55,20 @@ __global__ __launch_bounds__(kThreads, 2) void combine_sums_kernel(const Combine
     return Pair<A>{partials[2 * t * p.cols], partials[(2 * t + 1) * p.cols]};
   });
   if (threadIdx.y > 0 || col >= p.cols) return;
-  static_cast<A*>(p.sum_d)[col] = sums.first;
-  static_cast<A*>(p.sum_dx)[col] = sums.second;
+  const A sum_d = sums.first, sum_dx = sums.second;
+  if (p.sum_d != nullptr) static_cast<A*>(p.sum_d)[col] = sum_d;
+  if (p.sum_dx != nullptr) static_cast<A*>(p.sum_dx)[col] = sum_dx;
+  const Reader& reader = p.reader;
+  if (reader.bias != nullptr) store(reader.bias, reader.bias_type, col, sum_d);
+  if (reader.p == nullptr && reader.weight == nullptr) return;
+  const A rstd = static_cast<const A*>(p.affine.rstd)[col];
+  if (reader.weight != nullptr) store(reader.weight, reader.weight_type, col, rstd * sum_dx);
+  if (reader.p == nullptr) return;
+  const A scale = scale_of<T>(p.affine, col);
+  const A p_before = reader.p_before == nullptr ? A(0) : static_cast<const A*>(reader.p_before)[col];
+  const A q_before = reader.q_before == nullptr ? A(0) : static_cast<const A*>(reader.q_before)[col];
+  static_cast<A*>(reader.p)[col] = p_before - scale * sum_d;
+  static_cast<A*>(reader.q)[col] = q_before - scale * rstd * rstd * sum_dx / 2;
 }
 
 }  // namespace
@@ -65,9 +80,9 @@ const char* finalise(const Finalise& p, Type type, void* stream) {
 }
 
 const char* combine_sums(const CombineSums& p, Type type, void* stream) {
-  return by_accumulation(type, [&]<typename A>(A) {
-    return launch(combine_sums_kernel<A>, combining_blocks(p.cols), dim3(kCombineColumns, kCombineLanes),
-                  kThreads * sizeof(Pair<A>), stream, p);
+  return by_type(type, [&]<typename T>(T) {
+    return launch(combine_sums_kernel<T>, combining_blocks(p.cols), dim3(kCombineColumns, kCombineLanes),
+                  kThreads * sizeof(Pair<Accumulated<T>>), stream, p);
   });
 }
 

@@ -10,7 +10,7 @@
 
 namespace densenet_fast::cuda {
 
-enum class Type { f32, f64, f16, bf16 };
+enum class Type : uint8_t { f32, f64, f16, bf16 };
 
 struct Matrix {  // [rows, cols]
   void* data;
@@ -24,9 +24,19 @@ struct Strided {
   int64_t sizes[4], strides[4], column;
 };
 
-// y = (x - mean) * scale + shift, [cols] each
+// y = (x - mean) * scale + bias with scale = weight * rstd, [cols] each; mean and rstd of the accumulation type, bias
+// and weight too unless they are narrow, of the matrix's
 struct Affine {
-  const void *mean, *scale, *shift;
+  const void *mean, *rstd, *bias, *weight;  // without a weight, scale = rstd
+  bool narrow_bias, narrow_weight;
+};
+
+// Where the gradients through one normalisation go; null: not asked for
+struct Reader {
+  const void *p_before, *q_before;  // [cols] of the accumulation type; null: zero; may be p and q
+  void *p, *q;
+  void *weight, *bias;
+  Type weight_type, bias_type;
 };
 
 // Pixels of a batch of images, and the maxima over windows of 3 at distance 2, padded by 1. A missing dimension has
@@ -86,10 +96,14 @@ struct Finalise {
 };
 const char* finalise(const Finalise& p, Type type, void* stream);
 
-// sum_d, sum_dx [cols] = the sums of all tiles
+// sum_d, sum_dx [cols] = the sums of all tiles, sum D and sum D * (x - mean), and what the reader asks for:
+// p = p_before - scale * sum D, q = q_before - scale * rstd^2 * sum D * (x - mean) / 2
+// weight = rstd * sum D * (x - mean), bias = sum D
 struct CombineSums {
   const void* partials;  // [tiles, 2, cols]
-  void *sum_d, *sum_dx;
+  void *sum_d, *sum_dx;  // or null
+  Affine affine;
+  Reader reader;
   int64_t tiles, cols;
 };
 const char* combine_sums(const CombineSums& p, Type type, void* stream);
@@ -130,5 +144,48 @@ struct AveragePool {
   int width;
 };
 const char* bn_relu_global_avgpool(const AveragePool& p, Type type, void* stream);
+
+// Vectors and weights made before the kernels that read them
+enum class Making : uint8_t { copy, rstd, zero };
+
+// target = source, target = 1 / sqrt(source + eps) or target = 0, of k * columns * taps elements. The target is dense,
+// of rows [taps, columns] if it is channels last, else [columns, taps].
+struct Job {
+  const void* source;
+  void* target;
+  double eps;
+  int32_t k, columns;
+  int32_t strides[5];  // the source's: of k, columns and the taps
+  uint8_t taps[3];
+  Making making : 2;
+  Type source_type : 2, target_type : 2;
+  bool channels_last : 1;
+};
+constexpr int kJobs = 64;
+struct Prepare {
+  Job jobs[kJobs];
+};
+static_assert(sizeof(Prepare) < 4096, "what a kernel's parameters may hold");
+const char* prepare(const Prepare& p, int count, void* stream);
+
+// The running statistics [cols] of one normalisation
+struct Running {
+  void *mean, *var;
+  int64_t* batches;  // [] or null
+  double momentum;   // NaN: 1 / batches
+  int32_t start, cols;
+  Type mean_type, var_type;
+};
+constexpr int kRunning = 64;
+// batches += 1; running += momentum * (batch - running), var unbiased, with the statistics of columns start... of
+// `mean` and `var`, of the accumulation type, over `count` rows
+struct UpdateRunning {
+  const void *mean, *var;
+  const double* count_tensor;  // on the device; or null:
+  double count;
+  Running running[kRunning];
+};
+static_assert(sizeof(UpdateRunning) < 4096, "what a kernel's parameters may hold");
+const char* update_running_statistics(const UpdateRunning& p, int count, Type type, void* stream);
 
 }  // namespace densenet_fast::cuda

@@ -5,10 +5,6 @@
 
 #include "arguments.h"
 
-#ifndef DENSENET_FAST_DEVICE
-#define DENSENET_FAST_DEVICE CUDA  // CPU where the kernels are emulated
-#endif
-
 namespace densenet_fast::cuda {
 namespace {
 
@@ -88,12 +84,7 @@ void finalise_gradient(Tensor grad, Tensor x, Tensor mean, Tensor p_, Tensor q, 
   p.mean = arguments.vector(mean, "mean", p.x.cols);
   p.p = arguments.vector(p_, "p", p.x.cols);
   p.q = arguments.vector(q, "q", p.x.cols);
-  if (count) {
-    STD_TORCH_CHECK(
-        count->numel() == 1 && count->scalar_type() == ScalarType::Double && count->is_cuda() == x.is_cuda(),
-        "finalise_gradient: count: expected one float64 value on x's device, got ", shape(*count));
-    p.count_tensor = static_cast<const double*>(count->data_ptr());
-  }
+  p.count_tensor = arguments.count(count);
   p.count = rows;
   p.width = arguments.width();
   p.tiling = tiling(p.x.rows, p.x.cols, p.width, kElementwiseBlocks);
@@ -122,13 +113,13 @@ int64_t pooled_rows(const Pooling& p, int64_t images) { return images * p.pooled
 
 // Maxima of relu(y) and their positions in their windows, [M', C] each, of x [M, C]; and out_mean, out_var and out_rstd
 // [C] of the maxima as stored
-std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift,
+std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor rstd, Tensor bias, Optional weight,
                                             std::vector<int64_t> grid, Optional out_mean, Optional out_var,
                                             Optional out_rstd, double eps, int64_t stream) {
   Arguments arguments("bn_relu_maxpool", x, stream);
   MaxPool p{};
   p.x = arguments.matrix(x, "x");
-  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
+  p.affine = arguments.affine(mean, rstd, bias, weight, p.x.cols);
   p.pooling = pooling(grid, p.x.rows);
   const int64_t rows = pooled_rows(p.pooling, grid[0]);
   Statistics statistics(arguments, out_mean, out_var, out_rstd, eps, rows, p.x.cols);
@@ -142,34 +133,65 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_(Tensor x, Tensor mean, Tensor scale,
   return {out, argmax};
 }
 
-// scale * D [M, C], sum D and sum D * (x - mean), [C] each
-std::tuple<Tensor, Tensor, Tensor> pool_backward(Arguments& arguments, PoolBackward p) {
+// What a backward op is asked for beside scale * D: the gradients through its normalisation, [C] each, and their sums
+struct Asked {
+  Optional p_before, q_before, p, q, grad_weight, grad_bias, sum_d, sum_dx;
+};
+
+// What combines the sums of the tiles
+CombineSums combination(const Arguments& arguments, const Affine& affine, const Asked& asked, int64_t cols) {
+  STD_TORCH_CHECK(
+      asked.p.has_value() == asked.q.has_value() && asked.p_before.has_value() == asked.q_before.has_value(),
+      arguments.kernel(), ": p and q: expected both or neither");
+  CombineSums c{};
+  c.affine = affine;
+  c.cols = cols;
+  c.sum_d = arguments.vector(asked.sum_d, "sum_d", cols);
+  c.sum_dx = arguments.vector(asked.sum_dx, "sum_dx", cols);
+  c.reader.p_before = arguments.vector(asked.p_before, "p_before", cols);
+  c.reader.q_before = arguments.vector(asked.q_before, "q_before", cols);
+  c.reader.p = arguments.vector(asked.p, "p", cols);
+  c.reader.q = arguments.vector(asked.q, "q", cols);
+  if (asked.grad_weight) {
+    c.reader.weight = arguments.any_vector(*asked.grad_weight, "grad_weight", cols);
+    c.reader.weight_type = type_of(*asked.grad_weight, arguments.kernel(), "grad_weight");
+  }
+  if (asked.grad_bias) {
+    c.reader.bias = arguments.any_vector(*asked.grad_bias, "grad_bias", cols);
+    c.reader.bias_type = type_of(*asked.grad_bias, arguments.kernel(), "grad_bias");
+  }
+  return c;
+}
+
+// scale * D [M, C], and what is asked for
+Tensor pool_backward(Arguments& arguments, PoolBackward p, const Asked& asked) {
+  CombineSums combine = combination(arguments, p.affine, asked, p.x.cols);
   Tensor out = arguments.new_matrix(p.x.rows, p.x.cols);
-  Tensor sum_d = arguments.new_vector(p.x.cols), sum_dx = arguments.new_vector(p.x.cols);
   p.out = arguments.matrix(out, "out");
   p.width = arguments.width();
   p.tiling = tiling(p.x.rows, p.x.cols, p.width, kReductionBlocks);
   const Tensor partials = arguments.partials(p.tiling, p.x.cols);
-  p.partials = partials.data_ptr();
+  combine.partials = p.partials = partials.data_ptr();
+  combine.tiles = p.tiling.tiles;
   arguments.launched(bn_relu_pool_backward(p, arguments.type(), arguments.stream()));
-  const CombineSums combine{p.partials, sum_d.data_ptr(), sum_dx.data_ptr(), p.tiling.tiles, p.x.cols};
   arguments.launched(combine_sums(combine, arguments.type(), arguments.stream()));
-  return {out, sum_d, sum_dx};
+  return out;
 }
 
 // From grad and argmax [M', C]
-std::tuple<Tensor, Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean,
-                                                            Tensor scale, Tensor shift, std::vector<int64_t> grid,
-                                                            int64_t stream) {
+Tensor bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor rstd, Tensor bias,
+                                Optional weight, std::vector<int64_t> grid, Optional p_before, Optional q_before,
+                                Optional p, Optional q, Optional grad_weight, Optional grad_bias, Optional sum_d,
+                                Optional sum_dx, int64_t stream) {
   Arguments arguments("bn_relu_maxpool_backward", x, stream);
-  PoolBackward p{};
-  p.x = arguments.matrix(x, "x");
-  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
-  p.pooling = pooling(grid, p.x.rows);
-  const int64_t rows = pooled_rows(p.pooling, grid[0]);
-  p.grad = arguments.matrix(grad, "grad", rows, p.x.cols);
-  p.argmax = arguments.bytes(argmax, "argmax", rows, p.x.cols);
-  return pool_backward(arguments, p);
+  PoolBackward b{};
+  b.x = arguments.matrix(x, "x");
+  b.affine = arguments.affine(mean, rstd, bias, weight, b.x.cols);
+  b.pooling = pooling(grid, b.x.rows);
+  const int64_t rows = pooled_rows(b.pooling, grid[0]);
+  b.grad = arguments.matrix(grad, "grad", rows, b.x.cols);
+  b.argmax = arguments.bytes(argmax, "argmax", rows, b.x.cols);
+  return pool_backward(arguments, b, {p_before, q_before, p, q, grad_weight, grad_bias, sum_d, sum_dx});
 }
 
 int64_t pixels_of(const Tensor& x, int64_t images) {
@@ -179,12 +201,13 @@ int64_t pixels_of(const Tensor& x, int64_t images) {
 }
 
 // Means of relu(y) over each image's pixels, [N, C], of x [M, C]
-Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift, int64_t images, int64_t stream) {
+Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor rstd, Tensor bias, Optional weight, int64_t images,
+                               int64_t stream) {
   Arguments arguments("bn_relu_global_avgpool", x, stream);
   AveragePool p{};
   p.x = arguments.matrix(x, "x");
   p.pixels = pixels_of(x, images);
-  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
+  p.affine = arguments.affine(mean, rstd, bias, weight, p.x.cols);
   Tensor out = arguments.new_matrix(images, p.x.cols);
   p.out = arguments.matrix(out, "out");
   p.width = arguments.width();
@@ -196,21 +219,26 @@ Tensor bn_relu_global_avgpool_(Tensor x, Tensor mean, Tensor scale, Tensor shift
 }
 
 // From grad [N, C]
-std::tuple<Tensor, Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale,
-                                                                   Tensor shift, int64_t images, int64_t stream) {
+Tensor bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor bias, Optional weight,
+                                       int64_t images, Optional p_before, Optional q_before, Optional p, Optional q,
+                                       Optional grad_weight, Optional grad_bias, Optional sum_d, Optional sum_dx,
+                                       int64_t stream) {
   Arguments arguments("bn_relu_global_avgpool_backward", x, stream);
-  PoolBackward p{};
-  p.x = arguments.matrix(x, "x");
-  p.pixels = pixels_of(x, images);
-  p.affine = arguments.affine(mean, scale, shift, p.x.cols);
-  p.grad = arguments.matrix(grad, "grad", images, p.x.cols);
-  return pool_backward(arguments, p);
+  PoolBackward b{};
+  b.x = arguments.matrix(x, "x");
+  b.pixels = pixels_of(x, images);
+  b.affine = arguments.affine(mean, rstd, bias, weight, b.x.cols);
+  b.grad = arguments.matrix(grad, "grad", images, b.x.cols);
+  return pool_backward(arguments, b, {p_before, q_before, p, q, grad_weight, grad_bias, sum_d, sum_dx});
 }
 
 }  // namespace
 }  // namespace densenet_fast::cuda
 
-#define AFFINE "Tensor mean, Tensor scale, Tensor shift"
+#define AFFINE "Tensor mean, Tensor rstd, Tensor bias, Tensor? weight"
+#define ASKED                                                                                   \
+  "Tensor? p_before, Tensor? q_before, Tensor(a!)? p, Tensor(b!)? q, Tensor(c!)? grad_weight, " \
+  "Tensor(d!)? grad_bias, Tensor(e!)? sum_d, Tensor(f!)? sum_dx"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
@@ -222,11 +250,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cuda_bn_relu_maxpool(Tensor x, " AFFINE
         ", int[] grid, Tensor(a!)? out_mean, Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps, int stream) -> "
         "(Tensor, Tensor)");
-  m.def("cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE
-        ", int[] grid, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, " AFFINE ", int[] grid, " ASKED
+        ", int stream) -> Tensor");
   m.def("cuda_bn_relu_global_avgpool(Tensor x, " AFFINE ", int images, int stream) -> Tensor");
-  m.def("cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " AFFINE
-        ", int images, int stream) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, " AFFINE ", int images, " ASKED
+        ", int stream) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {

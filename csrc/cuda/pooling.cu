@@ -1,7 +1,7 @@
 // The stem, BN-ReLU and the maximum over windows of 3, and the head, BN-ReLU and the mean over an image; forward and
 // backward.
 //
-//   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
+//   y = (x - mean) * scale + bias;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
 #include "columns.h"
 
 namespace densenet_fast::cuda {
@@ -33,7 +33,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_maxpool_kernel(const MaxP
   using A = Accumulated<T>;
   const Place at(p.tiling, p.out.rows, p.out.cols, V);
   AffineColumn<A> affine[V];
-  load_affine(affine, p.affine, at);
+  load_affine<T>(affine, p.affine, at);
   Moments<A> moments[V];
   const int (&sizes)[3] = p.pooling.sizes;
   for (int64_t r = at.first + at.y; r < at.last && at.valid > 0; r += at.lanes) {
@@ -105,7 +105,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_pool_backward_kernel(cons
   using A = Accumulated<T>;
   const Place at(p.tiling, p.x.rows, p.x.cols, V);
   AffineColumn<A> affine[V];
-  load_affine(affine, p.affine, at);
+  load_affine<T>(affine, p.affine, at);
   Pair<A> sums[V];
   for (int64_t r = at.first + at.y; r < at.last && at.valid > 0; r += at.lanes) {
     Pack<T, V> x;
@@ -147,7 +147,7 @@ __global__ __launch_bounds__(kThreads, 2) void bn_relu_global_avgpool_kernel(con
   using A = Accumulated<T>;
   const Place at(p.tiling, p.x.rows, p.x.cols, V);
   AffineColumn<A> affine[V];
-  load_affine(affine, p.affine, at);
+  load_affine<T>(affine, p.affine, at);
   Sum<A> sums[V];
   for (int64_t r = at.first + at.y; r < at.last && at.valid > 0; r += at.stride()) {
     const int n = at.rows_from(r);

@@ -15,6 +15,7 @@ from densenet_fast.backends.affine import (
     Completion,
     Job,
     Reader,
+    Running,
     Statistics,
     ThroughStatistics,
     Unfinished,
@@ -45,23 +46,6 @@ def describe() -> str:
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this backend has kernels for ``dtype`` on ``device``."""
     return dtype.is_floating_point
-
-
-def prepare(jobs: Sequence[Job]) -> None:
-    """Does ``jobs``, none of which reads what another one makes."""
-    for kind in ("copy", "rstd", "zero"):
-        of_kind = [job for job in jobs if job.kind == kind]
-        targets, sources = [job.target for job in of_kind], [job.source for job in of_kind]
-        if not of_kind:
-            continue
-        if kind == "zero":
-            torch._foreach_zero_(targets)
-        elif kind == "copy":
-            torch._foreach_copy_(targets, sources)
-        else:
-            shifted = torch._foreach_add([s.to(t.dtype) for s, t in zip(sources, targets)], [j.eps for j in of_kind])
-            torch._foreach_rsqrt_(shifted)
-            torch._foreach_copy_(targets, shifted)
 
 
 def channel_statistics(x: Tensor, out: Statistics) -> None:
@@ -297,6 +281,55 @@ def read(sums: Sums | None, affine: Affine, reader: Reader | None) -> Sums | Non
         return sums
     reader.read(sums, affine)
     return None
+
+
+def prepare(jobs: Sequence[Job]) -> None:
+    """Does the jobs, none of which reads what another makes.
+
+    Raises:
+        ValueError: a job's kind is not known.
+    """
+    copies, rstds, zeros = ([job for job in jobs if job.kind == kind] for kind in ("copy", "rstd", "zero"))
+    if len(copies) + len(rstds) + len(zeros) < len(jobs):
+        raise ValueError(f"kind: expected copy, rstd or zero, got {[job.kind for job in jobs]}")
+    if copies:
+        torch._foreach_copy_([job.target for job in copies], [job.source for job in copies])
+    if rstds:
+        made = torch._foreach_add([job.source.to(job.target.dtype) for job in rstds], [job.eps for job in rstds])
+        torch._foreach_rsqrt_(made)
+        torch._foreach_copy_([job.target for job in rstds], made)
+    if zeros:
+        torch._foreach_zero_([job.target for job in zeros])
+
+
+def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    """batches += 1, and running += momentum * (batch - running) for the mean and the unbiased variance of each, with
+    the batch statistics in the packed ``mean`` and biased ``var``, over ``count`` rows: an int or a float64 scalar on
+    the device. One that comes twice, as that of several layers, is updated by each in turn."""
+    if len({id(r.mean) for r in running}) < len(running):
+        for r in running:
+            update_running_statistics([r], mean, var, count)
+        return
+    counters = [r.batches for r in running if r.batches is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    count = torch.as_tensor(count, dtype=torch.float64)
+    var = var * (count / (count - 1)).to(var.dtype)
+    by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for r in running:
+        columns, momentum = slice(r.start, r.start + r.mean.numel()), r.momentum or 0.0
+        if r.momentum is None and r.batches is not None:
+            momentum = r.batches.to(mean.dtype).reciprocal()
+        targets, values = (r.mean, r.var), (mean[columns], var[columns])
+        if isinstance(momentum, Tensor) or not r.mean.dtype == r.var.dtype == mean.dtype:
+            for target, value in zip(targets, values):
+                target.copy_(torch.lerp(target.to(mean.dtype), value, momentum))
+        else:
+            ours, batch = by_momentum.setdefault(momentum, ([], []))
+            ours += targets
+            batch += values
+    for momentum, (ours, batch) in by_momentum.items():
+        torch._foreach_lerp_(ours, batch, momentum)
 
 
 def _masked(grad: Tensor, x: Tensor, affine: Affine) -> tuple[Tensor, Sums]:

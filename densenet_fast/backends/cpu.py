@@ -17,11 +17,11 @@ from densenet_fast.backends.affine import (
     ThroughStatistics,
     Unfinished,
 )
-from densenet_fast.backends.aten import TAPS_FIRST, prepare, read
+from densenet_fast.backends.aten import TAPS_FIRST, prepare, read, update_running_statistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
-__all__ = ["TAPS_FIRST", "prepare"]
+__all__ = ["TAPS_FIRST", "prepare", "update_running_statistics"]
 
 name = "cpu"
 

@@ -21,6 +21,7 @@ from densenet_fast.backends.cuda_kernels import (
     prepare,
     supports,
     unavailable,
+    update_running_statistics,
 )
 from densenet_fast.backends.spatial import convolve
 
@@ -44,6 +45,7 @@ __all__ = [
     "prepare",
     "supports",
     "unavailable",
+    "update_running_statistics",
 ]
 
 name = "cuda"

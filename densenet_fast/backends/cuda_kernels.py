@@ -8,13 +8,22 @@ Where the library was built to emulate a GPU (tests/backends/cuda), the same ker
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension, nvidia
-from densenet_fast.backends.aten import prepare  # noqa: F401 (interim)
-from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
+from densenet_fast.backends.affine import (
+    NO_STATISTICS,
+    Affine,
+    Job,
+    Reader,
+    Running,
+    Statistics,
+    ThroughStatistics,
+)
 
 Sums = tuple[Tensor, Tensor]
 
@@ -87,12 +96,14 @@ def bn_relu_maxpool(
 
 
 def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Sums]:
-    scaled, *sums = kernels.cuda_bn_relu_maxpool_backward(
-        _adjacent(grad), argmax, x, *affine.vectors(), grid, _stream(x)
+    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+) -> tuple[Tensor, Sums | None]:
+    """With a ``reader``, what it asks for instead of the sums."""
+    sums = None if reader is not None else _new_sums(affine)
+    scaled = kernels.cuda_bn_relu_maxpool_backward(
+        _adjacent(grad), argmax, x, *affine, grid, *_asked(reader, sums), _stream(x)
     )
-    return scaled, tuple(sums)
+    return scaled, sums
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
@@ -100,12 +111,64 @@ def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> 
 
 
 def bn_relu_global_avgpool_backward(
-    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...]
-) -> tuple[Tensor, Sums]:
-    scaled, *sums = kernels.cuda_bn_relu_global_avgpool_backward(
-        _adjacent(grad), x, *affine.vectors(), grid[0], _stream(x)
+    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+) -> tuple[Tensor, Sums | None]:
+    """With a ``reader``, what it asks for instead of the sums."""
+    sums = None if reader is not None else _new_sums(affine)
+    scaled = kernels.cuda_bn_relu_global_avgpool_backward(
+        _adjacent(grad), x, *affine, grid[0], *_asked(reader, sums), _stream(x)
     )
-    return scaled, tuple(sums)
+    return scaled, sums
+
+
+def _new_sums(affine: Affine) -> Sums:
+    return torch.empty_like(affine.mean), torch.empty_like(affine.mean)
+
+
+def _asked(reader: Reader | None, sums: Sums | None) -> tuple[Tensor | None, ...]:
+    """What a backward op takes in the place of a reader and of the sums."""
+    before, after, weight, bias = reader or Reader(None, None, None, None)
+    none = (None, None)
+    return *(before or none), *(after or none), weight, bias, *(sums or none)
+
+
+def prepare(jobs: Sequence[Job]) -> None:
+    """One launch for 64 jobs, in no order."""
+    if not jobs:
+        return
+    copies, rstds, zeros = ([job for job in jobs if job.kind == kind] for kind in ("copy", "rstd", "zero"))
+    if len(copies) + len(rstds) + len(zeros) < len(jobs):
+        raise ValueError(f"kind: expected copy, rstd or zero, got {[job.kind for job in jobs]}")
+    kernels.cuda_prepare(
+        [job.source for job in copies],
+        [job.target for job in copies],
+        [job.source for job in rstds],
+        [job.target for job in rstds],
+        [job.eps for job in rstds],
+        [job.target for job in zeros],
+        _stream(jobs[0].target),
+    )
+
+
+def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    """One launch for 64 normalisations."""
+    if not running:
+        return
+    counted = [i for i, r in enumerate(running) if r.batches is not None]
+    count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
+    kernels.cuda_update_running_statistics(
+        [r.mean for r in running],
+        [r.var for r in running],
+        [running[i].batches for i in counted],
+        counted,
+        [math.nan if r.momentum is None else r.momentum for r in running],
+        [r.start for r in running],
+        mean,
+        var,
+        count,
+        rows,
+        _stream(mean),
+    )
 
 
 def _adjacent(matrix: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def stock(x, affine, weight, grad, grid, memory_format):
     """Output, input gradient and weight gradient of conv(relu(bn(x))), in x's dtype."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, scale, shift = (t.to(wide) for t in affine)
+    mean, scale, shift = (t.to(wide) for t in (affine.mean, affine.scale, affine.bias))
     a = F.relu((x.to(wide) - mean) * scale + shift).to(x.dtype)
     y = F.conv2d(to_image(a, grid).contiguous(memory_format=memory_format), weight, padding=weight.shape[-1] // 2)
     image = to_image(grad, grid).contiguous(memory_format=memory_format)

@@ -48,7 +48,7 @@ class Case:
     def stock(self, dtype, weight, bias, pool=False):
         """The output [N, k, *spatial], and the leaves x, scale and weight it comes from, in ``dtype``."""
         x, scale, w = (t.detach().to(dtype).clone().requires_grad_() for t in (self.x, self.affine.scale, weight))
-        mean, shift = self.affine.mean.to(dtype), self.affine.shift.to(dtype)
+        mean, shift = self.affine.mean.to(dtype), self.affine.bias.to(dtype)
         a = to_image(F.relu((x - mean) * scale + shift), self.grid)
         ones = [1] * (len(self.grid) - 1)
         y = torch.convolution(
@@ -140,7 +140,7 @@ def test_bn_relu_conv1x1_normalised_again(backend, dtype, channels, grid):
 
     def stock(dtype):
         z = to_matrix(case.stock(dtype, case.w1, case.bias)[0])
-        return F.relu((z - then.mean.to(dtype)) * then.scale.to(dtype) + then.shift.to(dtype))
+        return F.relu((z - then.mean.to(dtype)) * then.scale.to(dtype) + then.bias.to(dtype))
 
     assert close(a, stock(torch.float64), stock(dtype), dtype)
     assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.k :].eq(3).all()

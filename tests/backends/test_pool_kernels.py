@@ -50,7 +50,7 @@ class Case:
     def activation(self, dtype):
         """relu(bn(x)) [N, C, *spatial] and its leaves x and scale, in ``dtype``."""
         x, scale = (t.detach().to(dtype).clone().requires_grad_() for t in (self.x, self.affine.scale))
-        y = (x - self.affine.mean.to(dtype)) * scale + self.affine.shift.to(dtype)
+        y = (x - self.affine.mean.to(dtype)) * scale + self.affine.bias.to(dtype)
         return to_image(F.relu(y), self.grid), (x, scale)
 
     def stock(self, pooling, dtype):

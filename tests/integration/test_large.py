@@ -50,7 +50,7 @@ def spread(memory: mmap.mmap, values: torch.Tensor) -> torch.Tensor:
 
 
 def bn_relu(x, affine, grid):
-    return cpu.kernels.cpu_bn_relu(x, *affine)
+    return cpu.kernels.cpu_bn_relu(x, affine.mean, affine.scale, affine.bias)
 
 
 def statistics(x, affine, grid):
@@ -90,7 +90,7 @@ def conv3x3_backward(x, affine, grid):
 
 
 def finalise(x, affine, grid):
-    through = ThroughStatistics(x, affine.mean, affine.scale, affine.shift, x.shape[0])
+    through = ThroughStatistics(x, affine.mean, affine.scale, affine.bias, x.shape[0])
     return cpu.finalise_gradient(torch.ones(x.shape, dtype=x.dtype), through, torch.empty(x.shape, dtype=x.dtype))
 
 

@@ -25,6 +25,7 @@ from densenet_fast.backends.aten import (
     channel_statistics,
     finalise_gradient,
     prepare,
+    update_running_statistics,
 )
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import interpreted
@@ -49,6 +50,7 @@ __all__ = [
     "prepare",
     "supports",
     "unavailable",
+    "update_running_statistics",
 ]
 
 name = "triton"

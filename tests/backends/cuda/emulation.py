@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc/cuda").iterdir())
 FLAGS = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DDENSENET_FAST_DEVICE=CPU"]
+INCLUDE = ["-I", str(Path(__file__).parent), "-I", str(ROOT / "csrc/cuda")]
 HOST_FLAGS = "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas,-ftrivial-auto-var-init=pattern"
 """Uninitialised variables hold a pattern, so that using one shows."""
 SANITIZE = ",-fsanitize=address,-fno-omit-frame-pointer,-g"
@@ -50,7 +51,7 @@ def build(sanitize: bool = False) -> Path:
             continue
         objects.append(work / f"{source.stem}.o")
         command = [find_nvcc(), "-x", "c++", "-O1", "-Xcompiler", host_flags, *FLAGS]
-        command += ["-isystem", home / "include", "-I", Path(__file__).parent, "-c", source, "-o", objects[-1]]
+        command += ["-isystem", home / "include", *INCLUDE, "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
     link = [os.environ.get("CXX", "c++"), "-shared", *objects, "-o", work / "library.so", f"-L{home / 'lib'}"]
     link += ["-ltorch_cpu", "-ltorch", *(["-fsanitize=address"] if sanitize else [])]

@@ -1,8 +1,8 @@
 // Runs the kernels of csrc/cuda on a CPU, thread by thread, to test them where there is no GPU.
 //
-// Every thread of a block has a stack of its own and runs until a barrier or its end, in the order of the threads or, with
-// the environment variable DENSENET_FAST_EMULATED_ORDER=reverse, against it: what depends on the order is a race. Shared
-// memory holds NaN at the start of every block. A barrier that only some threads of a block reach is an error.
+// Every thread of a block has a stack of its own and runs until a barrier or its end, in the order of the threads or,
+// with the environment variable DENSENET_FAST_EMULATED_ORDER=reverse, against it: what depends on the order is a race.
+// Shared memory holds NaN at the start of every block. A barrier that only some threads of a block reach is an error.
 #pragma once
 
 #include <setjmp.h>
@@ -14,7 +14,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <unordered_map>
 #include <vector>
+
+#include "recorder.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -24,7 +27,7 @@
 
 namespace densenet_fast::cuda {
 
-inline uint3 threadIdx, blockIdx;
+inline uint3 threadIdx, blockIdx, gridDim;
 
 using std::sqrt;
 
@@ -95,12 +98,15 @@ class Fiber {
 #endif
 };
 
+// Runs a kernel, whose type the pointer has lost, on parameters at any address
+using Call = void (*)(const void* kernel, const void* params);
+
 // The block that runs
 struct Block {
   Fiber* running = nullptr;
   std::vector<unsigned char> shared;
-  void (*kernel)(const void*) = nullptr;
-  const void* params = nullptr;
+  const void *kernel = nullptr, *params = nullptr;
+  Call call = nullptr;
 };
 inline Block block;
 
@@ -111,7 +117,7 @@ inline const char* run_block(dim3 size) {
   while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
   for (size_t i = 0; i < count; ++i) {
     fibers[i]->finished = false;
-    fibers[i]->body = [] { block.kernel(block.params); };
+    fibers[i]->body = [] { block.call(block.kernel, block.params); };
   }
   const char* order = std::getenv("DENSENET_FAST_EMULATED_ORDER");
   const bool reverse = order != nullptr && !std::strcmp(order, "reverse");
@@ -131,22 +137,45 @@ inline const char* run_block(dim3 size) {
 inline void __syncthreads() { block.running->leave(); }
 inline void* shared_memory() { return block.shared.data(); }
 
-template <typename Params>
-const char* launch(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes, void*, const Params& params) {
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads.x * threads.y == 0 || threads.x * threads.y > 1024 ||
-      shared_bytes > 48 << 10)
+// Those of the kernels that were launched or recorded
+inline std::unordered_map<const void*, Call>& calls() {
+  static std::unordered_map<const void*, Call> known;
+  return known;
+}
+
+inline const char* run_grid(const void* kernel, const unsigned (&grid)[3], const unsigned (&threads)[3],
+                            size_t shared_bytes, const void* params) {
+  if (grid[0] == 0 || grid[1] == 0 || grid[1] > 65535 || threads[0] * threads[1] == 0 ||
+      threads[0] * threads[1] > 1024 || grid[2] != 1 || threads[2] != 1 || shared_bytes > 48 << 10)
     return "invalid configuration";
-  static void (*emulated)(Params);
-  emulated = kernel;
-  block.kernel = [](const void* p) { emulated(*static_cast<const Params*>(p)); };
-  block.params = &params;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
+  block.kernel = kernel;
+  block.call = calls().at(kernel);
+  block.params = params;
+  gridDim = {grid[0], grid[1], grid[2]};
+  for (unsigned y = 0; y < grid[1]; ++y)
+    for (unsigned x = 0; x < grid[0]; ++x) {
       blockIdx = {x, y, 0};
       std::vector<unsigned char>(shared_bytes, 0xFF).swap(block.shared);
-      if (const char* error = run_block(threads)) return error;
+      if (const char* error = run_block({threads[0], threads[1], 1})) return error;
     }
   return nullptr;
+}
+
+template <typename Params>
+const char* launch(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes, void*, const Params& params) {
+  const void* pointer = reinterpret_cast<const void*>(kernel);
+  calls()[pointer] = [](const void* function, const void* bytes) {
+    Params p;
+    std::memcpy(&p, bytes, sizeof(p));
+    reinterpret_cast<void (*)(Params)>(const_cast<void*>(function))(p);
+  };
+  if (record(kernel, grid, threads, shared_bytes, params)) return nullptr;
+  return run_grid(pointer, {grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, shared_bytes, &params);
+}
+
+// A recorded launch, on other parameters of the same size
+inline const char* run_emulated(const Recorded& recorded, const unsigned char* parameters) {
+  return run_grid(recorded.function, recorded.grid, recorded.block, recorded.shared, parameters);
 }
 
 }  // namespace densenet_fast::cuda

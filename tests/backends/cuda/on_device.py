@@ -85,7 +85,7 @@ class Case:
 
     def differentiable(self):
         """relu(bn(x)) [N, C, *spatial] in float64, and the leaves x, scale and shift."""
-        leaves = [t.double().clone().requires_grad_() for t in (self.x, self.affine.scale, self.affine.shift)]
+        leaves = [t.double().clone().requires_grad_() for t in (self.x, self.affine.scale, self.affine.bias)]
         x, scale, shift = leaves
         return to_image(F.relu((x - self.affine.mean.double()) * scale + shift), self.grid), leaves
 
@@ -292,11 +292,16 @@ def test_wrong_arguments_raise():
         (lambda: kernels.append_features(x, x, None, torch.ones(6, 3) > 0), r"mask: expected \[6, 4\], got \[6, 3\]"),
         (lambda: kernels.finalise_gradient(x.double(), through, x), "grad: dtype unlike the others'"),
         (lambda: kernels.bn_relu_maxpool(x, affine, (1, 2, 4), None), "grid: expected the product 6, got 8"),
-        (lambda: kernels.bn_relu_maxpool(x, affine._replace(scale=vector[:2]), (1, 2, 3), None), "scale: expected 4"),
+        (lambda: kernels.bn_relu_maxpool(x, affine._replace(rstd=vector[:2]), (1, 2, 3), None), "rstd: expected 4"),
         (
-            lambda: kernels.bn_relu_maxpool(x, affine._replace(shift=vector.double()), (1, 2, 3), None),
-            "shift: expected 4",
+            lambda: kernels.bn_relu_maxpool(x, affine._replace(bias=vector.double()), (1, 2, 3), None),
+            "bias: expected 4 contiguous float32",
         ),
+        (
+            lambda: kernels.bn_relu_global_avgpool(x, affine._replace(weight=vector.half()), (1, 6)),
+            "weight: expected 4 contiguous float32",
+        ),
+        (lambda: kernels.bn_relu_global_avgpool(x.half(), affine._replace(weight=vector.half()[:3]), (1, 6)), "weight"),
         (lambda: kernels.bn_relu_maxpool(x, affine, (1, 2, 3), own._replace(var=None)), "rstd: expected all or none"),
         (lambda: kernels.bn_relu_global_avgpool(x, affine, (4, 2)), r"images: expected a divisor of x's rows, got 4"),
     ]
@@ -309,13 +314,14 @@ def test_schemas_name_what_is_changed():
     x, vectors = torch.randn(12, 8), torch.rand(3, 8).unbind()
     affine, ops = Affine(*torch.rand(3, 8)), torch.ops.densenet_fast
     argmax = torch.zeros(4, 8, dtype=torch.uint8)
+    asked, sums = [*torch.rand(6, 8).unbind(), None, None], [*[None] * 6, *torch.rand(2, 8).unbind()]
     calls = [
         (ops.cuda_append_features, (x.clone(), None, 1.0, x, *vectors, EPS, 0)),
         (ops.cuda_finalise_gradient, (x.clone(), x.clone(), *vectors, None, 3.0, x, 0)),
         (ops.cuda_bn_relu_maxpool, (x, *affine, (1, 3, 4), *vectors, EPS, 0)),
-        (ops.cuda_bn_relu_maxpool_backward, (x[:4], argmax, x, *affine, (1, 3, 4), 0)),
+        (ops.cuda_bn_relu_maxpool_backward, (x[:4], argmax, x, *affine, (1, 3, 4), *asked, 0)),
         (ops.cuda_bn_relu_global_avgpool, (x, *affine, 2, 0)),
-        (ops.cuda_bn_relu_global_avgpool_backward, (x[:2], x, *affine, 2, 0)),
+        (ops.cuda_bn_relu_global_avgpool_backward, (x[:2], x, *affine, 2, *sums, 0)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op, arguments, test_utils="test_schema")

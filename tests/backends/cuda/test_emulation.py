@@ -28,8 +28,16 @@ def test_every_kernel():
     run(["tests/backends/cuda/on_device.py"])
 
 
+def test_every_kernel_on_vectors():
+    run(["tests/backends/cuda/vectors_on_device.py"])
+
+
 def test_every_kernel_with_threads_in_reverse_order():
     run(["tests/backends/cuda/on_device.py", "-k", "bfloat16"], order="reverse")
+
+
+def test_every_kernel_on_vectors_with_threads_in_reverse_order():
+    run(["tests/backends/cuda/vectors_on_device.py"], order="reverse")
 
 
 def test_the_suite_of_all_backends():
@@ -60,13 +68,18 @@ int main() {
 """
 
 
+def compiled(program, folder):
+    """The executable made of the text of a C++ program over ``emulator.h``."""
+    source, executable = folder / "program.cpp", folder / "program"
+    source.write_text(program)
+    command = [emulation.find_nvcc(), "-x", "c++", "-std=c++20", *emulation.INCLUDE, source, "-o", executable]
+    subprocess.run(command, check=True)
+    return executable
+
+
 def test_the_emulation_finds_what_it_is_for(tmp_path):
     """Memory nobody wrote is NaN, a barrier that some threads miss an error, and without one the order shows."""
-    (tmp_path / "broken.cpp").write_text(BROKEN)
-    program = tmp_path / "broken"
-    include = ["-I", os.path.dirname(emulation.__file__)]
-    command = [emulation.find_nvcc(), "-x", "c++", "-std=c++20", *include, tmp_path / "broken.cpp", "-o", program]
-    subprocess.run(command, check=True)
+    program = compiled(BROKEN, tmp_path)
     outputs = {}
     for order in ("forward", "reverse"):
         environment = {**os.environ, "DENSENET_FAST_EMULATED_ORDER": order}
@@ -75,3 +88,49 @@ def test_the_emulation_finds_what_it_is_for(tmp_path):
         assert right == "ran 6 0" and "nan" in unwritten and missed.startswith("error")
         assert racing != right
     assert outputs["forward"][3] != outputs["reverse"][3]
+
+
+RECORDED = """
+#include "emulator.h"
+#include <cstdio>
+#include <thread>
+using namespace densenet_fast::cuda;
+struct Params { float* out; float value; };
+struct Other { double *out, values[5]; };
+void fill(const Params p) {
+  float* memory = static_cast<float*>(shared_memory());
+  memory[threadIdx.x] = p.value;
+  __syncthreads();
+  p.out[4 * blockIdx.x + threadIdx.x] = memory[3 - threadIdx.x] + threadIdx.x;
+}
+void copy(const Other p) { p.out[threadIdx.x] = p.values[threadIdx.x]; }
+int main() {
+  float out[8] = {}, again[8] = {};
+  double doubles[5] = {};
+  Params params{out, 10};
+  const Other other{doubles, {1, 2, 3, 4, 5}};
+  std::vector<Recorded> launches;
+  recorder = &launches;
+  launch<Params>(fill, dim3(2), dim3(4), 4 * sizeof(float), nullptr, params);
+  launch<Other>(copy, dim3(1), dim3(5), 0, nullptr, other);
+  std::thread([&] { launch<Params>(fill, dim3(1), dim3(4), 4 * sizeof(float), nullptr, {again, 20}); }).join();
+  recorder = nullptr;
+  std::printf("%zu %g %g %g\\n", launches.size(), out[7], doubles[4], again[3]);
+  const Recorded& r = launches[0];
+  std::printf("%d %u %u %u %u %zu %zu\\n", r.function == reinterpret_cast<void*>(fill), r.grid[0], r.grid[1],
+              r.block[0], r.block[1], r.shared, r.parameters.size());
+  params.value = 0;
+  for (const Recorded& each : launches)
+    if (run_emulated(each, each.parameters.data()) != nullptr) return 1;
+  std::printf("%g %g %g\\n", out[0], out[7], doubles[4]);
+  params = {again, 30};
+  run_emulated(r, reinterpret_cast<unsigned char*>(&params));
+  std::printf("%g %g\\n", again[7], out[7]);
+}
+"""
+
+
+def test_a_recorded_launch_is_not_made_until_it_is_run(tmp_path):
+    """Nor are other threads' launches recorded; it runs on the parameters as they were, or on others."""
+    output = subprocess.run([compiled(RECORDED, tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == ["2 0 0 23", "1 2 1 4 1 16 16", "10 13 5", "33 13"]

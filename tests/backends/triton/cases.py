@@ -136,7 +136,7 @@ class Layer:
         )
 
     def backward(self, backend, parameter, channels_last=False):
-        """A layer's backward pass in one piece, as the block's does it: from dY to G, of which the last three columns of
+        """A layer's backward pass in one piece, as a block does it: from dY to G, of which the last three columns of
         the inputs are completed in place, and all gradients of parameters."""
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         like1 = self.w1.to(parameter)[:, :, None, None]
