@@ -8,6 +8,7 @@ plans by these.
 A replay calls none of the hooks that Triton has for launches.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from densenet_fast.backends import extension
 from densenet_fast.backends.recording import Native, Recording, View, replaced, tensors_in
 from densenet_fast.backends.symbolic import Unplannable
 from densenet_fast.backends.triton import config, launch
@@ -115,14 +117,22 @@ class Plan:
         memory[dead] = 0xFF
 
 
+@functools.cache
+def unavailable() -> str | None:
+    """Why nothing can be planned here, or None."""
+    if extension.unavailable() is not None or hasattr(kernels, "cuda_plan"):
+        return extension.unavailable()
+    return "the compiled kernels were built without CUDA (pip install --no-build-isolation . with nvcc on PATH)"
+
+
 def make(body: Callable[..., Any], inputs: Sequence[Any], device: torch.device) -> Plan:
     """The plan of ``body(*inputs)``, the tensors among the inputs, in lists or not, on ``device``.
 
     Raises:
         Unplannable: there is none, and why.
     """
-    if not hasattr(kernels, "cuda_plan"):
-        raise Unplannable("the compiled kernels were built without CUDA, or not at all")
+    if unavailable() is not None:
+        raise Unplannable(unavailable())
     try:
         return Plan(Recording(body, inputs, device), list(tensors_in(inputs)), device)
     except Unplannable as error:
@@ -140,6 +150,8 @@ def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan |
 
     Whether a tensor requires a gradient makes no difference: a body does not see it.
     """
+    if unavailable() is not None:
+        return Unplannable(unavailable())
     tensors = list(tensors_in(inputs))
     key = signature(name, inputs, tensors)
     if key in _plans:

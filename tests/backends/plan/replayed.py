@@ -75,6 +75,15 @@ def gpu(request):
         yield found
 
 
+@pytest.fixture
+def tf32():
+    """Products of float32 by Triton, also in convolutions."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 @contextlib.contextmanager
 def stub_gpu(generation):
     before, device = driver._active, config.Device(generation, 132)
@@ -95,12 +104,9 @@ def planned(sizes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [((2, 5, 7), 33, 20, 12), ((1, 16, 8), 64, 128, 32)], ids=str)
-def test_a_replay_launches_what_tritons_launcher_does(sizes, dtype, gpu, monkeypatch):
+def test_a_replay_launches_what_tritons_launcher_does(sizes, dtype, gpu, tf32, monkeypatch):
     """On the same memory: the same functions, grids, blocks, shared memory and parameters, byte by byte, in order."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
     made, inputs = planned(sizes, dtype)
-    torch.backends.cudnn.conv.fp32_precision = before
     memory = made._allocate()
     monkeypatch.setattr(made, "_allocate", lambda: memory)
     assert not launched()
