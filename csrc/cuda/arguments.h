@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "recorder.h"
 
 #ifndef DENSENET_FAST_DEVICE
 #define DENSENET_FAST_DEVICE CUDA  // CPU where the kernels are emulated
@@ -49,6 +50,9 @@ class Arguments {
  public:
   Arguments(const char* kernel, const Tensor& x, int64_t stream)
       : kernel_(kernel), like_(x), type_(type_of(x, kernel, "x")), stream_(reinterpret_cast<void*>(stream)) {
+#ifndef DENSENET_FAST_EMULATED
+    STD_TORCH_CHECK(x.is_cuda() || recorder != nullptr, kernel, ": x: expected tensors on a GPU");
+#endif
     STD_TORCH_CHECK(x.numel() > 0, kernel, ": x: expected at least one value, got ", shape(x));
     width_ = static_cast<int>(16 / element_size(type_));
     if (x.is_cuda()) guard_.emplace(x.get_device_index());

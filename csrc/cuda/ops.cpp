@@ -257,7 +257,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
         ", int stream) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cuda_append_features", TORCH_BOX(&densenet_fast::cuda::append_features));
   m.impl("cuda_finalise_gradient", TORCH_BOX(&densenet_fast::cuda::finalise_gradient));
   m.impl("cuda_bn_relu_maxpool", TORCH_BOX(&densenet_fast::cuda::bn_relu_maxpool_));
@@ -265,3 +267,8 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {
   m.impl("cuda_bn_relu_global_avgpool", TORCH_BOX(&densenet_fast::cuda::bn_relu_global_avgpool_));
   m.impl("cuda_bn_relu_global_avgpool_backward", TORCH_BOX(&densenet_fast::cuda::bn_relu_global_avgpool_backward));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) { implement(m); }  // to be recorded, or where a GPU is emulated

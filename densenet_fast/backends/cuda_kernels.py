@@ -35,7 +35,7 @@ kernels = torch.ops.densenet_fast
 
 def emulated() -> bool:
     """Whether the loaded library runs the kernels on CPU tensors."""
-    return _built() and torch._C._dispatch_has_kernel_for_dispatch_key("densenet_fast::cuda_append_features", "CPU")
+    return _built() and hasattr(kernels, "cuda_emulated")
 
 
 @functools.cache
@@ -52,6 +52,7 @@ def unavailable() -> str | None:
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for ``dtype`` on ``device``."""
+    device = nvidia.meant(device)
     if dtype not in DTYPES:
         return False
     if device.type == "cpu":

@@ -1,8 +1,29 @@
 """Which NVIDIA GPUs kernels of a minimum compute capability can run on."""
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
+
+_this_thread = threading.local()
+
+
+@contextlib.contextmanager
+def standing_in(device: torch.device) -> Iterator[None]:
+    """Backends take this thread's CPU tensors for tensors on ``device``: nothing of theirs is computed."""
+    before, _this_thread.device = getattr(_this_thread, "device", None), device
+    try:
+        yield
+    finally:
+        _this_thread.device = before
+
+
+def meant(device: torch.device) -> torch.device:
+    """What tensors on ``device`` stand in for, or itself."""
+    found = getattr(_this_thread, "device", None)
+    return found if found is not None and device.type == "cpu" else device
 
 
 @functools.cache

@@ -82,6 +82,7 @@ def unavailable() -> str | None:
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this backend has kernels for ``dtype`` on ``device``; on the meta device, where launches are planned."""
+    device = nvidia.meant(device)
     if device.type == "cpu":
         return interpreted() and dtype in (torch.float32, torch.float16)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

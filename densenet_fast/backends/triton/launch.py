@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -69,11 +69,13 @@ def recording() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def planning() -> Iterator[list[Launch]]:
-    """Collects this thread's launches of the ``with`` block and runs none: results stay uninitialised."""
-    before, _this_thread.plan = _plan(), []
+def planning(append: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Collects this thread's launches of the ``with`` block and runs none: results stay uninitialised. With ``append``
+    they go there instead."""
+    launches: list[Launch] = []
+    before, _this_thread.plan = _plan(), append or launches.append
     try:
-        yield _this_thread.plan
+        yield launches
     finally:
         _this_thread.plan = before
 
@@ -83,7 +85,7 @@ def is_planning() -> bool:
     return _plan() is not None
 
 
-def _plan() -> list[Launch] | None:
+def _plan() -> Callable[[Launch], None] | None:
     return getattr(_this_thread, "plan", None)
 
 
@@ -92,7 +94,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float,
     item = Launch(kernel, grid, arguments, constants, tile)
     plan = _plan()
     if plan is not None:
-        plan.append(item)
+        plan(item)
         return
     for launches in _recordings:
         launches.append(item)
@@ -103,11 +105,11 @@ def run(item: Launch) -> None:
     """Runs a launch."""
     if math.prod(item.grid) == 0:
         return
-    with _current(item.arguments[0].device):
+    with current(item.arguments[0].device):
         item.kernel[item.grid](*item.arguments, **item.options)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` torch's current one, if it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -124,7 +126,7 @@ def compile_all(launches: Iterable[Launch], device: torch.device, ignore_errors:
 
     variants = {item.variant: item for item in launches if math.prod(item.grid)}
     pool = ThreadPoolExecutor(max(1, min(len(variants), os.cpu_count() or 1)))
-    with _current(device), pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
+    with current(device), pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
         kernels = [compiled(item) for item in variants.values()]
         for kernel in progress(kernels, "densenet_fast: compiling kernels, once", delay=1):
             if hasattr(kernel, "future"):

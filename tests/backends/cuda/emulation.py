@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc/cuda").iterdir())
-FLAGS = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DDENSENET_FAST_DEVICE=CPU"]
+FLAGS = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DDENSENET_FAST_EMULATED"]
 INCLUDE = ["-I", str(Path(__file__).parent), "-I", str(ROOT / "csrc/cuda")]
 HOST_FLAGS = "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas,-ftrivial-auto-var-init=pattern"
 """Uninitialised variables hold a pattern, so that using one shows."""

@@ -1,0 +1,330 @@
+// Launches recorded once and made again on other tensors. A plan holds them in order: each with its parameters' bytes
+// and the places in them where addresses stand, which a replay computes from the tensors it is given.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <tuple>
+#include <unordered_map>
+
+#include "driver.h"
+#include "recorder.h"
+
+#ifdef DENSENET_FAST_EMULATED
+#include "emulator.h"
+#else
+extern "C" int cudaGetFuncBySymbol(void** function, const void* symbol);
+extern "C" const char* cudaGetErrorString(int error);
+#endif
+
+namespace densenet_fast::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+uint64_t address_of(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()); }
+
+// All of a tensor that a plan depends on
+struct Signature {
+  ScalarType dtype;
+  int device;  // -1 for a CPU
+  uint64_t alignment;
+  std::vector<int64_t> sizes, strides;
+
+  explicit Signature(const Tensor& t)
+      : dtype(t.scalar_type()),
+        device(t.is_cuda() ? t.get_device_index() : -1),
+        alignment(address_of(t) % 16),
+        sizes(t.sizes().begin(), t.sizes().end()),
+        strides(t.strides().begin(), t.strides().end()) {}
+
+  bool fits(const Tensor& t) const {
+    const auto other_sizes = t.sizes(), other_strides = t.strides();
+    return t.scalar_type() == dtype && (t.is_cuda() ? t.get_device_index() : -1) == device &&
+           address_of(t) % 16 == alignment &&
+           std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()) &&
+           std::equal(strides.begin(), strides.end(), other_strides.begin(), other_strides.end());
+  }
+};
+
+struct Relocation {
+  int64_t at, buffer, offset;
+};
+
+struct Step {
+  std::string name;
+  bool emulated = false;
+  Recorded launch;                 // of a function of the driver, or of the host's where it is emulated
+  std::vector<int64_t> arguments;  // where in the parameters each argument starts
+  std::vector<Relocation> relocations;
+};
+
+struct Plan {
+  int device;
+  std::vector<Signature> inputs;
+  int64_t buffers;  // inputs, outputs, and the arena
+  std::vector<Step> steps;
+};
+
+// What went wrong, or empty
+std::string run(const Step& step, const std::vector<uint64_t>& buffers, void* stream) {
+  thread_local std::vector<unsigned char> bytes;
+  thread_local std::vector<void*> arguments;
+  bytes = step.launch.parameters;
+  for (const Relocation& r : step.relocations) {
+    const uint64_t address = buffers[r.buffer] + r.offset;
+    std::memcpy(bytes.data() + r.at, &address, sizeof(address));
+  }
+#ifdef DENSENET_FAST_EMULATED
+  if (step.emulated) {
+    static std::mutex one_at_a_time;
+    const std::lock_guard lock(one_at_a_time);
+    const char* error = run_emulated(step.launch, bytes.data());
+    return error ? error : "";
+  }
+#endif
+  arguments.clear();
+  for (const int64_t at : step.arguments) arguments.push_back(bytes.data() + at);
+  const Recorded& r = step.launch;
+  const Driver& driver = Driver::get();
+  const int error = driver.launch(const_cast<void*>(r.function), r.grid, r.block, r.shared, stream, arguments.data());
+  return error == 0 ? "" : driver.message(error);
+}
+
+class Plans {
+ public:
+  int64_t add(Plan plan) {
+    const std::lock_guard lock(mutex_);
+    plans_.emplace(++last_, std::make_shared<const Plan>(std::move(plan)));
+    return last_;
+  }
+  std::shared_ptr<const Plan> find(int64_t key) {
+    const std::lock_guard lock(mutex_);
+    const auto found = plans_.find(key);
+    STD_TORCH_CHECK(found != plans_.end(), "cuda_replay: there is no plan ", key);
+    return found->second;
+  }
+  void remove(int64_t key) {
+    const std::lock_guard lock(mutex_);
+    plans_.erase(key);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Plan>> plans_;
+  int64_t last_ = 0;
+};
+
+Plans& plans() {
+  static Plans all;
+  return all;
+}
+
+// The numbers of a table that was made in Python: int64 [rows, columns], contiguous, on the CPU
+class Table {
+ public:
+  Table(const Tensor& t, int64_t columns, const char* name)
+      : next_(static_cast<const int64_t*>(t.data_ptr())), end_(next_ + t.numel()), name_(name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && !t.is_cuda() && t.dim() == 2 &&
+                        t.size(1) == columns,
+                    "cuda_plan: ", name, ": expected a contiguous int64 table of ", columns, " columns on the CPU");
+  }
+  bool finished() const { return next_ == end_; }
+  int64_t next() {
+    STD_TORCH_CHECK(!finished(), "cuda_plan: ", name_, ": too few rows");
+    return *next_++;
+  }
+
+ private:
+  const int64_t *next_, *end_;
+  const char* name_;
+};
+
+thread_local std::vector<Recorded> launches_of_thread;
+
+void start_recording() {
+  STD_TORCH_CHECK(recorder == nullptr, "cuda_start_recording: this thread records already");
+  launches_of_thread.clear();
+  recorder = &launches_of_thread;
+}
+
+Tensor new_table(int64_t rows, int64_t columns, ScalarType dtype) {
+  return torch::stable::empty({rows, columns}, dtype);
+}
+
+// [launches, 9]: function, grid, block, shared bytes, bytes of parameters; and the parameters [1, bytes], one behind
+// another
+std::tuple<Tensor, Tensor> stop_recording() {
+  recorder = nullptr;
+  const std::vector<Recorded> launches = std::move(launches_of_thread);
+  int64_t bytes = 0;
+  for (const Recorded& r : launches) bytes += static_cast<int64_t>(r.parameters.size());
+  Tensor table = new_table(static_cast<int64_t>(launches.size()), 9, ScalarType::Long);
+  Tensor parameters = new_table(1, bytes, ScalarType::Byte);
+  auto* number = static_cast<int64_t*>(table.data_ptr());
+  auto* byte = static_cast<unsigned char*>(parameters.data_ptr());
+  for (const Recorded& r : launches) {
+    *number++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(r.function));
+    for (const unsigned size : r.grid) *number++ = size;
+    for (const unsigned size : r.block) *number++ = size;
+    *number++ = static_cast<int64_t>(r.shared);
+    *number++ = static_cast<int64_t>(r.parameters.size());
+    byte = std::copy(r.parameters.begin(), r.parameters.end(), byte);
+  }
+  return {table, parameters};
+}
+
+// The driver's function of a kernel of this library, on the current device
+const void* function_of(const void* symbol, const std::string& name) {
+#ifdef DENSENET_FAST_EMULATED
+  return symbol;
+#else
+  void* function = nullptr;
+  const int error = cudaGetFuncBySymbol(&function, symbol);
+  STD_TORCH_CHECK(error == 0, "densenet_fast: the CUDA kernel ", name, ": ", cudaGetErrorString(error));
+  return function;
+#endif
+}
+
+// Keeps a plan for tensors like `inputs`, some outputs and an arena, which its relocations number in this order; the
+// arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of all
+// launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
+// block, shared bytes, bytes of parameters, arguments, relocations).
+int64_t plan(std::vector<Tensor> inputs, int64_t outputs, Tensor launches, Tensor arguments, Tensor relocations,
+             Tensor parameters, std::string names) {
+  STD_TORCH_CHECK(!inputs.empty(), "cuda_plan: inputs: expected at least one tensor");
+  STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Byte && parameters.is_contiguous(),
+                  "cuda_plan: parameters: expected contiguous bytes");
+  Plan made{inputs[0].is_cuda() ? inputs[0].get_device_index() : -1, {}, 0, {}};
+  std::optional<DeviceGuard> guard;
+  if (made.device >= 0) guard.emplace(made.device);
+  for (const Tensor& t : inputs) made.inputs.emplace_back(t);
+  made.buffers = static_cast<int64_t>(inputs.size()) + outputs + 1;
+  Table launch(launches, 12, "launches"), argument(arguments, 1, "arguments"),
+      relocation(relocations, 3, "relocations");
+  const auto* byte = static_cast<const unsigned char*>(parameters.data_ptr());
+  const unsigned char* end = byte + parameters.numel();
+  std::istringstream lines(names);
+  while (!launch.finished()) {
+    Step step;
+    std::getline(lines, step.name);
+    const bool own = launch.next() != 0;
+    Recorded& r = step.launch;
+    r.function = reinterpret_cast<const void*>(static_cast<uintptr_t>(launch.next()));
+    for (unsigned& size : r.grid) size = static_cast<unsigned>(launch.next());
+    for (unsigned& size : r.block) size = static_cast<unsigned>(launch.next());
+    r.shared = static_cast<size_t>(launch.next());
+    const int64_t bytes = launch.next();
+    STD_TORCH_CHECK(bytes <= end - byte, "cuda_plan: parameters: too few bytes");
+    r.parameters.assign(byte, byte + bytes);
+    byte += bytes;
+    step.arguments.resize(static_cast<size_t>(launch.next()));
+    for (int64_t& at : step.arguments) {
+      at = argument.next();
+      STD_TORCH_CHECK(0 <= at && at < bytes, "cuda_plan: arguments: ", at, " of ", bytes, " bytes");
+    }
+    step.relocations.resize(static_cast<size_t>(launch.next()));
+    for (Relocation& each : step.relocations) {
+      each = {relocation.next(), relocation.next(), relocation.next()};
+      STD_TORCH_CHECK(0 <= each.at && each.at + 8 <= bytes && 0 <= each.buffer && each.buffer < made.buffers,
+                      "cuda_plan: relocations: ", each.at, " of ", bytes, " bytes, buffer ", each.buffer);
+    }
+#ifdef DENSENET_FAST_EMULATED
+    step.emulated = own;
+#endif
+    if (own) r.function = function_of(r.function, step.name);
+    if (!step.emulated)
+      STD_TORCH_CHECK(Driver::get().missing().empty(),
+                      "densenet_fast: launches cannot be replayed: ", Driver::get().missing());
+    made.steps.push_back(std::move(step));
+  }
+  return plans().add(std::move(made));
+}
+
+// Launches a plan on `stream`, a cudaStream_t of the inputs' device, where they are as planned; whether they are
+bool replay(int64_t key, std::vector<Tensor> inputs, std::vector<Tensor> outputs, Tensor arena, int64_t stream) {
+  const std::shared_ptr<const Plan> plan = plans().find(key);
+  if (inputs.size() != plan->inputs.size()) return false;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (!plan->inputs[i].fits(inputs[i])) return false;
+  STD_TORCH_CHECK(static_cast<int64_t>(inputs.size() + outputs.size()) + 1 == plan->buffers,
+                  "cuda_replay: outputs: expected ", plan->buffers - 1 - static_cast<int64_t>(inputs.size()), ", got ",
+                  outputs.size());
+  std::optional<DeviceGuard> guard;
+  if (plan->device >= 0) guard.emplace(plan->device);
+  std::vector<uint64_t> buffers;
+  buffers.reserve(plan->buffers);
+  for (const Tensor& t : inputs) buffers.push_back(address_of(t));
+  for (const Tensor& t : outputs) buffers.push_back(address_of(t));
+  buffers.push_back(address_of(arena));
+  for (const Step& step : plan->steps) {
+    const std::string error = run(step, buffers, reinterpret_cast<void*>(stream));
+    STD_TORCH_CHECK(error.empty(), "densenet_fast: the kernel ", step.name, ": ", error);
+  }
+  return true;
+}
+
+void forget_plan(int64_t key) { plans().remove(key); }
+
+// Equal for tensors that fit the same plans; unequal ones may share it
+int64_t signature(std::vector<Tensor> inputs) {
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto mix = [&hash](uint64_t value) {
+    hash = (hash ^ value) * 0x9e3779b97f4a7c15;
+    hash ^= hash >> 29;
+  };
+  for (const Tensor& t : inputs) {
+    mix(static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint32_t>(t.is_cuda() ? t.get_device_index() : -1));
+    mix(address_of(t) % 16);
+    for (const int64_t size : t.sizes()) mix(size);
+    for (const int64_t stride : t.strides()) mix(stride);
+  }
+  return static_cast<int64_t>(hash);
+}
+
+// (offset, size) of each parameter of a function of the driver; none if it cannot tell
+Tensor parameters(int64_t function) {
+  std::vector<size_t> found;
+  void* const handle = reinterpret_cast<void*>(function);
+  size_t offset, size;
+  while (Driver::get().parameter(handle, found.size() / 2, &offset, &size)) found.insert(found.end(), {offset, size});
+  Tensor table = new_table(static_cast<int64_t>(found.size() / 2), 2, ScalarType::Long);
+  std::copy(found.begin(), found.end(), static_cast<int64_t*>(table.data_ptr()));
+  return table;
+}
+
+}  // namespace
+}  // namespace densenet_fast::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
+  m.def("cuda_start_recording() -> ()");
+  m.def("cuda_stop_recording() -> (Tensor, Tensor)");
+  m.def(
+      "cuda_plan(Tensor[] inputs, int outputs, Tensor launches, Tensor arguments, Tensor relocations, "
+      "Tensor parameters, str names) -> int");
+  m.def("cuda_replay(int plan, Tensor[] inputs, Tensor[] outputs, Tensor arena, int stream) -> bool");
+  m.def("cuda_forget_plan(int plan) -> ()");
+  m.def("cuda_signature(Tensor[] inputs) -> int");
+  m.def("cuda_parameters(int function) -> Tensor");
+#ifdef DENSENET_FAST_EMULATED
+  m.def("cuda_emulated() -> ()");
+#endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_start_recording", TORCH_BOX(&densenet_fast::cuda::start_recording));
+  m.impl("cuda_stop_recording", TORCH_BOX(&densenet_fast::cuda::stop_recording));
+  m.impl("cuda_plan", TORCH_BOX(&densenet_fast::cuda::plan));
+  m.impl("cuda_replay", TORCH_BOX(&densenet_fast::cuda::replay));
+  m.impl("cuda_forget_plan", TORCH_BOX(&densenet_fast::cuda::forget_plan));
+  m.impl("cuda_signature", TORCH_BOX(&densenet_fast::cuda::signature));
+  m.impl("cuda_parameters", TORCH_BOX(&densenet_fast::cuda::parameters));
+}

@@ -1,0 +1,41 @@
+"""Where temporaries stand in one allocation, by the time in which each is needed."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ALIGNMENT = 256
+
+
+class Lifetime(NamedTuple):
+    """``size`` bytes that are needed by the launches ``first`` to ``end - 1``."""
+
+    size: int
+    first: int
+    end: int
+
+    def overlaps(self, other: "Lifetime") -> bool:
+        return self.first < other.end and other.first < self.end
+
+
+def layout(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
+    """The offset of each, aligned, and the size of all: none that overlap in time overlap in memory.
+
+    The largest comes first, each in the first gap that it fits into.
+    """
+    offsets, end = [0] * len(lifetimes), 0
+    placed: list[int] = []
+    for i in sorted(range(len(lifetimes)), key=lambda i: -lifetimes[i].size):
+        size = aligned(lifetimes[i].size)
+        beside = (j for j in placed if lifetimes[j].overlaps(lifetimes[i]))
+        for start, stop in sorted((offsets[j], offsets[j] + aligned(lifetimes[j].size)) for j in beside):
+            if offsets[i] + size <= start:
+                break
+            offsets[i] = max(offsets[i], stop)
+        placed.append(i)
+        end = max(end, offsets[i] + size)
+    return offsets, end
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,247 @@
+"""An op's body as a plan: its launches, recorded once and replayed by one call of the compiled library.
+
+A plan is made by running the body on tensors with addresses and without memory (``recording``). What it allocates and
+does not return stands in one arena, by lifetime. A replay computes the addresses anew and launches: no Python of the
+body runs, so a plan holds for equal constants, settings, shapes, strides, dtypes and alignments only. ``cached`` keeps
+plans by these.
+
+A replay calls none of the hooks that Triton has for launches.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends import extension
+from densenet_fast.backends.recording import Native, Recording, View, replaced, tensors_in
+from densenet_fast.backends.symbolic import Unplannable
+from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.launch import Launch
+from densenet_fast.backends.triton.parameters import parameters
+
+kernels = torch.ops.densenet_fast
+
+LIMIT = 256
+"""Of plans and of signatures without one that are kept; the oldest goes first."""
+
+
+class Call(NamedTuple):
+    """A launch as the driver takes it."""
+
+    name: str
+    own: bool
+    """Whether the function is a symbol of the compiled library, else the driver's handle."""
+    function: int
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    data: bytes
+    """The parameters."""
+    arguments: list[int]
+    """The offset of each in ``data``."""
+    relocations: list[tuple[int, int, int]]
+    """(offset in ``data``, buffer, bytes behind its start)."""
+
+
+class Plan:
+    """The launches of a body, for tensors like those among the inputs it was made with. Made by :func:`make`."""
+
+    def __init__(self, recording: Recording, tensors: list[Tensor], device: torch.device) -> None:
+        self.device = device
+        self.result: Any = recording.result
+        self.outputs = recording.outputs
+        self.lifetimes, self.offsets = recording.lifetimes, recording.offsets
+        self.arena_bytes = recording.arena_bytes
+        self.steps: list[Launch | Native] = [
+            s._replace(arguments=replaced(s.arguments, recording.view)) if isinstance(s, Launch) else s
+            for s in recording.steps
+        ]
+        """The launches; tensors among a Triton kernel's arguments are a :class:`View` each."""
+        self.calls: list[Call | None] = calls(recording, device)
+        """The same as the driver takes them: None of Triton's where they are interpreted."""
+        self._handle: int | None = None
+        if None not in self.calls:
+            self._handle = keep(self.calls, tensors, len(self.outputs))
+            weakref.finalize(self, kernels.cuda_forget_plan, self._handle).atexit = False
+
+    def run(self, inputs: Sequence[Any]) -> Any | None:
+        """What the body returns on ``inputs``, whose constants are those of the plan; None, and nothing launched, where
+        a tensor's shape, strides, dtype, device or alignment is another."""
+        tensors = list(tensors_in(inputs))
+        outputs, memory = self._allocate()
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        if not kernels.cuda_replay(self._handle, tensors, outputs, memory, stream):
+            return None
+        return self._returned([*tensors, *outputs])
+
+    def interpret(self, inputs: Sequence[Any], poison: bool = False) -> Any:
+        """The same on CPU tensors, launch by launch: in Triton's interpreter or by Triton's own launcher, and in the
+        emulation of the compiled library; with ``poison`` all of the arena that a launch has no use for is NaN."""
+        tensors = list(tensors_in(inputs))
+        outputs, memory = self._allocate()
+        for t in (*outputs, memory) if poison else ():
+            _poison(t)
+        for i in range(len(self.steps)):
+            if poison:
+                self._poison_dead(memory, i)
+            self.launch(i, tensors, outputs, memory)
+        return self._returned([*tensors, *outputs])
+
+    def launch(self, i: int, tensors: list[Tensor], outputs: list[Tensor], memory: Tensor) -> None:
+        """Makes launch ``i`` by itself, without this plan's replay."""
+        step, buffers = self.steps[i], [*tensors, *outputs, memory]
+        if isinstance(step, Launch):
+            launch.run(step._replace(arguments=replaced(step.arguments, lambda view: view.of(buffers), View)))
+            return
+        handle = keep([self.calls[i]], tensors, len(outputs))
+        kernels.cuda_replay(handle, tensors, outputs, memory, 0)
+        kernels.cuda_forget_plan(handle)
+
+    def _allocate(self) -> tuple[list[Tensor], Tensor]:
+        outputs = [torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device=self.device) for o in self.outputs]
+        return outputs, torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
+
+    def _returned(self, buffers: list[Tensor]) -> Any:
+        return replaced(self.result, lambda view: view.of(buffers), View)
+
+    def _poison_dead(self, memory: Tensor, i: int) -> None:
+        dead = torch.ones(self.arena_bytes, dtype=torch.bool)
+        for lifetime, offset in zip(self.lifetimes, self.offsets):
+            if lifetime.first <= i < lifetime.end:
+                dead[offset : offset + lifetime.size] = False
+        memory[dead] = 0xFF
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why nothing can be planned here, or None."""
+    if extension.unavailable() is not None or hasattr(kernels, "cuda_plan"):
+        return extension.unavailable()
+    return "the compiled kernels were built without CUDA (pip install --no-build-isolation . with nvcc on PATH)"
+
+
+def make(body: Callable[..., Any], inputs: Sequence[Any], device: torch.device) -> Plan:
+    """The plan of ``body(*inputs)``, the tensors among the inputs, in lists or not, on ``device``.
+
+    Raises:
+        Unplannable: there is none, and why.
+    """
+    if unavailable() is not None:
+        raise Unplannable(unavailable())
+    try:
+        return Plan(Recording(body, inputs, device), list(tensors_in(inputs)), device)
+    except Unplannable as error:
+        raise Unplannable(*error.args) from None  # whose traceback would keep all tensors
+    except Exception as error:  # what it is, the body tells when it runs
+        raise Unplannable(f"{type(error).__name__}: {error}") from None
+
+
+_plans: dict[tuple[Any, ...], Plan | Unplannable] = {}
+_making = threading.Lock()
+
+
+def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan | Unplannable:
+    """The plan of the body called ``name`` for inputs like ``inputs``, or why there is none; made once.
+
+    Whether a tensor requires a gradient makes no difference: a body does not see it.
+    """
+    if unavailable() is not None:
+        return Unplannable(unavailable())
+    tensors = list(tensors_in(inputs))
+    key = signature(name, inputs, tensors)
+    if key in _plans:
+        return _plans[key]
+    with _making:
+        if key not in _plans:
+            try:
+                found: Plan | Unplannable = make(body, inputs, tensors[0].device)
+            except Unplannable as error:
+                found = error.with_traceback(None)
+            while len(_plans) >= LIMIT:
+                del _plans[next(iter(_plans))]
+            _plans[key] = found
+        return _plans[key]
+
+
+def signature(name: str, inputs: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """All that a plan depends on. Tensors that differ may share one: a replay looks at them again."""
+    identities = list(map(id, tensors))
+    repeated = () if len(set(identities)) == len(tensors) else tuple(map(identities.index, identities))
+    device = config.device_of(tensors[0].device)
+    settings = device, config.precision(torch.float32)
+    return name, _constants(inputs), repeated, settings, kernels.cuda_signature(tensors)
+
+
+def _constants(value: Any) -> Any:
+    """The same with a mark for each tensor, hashable; 1, 1.0 and True differ."""
+    if isinstance(value, Tensor):
+        return Ellipsis
+    if isinstance(value, list | tuple):
+        return tuple(map(_constants, value))
+    return type(value), value
+
+
+def calls(recording: Recording, device: torch.device) -> list[Call | None]:
+    """The launches as the driver takes them; compiles what is not yet compiled. None of Triton's where they are
+    interpreted."""
+    triton = [] if config.interpreted() else [s for s in recording.steps if isinstance(s, Launch)]
+    launch.compile_all(triton, device)
+    checked: set[int] = set()
+    with launch.current(device):
+        return [
+            _native_call(s, recording) if isinstance(s, Native) else _triton_call(s, recording, checked)
+            for s in recording.steps
+        ]
+
+
+def _native_call(step: Native, recording: Recording) -> Call:
+    name, *geometry = step
+    return Call(name, True, *geometry, [0], recording.relocations(step.data))
+
+
+def _triton_call(item: Launch, recording: Recording, checked: set[int]) -> Call | None:
+    """Checks the parameters of functions that are not in ``checked``, and adds them."""
+    if config.interpreted():
+        return None
+    compiled = launch.compiled(item)
+    _ = compiled.run  # loads it
+    try:
+        data, fields, addresses = parameters(item, compiled)
+    except NotImplementedError as error:
+        raise Unplannable(str(error)) from None
+    if compiled.function not in checked:
+        found = [tuple(field) for field in kernels.cuda_parameters(compiled.function).tolist()]
+        if found != fields:
+            raise Unplannable(f"{item.name} has parameters at {fields}, the driver says {found or 'nothing'}")
+        checked.add(compiled.function)
+    relocations = [move for move in recording.relocations(data) if move[0] in addresses]
+    grid, block = (*item.grid, 1, 1)[:3], (32 * compiled.metadata.num_warps, 1, 1)
+    shared, arguments = compiled.metadata.shared, [at for at, _ in fields]
+    return Call(item.name, False, compiled.function, grid, block, shared, data, arguments, relocations)
+
+
+def keep(made: Sequence[Call], tensors: list[Tensor], outputs: int) -> int:
+    """Gives the calls to the compiled library, for inputs like ``tensors``; the number of the plan there."""
+    rows = [
+        (c.own, c.function, *c.grid, *c.block, c.shared, len(c.data), len(c.arguments), len(c.relocations))
+        for c in made
+    ]
+    arguments = [at for c in made for at in c.arguments]
+    relocations = [move for c in made for move in c.relocations]
+    data = torch.tensor(list(b"".join(c.data for c in made)), dtype=torch.uint8, device="cpu")
+    tables = (_table(rows, 12), _table(arguments, 1), _table(relocations, 3))
+    return kernels.cuda_plan(tensors, outputs, *tables, data, "\n".join(c.name for c in made))
+
+
+def _table(rows: list[Any], columns: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, columns)
+
+
+def _poison(t: Tensor) -> None:
+    """Fills the memory of ``t`` with bytes that make NaN."""
+    torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).fill_(0xFF)

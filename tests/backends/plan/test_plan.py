@@ -1,0 +1,85 @@
+"""Launch plans: the arena; replays in Triton's interpreter and the emulation of CUDA C++, and over a driver that writes
+launches down; in processes of their own, because each needs another environment."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends.cuda import emulation
+from densenet_fast.backends.arena import ALIGNMENT, Lifetime, layout
+
+HERE = Path(__file__).parent
+
+needs_nvcc = pytest.mark.skipif(emulation.find_nvcc() is None, reason="nvcc was not found")
+
+
+def run(file, **environment):
+    environment = {**os.environ, **emulation.environment(emulation.build()), "PYTEST_ADDOPTS": "", **environment}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", HERE / file]
+    tests = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=emulation.ROOT)
+    assert tests.returncode == 0 and " passed" in tests.stdout, tests.stdout[-6000:] + tests.stderr[-3000:]
+
+
+@needs_nvcc
+def test_interpreted():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run("interpreted.py", TRITON_INTERPRET="1")
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("cc") is None, reason="cc was not found")
+def test_replayed(tmp_path):
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    library = tmp_path / "libcuda.so.1"
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    options = ["-shared", "-fPIC", "-O1", "-Wall", "-Wno-unused-parameter", "-I", include, "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(["cc", *options, HERE / "stub_driver.c", "-o", library, "-lpthread"], check=True)
+    run(
+        "replayed.py",
+        TRITON_LIBCUDA_PATH=str(tmp_path),
+        LD_LIBRARY_PATH=f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+        DENSENET_FAST_LIBCUDA=str(library),
+        TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_needed_at_the_same_time_stands_apart(seed):
+    """And the arena is never larger than the sum of all, nor, by much, than the most that is needed at one time."""
+    draw = random.Random(seed)
+    lifetimes = []
+    for _ in range(draw.randint(1, 120)):
+        first = draw.randint(0, 60)
+        lifetimes.append(Lifetime(draw.choice([1, 255, 256, 257, 5000, 70000]), first, first + draw.randint(0, 20)))
+    offsets, size = layout(lifetimes)
+    placed = list(zip(lifetimes, offsets))
+    for i, (one, start) in enumerate(placed):
+        assert start % ALIGNMENT == 0 and start + one.size <= size
+        for other, begin in placed[:i]:
+            if max(one.first, other.first) < min(one.end, other.end):
+                assert start + one.size <= begin or begin + other.size <= start
+    needed = max(sum(-(-one.size // 256) * 256 for one in lifetimes if one.first <= t < one.end) for t in range(81))
+    assert needed <= size <= max(1.5 * needed, max(one.size for one in lifetimes) + ALIGNMENT)
+
+
+def test_the_arena_of_a_chain_holds_two_links():
+    """Each is read by the launch that makes the next."""
+    lifetimes = [Lifetime(1000, i, i + 2) for i in range(50)]
+    assert layout(lifetimes)[1] == 2048
+
+
+@pytest.mark.library
+def test_kernels_for_gpus_refuse_other_tensors():
+    """Unless they are recorded, or run in emulation."""
+    kernels = torch.ops.densenet_fast
+    if not hasattr(kernels, "cuda_plan") or hasattr(kernels, "cuda_emulated"):
+        pytest.skip("the library was built without CUDA")
+    x = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match="append_features: x: expected tensors on a GPU"):
+        kernels.cuda_append_features(x, None, 1.0, torch.empty_like(x), None, None, None, 0.0, 0)
