@@ -3,22 +3,25 @@
 Like ``torch.nn.functional.batch_norm`` they update the running statistics they are given in place, once per call, with
 the unbiased variance. All take and return feature maps [N, C, *spatial] with 1, 2 or 3 spatial dimensions, in any
 memory format, and return channels-last memory. Under autocast those with a convolution run in its dtype.
+
+Each has a second form, ``run_...``, for the modules: it takes operands that were gathered before, and that it checks
+once for each kind of input.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.backends import aten, select
 from densenet_fast.backends.affine import Running, accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
+from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, check
 from densenet_fast.ops import stock
 from densenet_fast.ops.op import seen_by_dispatcher
-from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype, rows_of, without_autocast
+from densenet_fast.ops.stage import autocast_dtype, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
 
 __all__ = [
@@ -33,36 +36,6 @@ __all__ = [
 ]
 
 
-class BatchNorm(NamedTuple):
-    """A batch normalisation as ``torch.nn.BatchNorm2d`` defines it.
-
-    In training, or without running statistics, it normalises by the batch's mean and biased variance; otherwise by the
-    running statistics. In training, running statistics that are given are updated; ``momentum=None`` averages
-    cumulatively by ``num_batches_tracked``. Tensors are [C] (``num_batches_tracked`` a scalar), any floating dtype.
-    With a ``group``, all its processes' batches are normalised together (``torch.nn.SyncBatchNorm``).
-    """
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: Tensor | None = None
-    training: bool = True
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    group: "dist.ProcessGroup | None" = None
-
-    @property
-    def frozen(self) -> bool:
-        """Whether it normalises by its running statistics."""
-        return not self.training and self.running_mean is not None
-
-    def stage(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Stage:
-        """This, ReLU and, if given, a convolution, as the ops take it."""
-        running = (self.running_mean, self.running_var) if self.frozen else (None, None)
-        return Stage(self.weight, self.bias, *running, weight, bias, self.eps)
-
-
 class BatchStatistics(NamedTuple):
     """A feature map's mean and biased variance over its batch and pixels, [C] each, in float32 (float64 for float64):
     over this process's batch, or over those of all processes of ``group``, a group's name."""
@@ -70,17 +43,6 @@ class BatchStatistics(NamedTuple):
     mean: Tensor
     var: Tensor
     group: str | None = None
-
-
-class BNReLUConv(NamedTuple):
-    """Batch normalisation, ReLU and a convolution of ``weight`` [out, in, *kernel] and ``bias`` [out] or None."""
-
-    norm: BatchNorm
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def stage(self) -> Stage:
-        return self.norm.stage(self.weight, self.bias)
 
 
 def bn_relu_conv1x1(
@@ -109,7 +71,8 @@ def bn_relu_conv1x1(
         ValueError: x has the wrong number of dimensions, or one value per channel where the batch is normalised.
         RuntimeError: channels, kernel size, dtypes or devices do not match.
     """
-    return _bn_relu_conv1x1(x, BNReLUConv(norm, weight, bias), False, statistics, False)[0]
+    operands = ConvOperands(BNReLUConv(norm, weight, bias))
+    return _bn_relu_conv1x1(x, operands, operands.check, False, statistics, False)[0]
 
 
 def bn_relu_conv1x1_avgpool(
@@ -126,26 +89,47 @@ def bn_relu_conv1x1_avgpool(
     Arguments and errors as for :func:`bn_relu_conv1x1`. Returns [N, C', *spatial // 2]; with ``return_statistics`` also
     its statistics, for a dense block that reads it.
     """
-    _check(x.dim() < 3 or min(x.shape[2:]) >= 2, RuntimeError, "x", "spatial sizes of at least 2", tuple(x.shape))
-    out, own = _bn_relu_conv1x1(x, BNReLUConv(norm, weight, bias), True, statistics, return_statistics)
+    _check_poolable(x)
+    operands = ConvOperands(BNReLUConv(norm, weight, bias))
+    out, own = _bn_relu_conv1x1(x, operands, operands.check, True, statistics, return_statistics)
     return (out, own) if return_statistics else out
 
 
+def run_bn_relu_conv1x1(x: Tensor, operands: ConvOperands) -> Tensor:
+    """:func:`bn_relu_conv1x1`."""
+    return _bn_relu_conv1x1(x, operands, operands.admit, False, None, False)[0]
+
+
+def run_bn_relu_conv1x1_avgpool(
+    x: Tensor, operands: ConvOperands, statistics: BatchStatistics | None = None, describe: bool = False
+) -> tuple[Tensor, BatchStatistics | None]:
+    """:func:`bn_relu_conv1x1_avgpool`, with its result's statistics if it is to be described."""
+    _check_poolable(x)
+    return _bn_relu_conv1x1(x, operands, operands.admit, True, statistics, describe)
+
+
+def _check_poolable(x: Tensor) -> None:
+    check(x.dim() < 3 or min(x.shape[2:]) >= 2, RuntimeError, "x", "spatial sizes of at least 2", tuple(x.shape))
+
+
 def _bn_relu_conv1x1(
-    x: Tensor, unit: BNReLUConv, pool: bool, statistics: BatchStatistics | None, describe: bool
-) -> tuple[Tensor, BatchStatistics]:
+    x: Tensor,
+    operands: ConvOperands,
+    check_input: Callable[[Tensor], None],
+    pool: bool,
+    statistics: BatchStatistics | None,
+    describe: bool,
+) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
-    _check_units(x, [unit])
-    _check_unit(unit, x, "weight", x.shape[1], kernel=1)
-    group = _group([unit.norm])
-    mean, var = _known(x, unit.norm, statistics, group)
-    stage = unit.stage()
-    outputs = ops.bn_relu_conv1x1(x, mean, var, [stage], pool, describe, group)
+    check_input(x)
+    group = operands.group()
+    mean, var = _known(x, operands.reader, statistics, group)
+    outputs = ops.bn_relu_conv1x1(x, mean, var, operands.stages, pool, describe, group)
     if _beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
-        outputs = _on_stock(convolve, x, stage, None, None)
-    _update_running_statistics(x, [unit.norm], [slice(None)], *outputs[1:4])
-    return outputs[0], BatchStatistics(*outputs[4:6])
+        outputs = _on_stock(convolve, x, *operands.stages, None, None)
+    _update_running_statistics(x, operands.norms, operands.ranges, *outputs[1:4])
+    return outputs[0], BatchStatistics(*outputs[4:6]) if describe else None
 
 
 def bn_relu_maxpool(
@@ -168,15 +152,26 @@ def bn_relu_maxpool(
         ValueError: x has the wrong number of dimensions, or one value per channel where the batch is normalised.
         RuntimeError: channels, dtypes or devices do not match.
     """
-    _check_input(x, [norm])
-    _check_norm(norm, x, "norm", x.shape[1])
-    stage, group = norm.stage(), _group([norm])
-    outputs = ops.bn_relu_maxpool(x, None, None, [stage], return_statistics, group)
+    operands = NormOperands(norm)
+    operands.check(x)
+    out, own = _bn_relu_maxpool(x, operands, return_statistics)
+    return (out, own) if return_statistics else out
+
+
+def run_bn_relu_maxpool(x: Tensor, operands: NormOperands, describe: bool) -> tuple[Tensor, BatchStatistics | None]:
+    """:func:`bn_relu_maxpool`, with its result's statistics if it is to be described."""
+    operands.admit(x)
+    return _bn_relu_maxpool(x, operands, describe)
+
+
+def _bn_relu_maxpool(x: Tensor, operands: NormOperands, describe: bool) -> tuple[Tensor, BatchStatistics | None]:
+    group = operands.group()
+    outputs = ops.bn_relu_maxpool(x, None, None, operands.stages, describe, group)
     if _beyond_range(x, outputs[2], group):
-        out, *own = _on_stock(stock.bn_relu_maxpool, x, stage, None, None)
+        out, *own = _on_stock(stock.bn_relu_maxpool, x, *operands.stages, None, None)
         outputs = (out, *own[:3], None, *own[3:])
-    _update_running_statistics(x, [norm], [slice(None)], *outputs[1:4])
-    return (outputs[0], BatchStatistics(*outputs[5:7])) if return_statistics else outputs[0]
+    _update_running_statistics(x, operands.norms, operands.ranges, *outputs[1:4])
+    return outputs[0], BatchStatistics(*outputs[5:7]) if describe else None
 
 
 def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStatistics | None = None) -> Tensor:
@@ -186,13 +181,24 @@ def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStati
     ``statistics`` are x's, as the dense block that made x returned them. Other arguments, source and errors as for
     :func:`bn_relu_maxpool`. Returns [N, C], of x's dtype.
     """
-    _check_input(x, [norm])
-    _check_norm(norm, x, "norm", x.shape[1])
-    stage, group = norm.stage(), _group([norm])
-    outputs = ops.bn_relu_global_avgpool(x, *_known(x, norm, statistics, group), [stage], group)
+    operands = NormOperands(norm)
+    operands.check(x)
+    return _bn_relu_global_avgpool(x, operands, statistics)
+
+
+def run_bn_relu_global_avgpool(x: Tensor, operands: NormOperands, statistics: BatchStatistics | None) -> Tensor:
+    """:func:`bn_relu_global_avgpool`."""
+    operands.admit(x)
+    return _bn_relu_global_avgpool(x, operands, statistics)
+
+
+def _bn_relu_global_avgpool(x: Tensor, operands: NormOperands, statistics: BatchStatistics | None) -> Tensor:
+    group = operands.group()
+    known = _known(x, operands.reader, statistics, group)
+    outputs = ops.bn_relu_global_avgpool(x, *known, operands.stages, group)
     if _beyond_range(x, outputs[2], group):
-        outputs = _on_stock(stock.bn_relu_global_avgpool, x, stage, None, None)
-    _update_running_statistics(x, [norm], [slice(None)], *outputs[1:4])
+        outputs = _on_stock(stock.bn_relu_global_avgpool, x, *operands.stages, None, None)
+    _update_running_statistics(x, operands.norms, operands.ranges, *outputs[1:4])
     return outputs[0]
 
 
@@ -232,56 +238,53 @@ def dense_block(
             value per channel where the batch is normalised.
         RuntimeError: channels, kernel sizes, dtypes or devices do not match.
     """
-    x, statistics = _autocast(x, statistics)
-    sizes = {len(layer) for layer in layers if not isinstance(layer, BNReLUConv)}
-    _check(sizes in ({1}, {2}), ValueError, "layers", "one or two BN-ReLU-convolutions in every layer", sizes)
-    units = [unit for layer in layers for unit in layer]
-    _check_units(x, units)
-    norms = [unit.norm for unit in units]
-    bottleneck = sizes == {2}
-    channels = x.shape[1]
-    for i, layer in enumerate(layers):
-        made = channels
-        for unit, kernel in zip(layer, (1, 3) if bottleneck else (3,)):
-            _check_unit(unit, x, f"layers[{i}]", made, kernel)
-            made = unit.weight.shape[0]
-        channels += made
+    operands = BlockOperands(layers, drop_rates, memory_efficient, drop_channels)
+    features, own = _dense_block(x, operands, operands.check, statistics, return_statistics)
+    return (features, own) if return_statistics else features
 
-    rates = [0.0] * len(layers) if drop_rates is None else [float(p) for p in drop_rates]
-    _check(len(rates) == len(layers), ValueError, "drop_rates", f"{len(layers)} rates", len(rates))
-    _check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
-    recomputed = [memory_efficient] * len(layers) if isinstance(memory_efficient, bool) else list(memory_efficient)
-    _check(len(recomputed) == len(layers), ValueError, "memory_efficient", f"{len(layers)} flags", len(recomputed))
-    growths = [layer[-1].weight.shape[0] for layer in layers]
-    masks = [_mask(x, k, p, drop_channels) for k, p in zip(growths, rates)]
-    stages = [unit.stage() for unit in units]
-    differentiable = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for stage in stages for t in stage[:STAGE_TENSORS])
-    )
-    group = _group(norms)
-    first = next((layer[0].norm for layer in layers if not layer[0].norm.frozen), norms[0])
+
+def run_dense_block(
+    x: Tensor, operands: BlockOperands, statistics: BatchStatistics | None = None, describe: bool = False
+) -> tuple[Tensor, BatchStatistics | None]:
+    """:func:`dense_block`, with its result's statistics if it is to be described."""
+    return _dense_block(x, operands, operands.admit, statistics, describe)
+
+
+def _dense_block(
+    x: Tensor,
+    operands: BlockOperands,
+    check_input: Callable[[Tensor], None],
+    statistics: BatchStatistics | None,
+    describe: bool,
+) -> tuple[Tensor, BatchStatistics | None]:
+    x, statistics = _autocast(x, statistics)
+    check_input(x)
+    rates, stages, group = operands.drop_rates, operands.stages, operands.group()
+    masks = _masks(x, operands)
+    differentiable = operands.differentiable(x)
     features, mean, var, count, *_ = ops.dense_block(
         x,
-        *_known(x, first, statistics, group),
+        *_known(x, operands.reader, statistics, group),
         stages,
         masks,
         rates,
-        bottleneck,
-        [differentiable and not flag for flag in recomputed],
-        return_statistics,
+        operands.bottleneck,
+        [differentiable and not flag for flag in operands.recomputed],
+        describe,
         group,
         _link(x) if differentiable and x.requires_grad else None,
     )
     described = mean[: features.shape[1]], var[: features.shape[1]]
     if _beyond_range(x, var, group):
-        per_layer = [stages[i : i + len(layers[0])] for i in range(0, len(stages), len(layers[0]))]
+        n = 2 if operands.bottleneck else 1
+        per_layer = [stages[i : i + n] for i in range(0, len(stages), n)]
         keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in rates]
         bottlenecks: list[Tensor] = []
         features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
         mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
-    _update_running_statistics(x, norms, _packed_ranges(x.shape[1], layers), mean, var, count)
-    return (features, BatchStatistics(*described, group)) if return_statistics else features
+    _update_running_statistics(x, operands.norms, operands.ranges, mean, var, count)
+    return features, BatchStatistics(*described, group) if describe else None
 
 
 LARGEST_VARIANCE = 2.0**80
@@ -318,11 +321,19 @@ def _known(
     """The mean and variance in ``statistics``, if they are what ``norm`` normalises x by."""
     if statistics is None or norm.frozen or statistics.group != group:
         return None, None
+    expected = (x.shape[1],), accumulation_dtype(x.dtype), x.device
     for field, vector in zip(("mean", "var"), statistics):
-        expected = (x.shape[1],), accumulation_dtype(x.dtype), x.device
         got = tuple(vector.shape), vector.dtype, vector.device
-        _check(got == expected, RuntimeError, f"statistics.{field}", f"shape, dtype and device {expected}", got)
+        if got != expected:
+            raise RuntimeError(f"statistics.{field}: expected shape, dtype and device {expected}, got {got}")
     return statistics[:2]
+
+
+def _masks(x: Tensor, operands: BlockOperands) -> list[Tensor]:
+    """A dropout mask for each layer."""
+    if not operands.drops:
+        return [x.new_empty(0)] * len(operands.drop_rates)
+    return [_mask(x, k, p, operands.drop_channels) for k, p in zip(operands.growths, operands.drop_rates)]
 
 
 def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
@@ -332,19 +343,6 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
     spatial = x.shape[2:]
     drawn = torch.Size([1] * len(spatial)) if whole_channels else spatial
     return dropout_mask(x.new_empty(x.shape[0], channels, *drawn), p).expand(-1, -1, *spatial)
-
-
-def _packed_ranges(channels: int, layers: Sequence[Sequence[BNReLUConv]]) -> list[slice]:
-    """Where each normalisation's statistics stand in the op's packed vectors, in the order of the units."""
-    bottleneck = channels + sum(layer[-1].weight.shape[0] for layer in layers)
-    ranges = []
-    for layer in layers:
-        ranges.append(slice(0, channels))
-        if len(layer) == 2:
-            ranges.append(slice(bottleneck, bottleneck + layer[0].weight.shape[0]))
-            bottleneck = ranges[-1].stop
-        channels += layer[-1].weight.shape[0]
-    return ranges
 
 
 @torch.no_grad()
@@ -382,82 +380,9 @@ def _link(x: Tensor) -> Tensor | None:
     return None if torch.compiler.is_compiling() else _Link.apply(x)
 
 
-def _group(norms: Sequence[BatchNorm]) -> str | None:
-    """The name of the process group over which the batches are normalised; None if there is but this process."""
-    groups = {norm.group for norm in norms if not norm.frozen}
-    _check(len(groups) <= 1, ValueError, "layers", "one process group for all normalisations", groups)
-    group = groups.pop() if groups else None
-    return None if group is None or dist.get_world_size(group) == 1 else group.group_name
-
-
 def _autocast(x: Tensor, statistics: BatchStatistics | None) -> tuple[Tensor, BatchStatistics | None]:
     """x in autocast's dtype, and its statistics if it was in that dtype already."""
     dtype = autocast_dtype(x.device)
     if dtype in (None, x.dtype) or not x.dtype.is_floating_point or x.dtype == torch.float64:
         return x, statistics
     return x.to(dtype), None
-
-
-def _check(condition: bool, error: type[Exception], argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise error(f"{argument}: expected {expected}, got {got}")
-
-
-def _check_units(x: Tensor, units: Sequence[BNReLUConv]) -> None:
-    for unit in units:
-        right = isinstance(unit, BNReLUConv) and isinstance(unit.norm, BatchNorm) and isinstance(unit.weight, Tensor)
-        _check(right, TypeError, "layers", "BNReLUConv(BatchNorm(...), weight, bias) of tensors", unit)
-    _check_input(x, [unit.norm for unit in units])
-    channels = units[0].weight.shape[1]
-    _check(x.shape[1] == channels, RuntimeError, "x", f"{channels} channels, as the first weight has", x.shape[1])
-
-
-def _check_input(x: Tensor, norms: Sequence[BatchNorm]) -> None:
-    transform = active_transform()
-    if transform is not None:
-        raise RuntimeError(f"x: {transform} is not supported; the modules of densenet_fast.nn run on stock ops there")
-    for norm in norms:
-        _check(isinstance(norm, BatchNorm), TypeError, "norm", "BatchNorm(...)", norm)
-        pair = (norm.running_mean is None) == (norm.running_var is None)
-        _check(pair, ValueError, "norm", "running_mean and running_var, or neither", "one of them")
-        if norm.eps < 0 or (norm.training and norm.eps == 0):
-            raise ValueError(f"norm.eps: expected a positive number, got {norm.eps}")
-    _check(3 <= x.dim() <= 5, ValueError, "x", "[N, C, *spatial] with 1 to 3 spatial dimensions", tuple(x.shape))
-    _check(x.dtype.is_floating_point, RuntimeError, "x", "a floating dtype", x.dtype)
-    _check(x.numel() > 0, ValueError, "x", "at least one value", tuple(x.shape))
-    by_batch = [norm for norm in norms if not norm.frozen]
-    if by_batch and x.numel() == x.shape[1] and _group(norms) is None:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-
-
-def active_transform() -> str | None:
-    """The transform that the fused ops cannot run inside, if one is active."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform"
-    return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else None
-
-
-def _check_unit(unit: BNReLUConv, x: Tensor, name: str, channels: int, kernel: int) -> None:
-    norm, weight = unit.norm, unit.weight
-    expected = (weight.shape[0], channels, *[kernel] * (x.dim() - 2))
-    _check(tuple(weight.shape) == expected, RuntimeError, name, f"a convolution weight {expected}", tuple(weight.shape))
-    matches = weight.dtype == x.dtype or (x.dtype != torch.float64 and autocast_dtype(x.device) is not None)
-    _check(matches, RuntimeError, name, f"a convolution weight of the input's dtype {x.dtype}", weight.dtype)
-    if unit.bias is not None:
-        _check(tuple(unit.bias.shape) == expected[:1], RuntimeError, name, f"a bias {expected[:1]}", unit.bias.shape)
-    for tensor in (weight, unit.bias):
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{name}: expected all tensors on {x.device}, got {tensor.device}")
-    _check_norm(norm, x, name, channels)
-
-
-def _check_norm(norm: BatchNorm, x: Tensor, name: str, channels: int) -> None:
-    dtypes = (x.dtype, accumulation_dtype(x.dtype))
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        vector = getattr(norm, field)
-        if vector is None or (vector.shape == (channels,) and vector.dtype in dtypes and vector.device == x.device):
-            continue  # what follows takes longer, and a block has hundreds
-        got = tuple(vector.shape)
-        _check(got == (channels,), RuntimeError, name, f"a normalisation {field} of {channels} channels", got)
-        _check(vector.dtype in dtypes, RuntimeError, name, f"a normalisation {field} of {dtypes[0]}", vector.dtype)
-        _check(False, RuntimeError, name, f"all tensors on {x.device}", vector.device)

@@ -10,6 +10,8 @@ from torch import Tensor
 from densenet_fast import checkpoints, reference
 from densenet_fast.nn import DenseBlock, Transition, calls, fusion
 from densenet_fast.nn.features import Features, Head, rectified
+from densenet_fast.nn.snapshot import Found, Memory
+from densenet_fast.operands import NormOperands
 from densenet_fast.reference import ARCHITECTURES
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
@@ -87,12 +89,21 @@ class DenseNet(reference.DenseNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            reason = fusion.chain_obstacle(x) or self.head_obstacle()
+            reason, operands = fusion.chain_obstacle(x), None
             if reason is None:
-                return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self)]))
+                reason, operands = _head_memory(self)
+            if reason is None:
+                return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self, operands)]))
             calls.note(self, reason, "Head")
         return self.classifier(reference.average(rectified(self.features(x))))
 
+
+def _head_examined(model: DenseNet) -> Found[NormOperands]:
+    reason = model.head_obstacle()
+    return Found(reason, NormOperands(fusion.batch_norm(model.features.norm5)) if reason is None else None)
+
+
+_head_memory = Memory(_head_examined, lambda model: [model.features, model.features.norm5], (DenseNet,))
 
 fusion.watch(DenseNet, "forward")
 

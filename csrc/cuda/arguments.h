@@ -13,10 +13,6 @@
 #include "kernels.h"
 #include "recorder.h"
 
-#ifndef DENSENET_FAST_DEVICE
-#define DENSENET_FAST_DEVICE CUDA  // CPU where the kernels are emulated
-#endif
-
 namespace densenet_fast::cuda {
 
 using torch::headeronly::ScalarType;

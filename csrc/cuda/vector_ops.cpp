@@ -170,7 +170,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "float[] momenta, int[] starts, Tensor mean, Tensor var, Tensor? count, float rows, int stream) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(densenet_fast, DENSENET_FAST_DEVICE, m) {
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cuda_prepare", TORCH_BOX(&densenet_fast::cuda::prepare_));
   m.impl("cuda_update_running_statistics", TORCH_BOX(&densenet_fast::cuda::update_running_statistics_));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) { implement(m); }  // to be recorded, or where a GPU is emulated

@@ -22,10 +22,15 @@ from densenet_fast.conversion.layout import (
     Layout,
     TransitionLayout,
     obstacle,
+    replaced,
 )
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import handed_out, is_channels_last
+from densenet_fast.nn.snapshot import Found, Memory, all_below
+from densenet_fast.operands import BlockOperands, ConvOperands
 from densenet_fast.ops.stage import autocast_dtype
+
+Operands = BlockOperands | ConvOperands
 
 
 class Converted(nn.Module):
@@ -57,19 +62,19 @@ class Fused(Converted):
     """A dense block or a transition."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        reason = self._obstacle(args, kwargs)
+        reason, operands = self._found(args, kwargs)
         calls.note(self, reason)
         if reason is not None:
             return super().forward(*args, **kwargs)
-        return run(self, args[0], contiguous=not is_channels_last(args[0]), kept=_keeps_output(self))
+        return run(self, args[0], operands=operands, contiguous=not is_channels_last(args[0]), kept=_keeps_output(self))
 
-    def _obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found[Operands]:
         layout = self.__dict__.get(STATE)
         if layout is None:
-            return "it was not converted"
+            return Found("it was not converted", None)
         if kwargs or len(args) != 1:
-            return "it was called with more than one tensor"
-        return call_obstacle(args[0], layout) or obstacle(self, layout)
+            return Found("it was called with more than one tensor", None)
+        return found(self, layout, args[0])
 
 
 class FusedSequential(Converted):
@@ -78,58 +83,78 @@ class FusedSequential(Converted):
 
     def forward(self, input: Any) -> Any:
         modules, contiguous = list(self._modules.values()), None
-        fused = bool(modules) and _runs_fused(modules[0], input)
+        following = _operands(modules[0], input) if modules else None
         for module, follower in zip(modules, [*modules[1:], None]):
-            if not fused:
+            operands = following
+            if operands is None:
                 input = module(input)
-                fused = _runs_fused(follower, input)
+                following = _operands(follower, input)
                 continue
             if contiguous is None:
                 contiguous = not is_channels_last(input)
-            fused = _runs_fused(follower, input)
+            following = _operands(follower, input)
+            fused = following is not None
             calls.note(module, None)
             read_only = fused or (isinstance(follower, _BatchNorm) and not fusion.has_hooks(follower))
             kept = _keeps_output(module) and not read_only
-            input = run(module, input, contiguous=contiguous and not fused, kept=kept)
+            input = run(module, input, operands=operands, contiguous=contiguous and not fused, kept=kept)
             if not fused:
                 contiguous = None
         return input
 
 
-def _runs_fused(module: nn.Module | None, x: Any) -> bool:
-    """Whether calling ``module`` on ``x`` is nothing but :func:`run`."""
+def _operands(module: nn.Module | None, x: Any) -> Operands | None:
+    """The operands of ``module``, if calling it on ``x`` is nothing but :func:`run`."""
     layout = module.__dict__.get(STATE) if isinstance(module, Fused) else None
-    if layout is None or fusion.has_hooks(module):
-        return False
-    return call_obstacle(x, layout) is None and obstacle(module, layout) is None
+    return None if layout is None or fusion.has_hooks(module) else found(module, layout, x).operands
 
 
-def run(module: nn.Module, x: Tensor, *, contiguous: bool, kept: bool) -> Tensor:
+def found(module: nn.Module, layout: Layout, x: Any) -> Found[Operands]:
+    """Why a call of ``module`` with ``x`` cannot run as one op, or its operands."""
+    reason = call_obstacle(x, layout) or replaced(layout)
+    return _memory(module) if reason is None else Found(reason, None)
+
+
+def _examined(module: nn.Module) -> Found[Operands]:
+    layout = vars(module)[STATE]
+    reason = obstacle(module, layout)
+    return Found(reason, gathered(module, layout) if reason is None else None)
+
+
+_memory = Memory(_examined, all_below, known=[STATE])
+
+
+def run(module: nn.Module, x: Tensor, *, operands: Operands, contiguous: bool, kept: bool) -> Tensor:
     """``module`` as one op on ``x``; the result contiguous or else channels last in memory, and a copy if it is
     ``kept`` for the backward pass and may be changed in place."""
-    return fusion.run(lambda x: handed_out(apply(module, module.__dict__[STATE], x), not contiguous, kept), x)
+    return fusion.run(lambda x: handed_out(apply(operands, x), not contiguous, kept), x)
 
 
 def _keeps_output(module: nn.Module) -> bool:
     return isinstance(module.__dict__[STATE], BlockLayout)
 
 
-def apply(module: nn.Module, layout: Layout, x: Tensor) -> Tensor:
-    """The op that ``layout`` says ``module`` is, with the module's tensors, modes and rates as they are now."""
+def apply(operands: Operands, x: Tensor) -> Tensor:
+    """The op that takes ``operands``."""
+    if isinstance(operands, BlockOperands):
+        return functional.run_dense_block(x, operands)[0]
+    return functional.run_bn_relu_conv1x1_avgpool(x, operands)[0]
+
+
+def gathered(module: nn.Module, layout: Layout) -> Operands:
+    """What the op that ``layout`` says ``module`` is takes: its tensors, modes and rates as they are now."""
     if isinstance(layout, TransitionLayout):
-        unit = fusion.unit(module, layout.unit.norm, layout.unit.conv)
-        return functional.bn_relu_conv1x1_avgpool(x, *unit)
+        return ConvOperands(fusion.unit(module, layout.unit.norm, layout.unit.conv))
     rates, whole_channels = [], []
     for layer in layout.layers:
         rate, channels = _dropout(module, layer)
         rates.append(rate)
         whole_channels.append(channels)
-    return functional.dense_block(
-        x,
+    return BlockOperands(
         [[fusion.unit(module, unit.norm, unit.conv) for unit in layer.units] for layer in layout.layers],
         rates,
         _recomputes(module, layout),
-        drop_channels=any(whole_channels),
+        any(whole_channels),
     )
 
 

@@ -174,12 +174,12 @@ def read_transition(module: nn.Module) -> TransitionLayout:
 
 def obstacle(module: nn.Module, layout: Layout) -> str | None:
     """Why ``module``, which was recognised as ``layout``, cannot run as one op now, or None."""
-    return _replaced(layout) or _changed(module, layout.expected, "") or _unlike(module, layout)
+    return replaced(layout) or _changed(module, layout.expected, "") or _unlike(module, layout)
 
 
 def outdated(module: nn.Module, layout: Layout) -> bool:
     """Whether ``module`` is not what it was when it was recognised as ``layout``, hooks aside."""
-    changed = _replaced(layout) or _changed(module, layout.expected, "", hooks=False)
+    changed = replaced(layout) or _changed(module, layout.expected, "", hooks=False)
     return bool(changed or _unlike(module, layout))
 
 
@@ -217,10 +217,10 @@ def _classes(module: nn.Module) -> Classes:
     return classes_of(type(part) for part in module.modules())
 
 
-def _replaced(layout: Layout) -> str | None:
+def replaced(layout: Layout) -> str | None:
     """What was replaced on a class since ``layout`` was read, or None."""
-    replaced = layout.classes.replaced()
-    return None if replaced is None else f"{replaced} was replaced since the conversion"
+    function = layout.classes.replaced()
+    return None if function is None else f"{function} was replaced since the conversion"
 
 
 def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = True) -> str | None:

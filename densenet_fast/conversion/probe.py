@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_fast import reference
-from densenet_fast.conversion.fused import apply
+from densenet_fast.conversion.fused import apply, gathered
 from densenet_fast.conversion.layout import BlockLayout, Layout
 from densenet_fast.nn import fusion
 
@@ -63,7 +63,7 @@ class _Runs:
             self.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
         torch.default_generator.manual_seed(0)
-        self.got = apply(ours, clones.layout, x)
+        self.got = apply(gathered(ours, clones.layout), x)
         self.buffers = list(zip(ours.buffers(), stock.named_buffers()))
 
     def agree(self) -> bool:

@@ -7,6 +7,8 @@ from densenet_fast import functional, reference
 from densenet_fast.functional import BatchStatistics
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import handed_out, is_channels_last
+from densenet_fast.nn.snapshot import Found, Memory, all_below
+from densenet_fast.operands import ConvOperands
 
 
 class _Fusible(nn.Sequential):
@@ -16,7 +18,11 @@ class _Fusible(nn.Sequential):
         """Why its children cannot run as one op, or None."""
         raise NotImplementedError
 
-    def _op(self, x: Tensor) -> Tensor:
+    def found(self) -> Found[ConvOperands]:
+        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        raise NotImplementedError
+
+    def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,12 +33,14 @@ class _Fusible(nn.Sequential):
         return input
 
     def _forward(self, input: Tensor) -> Tensor:
-        reason = fusion.call_obstacle(input, self.spatial_dims) or self.obstacle()
+        reason, operands = fusion.call_obstacle(input, self.spatial_dims), None
+        if reason is None:
+            reason, operands = self.found()
         calls.note(self, reason)
-        return fusion.run(self._alone, input) if reason is None else super().forward(input)
+        return fusion.run(self._alone, input, operands) if reason is None else super().forward(input)
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return handed_out(self._op(x), is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
+    def _alone(self, x: Tensor, operands: ConvOperands) -> Tensor:
+        return handed_out(self._op(x, operands), is_channels_last(x) or is_channels_last(self.conv.weight), kept=False)
 
 
 class BNReLUConv1x1(_Fusible):
@@ -60,8 +68,12 @@ class BNReLUConv1x1(_Fusible):
             return f"its children are {', '.join(self._modules)}"
         return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
 
-    def _op(self, x: Tensor) -> Tensor:
-        return functional.bn_relu_conv1x1(x, *fusion.unit(self, "norm", "conv"))
+    def found(self) -> Found[ConvOperands]:
+        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        return _alone_memory(self)
+
+    def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
+        return functional.run_bn_relu_conv1x1(x, operands)
 
 
 class Transition(_Fusible, reference.Transition):
@@ -93,23 +105,27 @@ class Transition(_Fusible, reference.Transition):
             or fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
         )
 
-    def reads_statistics(self) -> bool:
-        """Whether it normalises its input by the batch's statistics; asked only where :meth:`obstacle` has none."""
-        return fusion.normalises_by_batch(self.norm)
+    def found(self) -> Found[ConvOperands]:
+        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        return _transition_memory(self)
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+        self, x: Tensor, operands: ConvOperands, statistics: BatchStatistics | None, describe: bool
     ) -> tuple[Tensor, BatchStatistics | None]:
         """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
         last in memory, and its statistics, if asked to describe it."""
-        unit = fusion.unit(self, "norm", "conv")
-        if not describe:
-            return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics), None
-        return functional.bn_relu_conv1x1_avgpool(x, *unit, statistics=statistics, return_statistics=True)
+        return functional.run_bn_relu_conv1x1_avgpool(x, operands, statistics, describe)
 
-    def _op(self, x: Tensor) -> Tensor:
-        return self.run(x, None, describe=False)[0]
+    def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
+        return self.run(x, operands, None, describe=False)[0]
 
 
+def _examined(part: _Fusible) -> Found[ConvOperands]:
+    reason = part.obstacle()
+    return Found(reason, ConvOperands(fusion.unit(part, "norm", "conv")) if reason is None else None)
+
+
+_alone_memory = Memory(_examined, all_below, (BNReLUConv1x1,))
+_transition_memory = Memory(_examined, all_below, (Transition,))
 fusion.watch(BNReLUConv1x1, "forward")
 fusion.watch(Transition, "forward")

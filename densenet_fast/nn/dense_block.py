@@ -1,8 +1,5 @@
 """The dense block and its layers."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,6 +8,8 @@ from densenet_fast.functional import BatchStatistics
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import handed_out, is_channels_last
 from densenet_fast.nn.recomputation import recomputable, recomputed
+from densenet_fast.nn.snapshot import Found, Memory, all_below
+from densenet_fast.operands import BlockOperands
 
 
 class DenseLayer(reference.DenseLayer):
@@ -121,25 +120,25 @@ class DenseBlock(reference.DenseBlock):
             return "some of its layers have a bottleneck and some none"
         return None
 
-    def reads_statistics(self) -> bool:
-        """Whether it normalises its input by the batch's statistics; asked only where :meth:`obstacle` has none."""
-        return any(fusion.normalises_by_batch(layer.norm1) for layer in self.values())
-
-    def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
-    ) -> tuple[Tensor, BatchStatistics | None]:
-        """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
-        last in memory and kept for the backward pass, and its statistics, if asked to describe it."""
-        layers: Sequence[Any] = list(self.values())
-        result = functional.dense_block(
-            x,
+    def operands(self) -> BlockOperands:
+        """What its op takes beside the input; asked only where :meth:`obstacle` has none."""
+        layers = list(self.values())
+        return BlockOperands(
             [layer.units() for layer in layers],
             [layer.drop_rate if layer.training else 0.0 for layer in layers],
             [layer.memory_efficient for layer in layers],
-            statistics=statistics,
-            return_statistics=describe,
         )
-        return result if describe else (result, None)
+
+    def found(self) -> Found[BlockOperands]:
+        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        return _memory(self)
+
+    def run(
+        self, x: Tensor, operands: BlockOperands, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
+        last in memory and kept for the backward pass, and its statistics, if asked to describe it."""
+        return functional.run_dense_block(x, operands, statistics, describe)
 
     def forward(self, init_features: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -147,13 +146,21 @@ class DenseBlock(reference.DenseBlock):
         return self.one_by_one(init_features)
 
     def _forward(self, x: Tensor) -> Tensor:
-        reason = fusion.call_obstacle(x, self.spatial_dims) or self.obstacle()
+        reason, operands = fusion.call_obstacle(x, self.spatial_dims), None
+        if reason is None:
+            reason, operands = self.found()
         calls.note(self, reason)
-        return fusion.run(self._alone, x) if reason is None else self.one_by_one(x)
+        return fusion.run(self._alone, x, operands) if reason is None else self.one_by_one(x)
 
-    def _alone(self, x: Tensor) -> Tensor:
-        return handed_out(self.run(x, None, describe=False)[0], is_channels_last(x), kept=True)
+    def _alone(self, x: Tensor, operands: BlockOperands) -> Tensor:
+        return handed_out(self.run(x, operands, None, describe=False)[0], is_channels_last(x), kept=True)
 
 
+def _examined(block: DenseBlock) -> Found[BlockOperands]:
+    reason = block.obstacle()
+    return Found(reason, block.operands() if reason is None else None)
+
+
+_memory = Memory(_examined, all_below, (DenseBlock, DenseLayer))
 fusion.watch(DenseLayer, "forward", "bn_function")
 fusion.watch(DenseBlock, "forward", "one_by_one")

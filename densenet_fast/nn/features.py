@@ -17,6 +17,8 @@ from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.bn_relu_conv1x1 import Transition
 from densenet_fast.nn.dense_block import DenseBlock
 from densenet_fast.nn.memory_format import contiguous_gradient, handed_out, is_channels_last
+from densenet_fast.nn.snapshot import Found, Memory
+from densenet_fast.operands import NormOperands, Operands
 
 STEM = ["norm0", "relu0", "pool0"]
 
@@ -29,6 +31,16 @@ class Step:
 
     def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
+
+    @property
+    def changes_others(self) -> bool:
+        """Whether it may run code that changes other parts: where it is anything but a layer of torch's."""
+        return any(
+            fusion.has_hooks(m) or m._modules or not type(m).__module__.startswith("torch.nn.") for m in self.modules
+        )
+
+    def look_again(self) -> None:
+        """Finds out anew what may have changed since this was made."""
 
     def obstacle(self, x: Tensor) -> str | None:
         """Why it cannot run fused on ``x``, or None."""
@@ -61,15 +73,24 @@ class Step:
 class Part(Step):
     """A dense block or a transition that can run as one op."""
 
-    def __init__(self, module: DenseBlock | Transition) -> None:
+    def __init__(self, module: DenseBlock | Transition, operands: Operands) -> None:
         super().__init__(module)
-        self.module = module
+        self.module, self.found = module, Found(None, operands)
         self.keeps_output = isinstance(module, DenseBlock)
-        self.reads_statistics = module.reads_statistics
-        self.run = module.run
+
+    def look_again(self) -> None:
+        self.found = self.module.found()
 
     def obstacle(self, x: Tensor) -> str | None:
-        return fusion.input_obstacle(x, self.module.spatial_dims)
+        return self.found.obstacle or fusion.input_obstacle(x, self.module.spatial_dims)
+
+    def reads_statistics(self) -> bool:
+        return self.found.operands is not None and self.found.operands.reads_statistics
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        return self.module.run(x, self.found.operands, statistics, describe)
 
     def channels_last(self, before: bool) -> bool:
         return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))
@@ -82,10 +103,9 @@ class Part(Step):
 class Stem(Step):
     """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if it is a plain one."""
 
-    def __init__(self, features: "Features", convolution: nn.Conv2d | None) -> None:
-        modules = [features._modules[name] for name in STEM]
-        super().__init__(*([] if convolution is None else [convolution]), *modules)
-        self.features, self.convolution, self.norm = features, convolution, modules[0]
+    def __init__(self, features: "Features", convolution: nn.Conv2d | None, operands: NormOperands) -> None:
+        super().__init__(*([] if convolution is None else [convolution]), *_stem_modules(features))
+        self.features, self.convolution, self.operands = features, convolution, operands
 
     def obstacle(self, x: Tensor) -> str | None:
         return fusion.input_obstacle(x, 2)
@@ -100,10 +120,7 @@ class Stem(Step):
             weight = contiguous_gradient(self.convolution.weight)
             # The images are made channels last, instead of the larger maps made from them.
             x = self.convolution._conv_forward(contiguous_gradient(x, True), weight, self.convolution.bias)
-        norm = fusion.batch_norm(self.norm)
-        if not describe:
-            return functional.bn_relu_maxpool(x, norm), None
-        return functional.bn_relu_maxpool(x, norm, return_statistics=True)
+        return functional.run_bn_relu_maxpool(x, self.operands, describe)
 
     def note(self, reason: str | None) -> None:
         calls.note(self.features, reason, "Stem")
@@ -112,20 +129,20 @@ class Stem(Step):
 class Head(Step):
     """``norm5`` of ``model.features`` with the ReLU and the average behind it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, operands: NormOperands) -> None:
         super().__init__(model.features.norm5)
-        self.model, self.norm = model, model.features.norm5
+        self.model, self.norm, self.operands = model, model.features.norm5, operands
 
     def obstacle(self, x: Tensor) -> str | None:
         return fusion.input_obstacle(x, 2)
 
     def reads_statistics(self) -> bool:
-        return fusion.normalises_by_batch(self.norm)
+        return self.operands.reads_statistics
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool
     ) -> tuple[Tensor, BatchStatistics | None]:
-        return functional.bn_relu_global_avgpool(x, fusion.batch_norm(self.norm), statistics=statistics), None
+        return functional.run_bn_relu_global_avgpool(x, self.operands, statistics), None
 
     def stock(self, x: Tensor) -> Tensor:
         return reference.average(rectified(self.norm(x)))
@@ -155,25 +172,28 @@ class Features(nn.Sequential):
     def steps(self) -> list[Step]:
         """Its children in order, the stem as one step if it can run as one."""
         steps: list[Step] = []
-        stem = self.stem_obstacle()
+        stem, operands = _stem_memory(self)
         if "norm0" in self._modules:
             calls.note(self, stem, "Stem")
         for name, module in self._modules.items():
             if stem is None and name in STEM:
                 if name == "norm0":
                     plain = bool(steps) and _is_plain_convolution(steps[-1].modules[0])
-                    steps.append(Stem(self, steps.pop().modules[0] if plain else None))
-            elif _is_plain_part(module) and module.obstacle() is None:
-                steps.append(Part(module))
-            else:
-                steps.append(Step(module))
+                    steps.append(Stem(self, steps.pop().modules[0] if plain else None, operands))
+                continue
+            found = module.found() if _is_plain_part(module) else None
+            runs = found is not None and found.obstacle is None
+            steps.append(Part(module, found.operands) if runs else Step(module))
         return steps
 
     def through(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
         """``x`` through ``steps``, which begin with the first."""
         channels_last, kept, statistics = is_channels_last(x), False, None
         inside = False  # whether x is made by a fused part, and channels last whatever stock's would be
+        changed = False  # whether anything ran that may have changed what follows
         for step, reader in zip(steps, [*steps[1:], None]):
+            if changed:
+                step.look_again()
             reason = step.obstacle(x)
             step.note(reason)
             if reason is None:
@@ -182,6 +202,7 @@ class Features(nn.Sequential):
                 x, statistics = step.run(x, statistics, describe)
                 inside, kept = True, step.keeps_output
                 continue
+            changed = changed or step.changes_others
             x = step.stock(handed_out(x, channels_last, kept) if inside else x)
             channels_last, inside, statistics = isinstance(x, Tensor) and is_channels_last(x), False, None
         return handed_out(x, channels_last, kept) if inside and x.dim() > 2 else x
@@ -200,6 +221,18 @@ class Features(nn.Sequential):
         if "norm0" in self._modules:
             calls.note(self, reason, "Stem")
         return super().forward(input)
+
+
+def _stem_modules(features: Features) -> list[nn.Module]:
+    return [features._modules[name] for name in STEM]
+
+
+def _stem_examined(features: Features) -> Found[NormOperands]:
+    reason = features.stem_obstacle()
+    return Found(reason, NormOperands(fusion.batch_norm(features.norm0)) if reason is None else None)
+
+
+_stem_memory = Memory(_stem_examined, _stem_modules, (Features,))
 
 
 def rectified(x: Tensor) -> Tensor:

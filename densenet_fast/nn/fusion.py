@@ -1,5 +1,6 @@
 """When a module may run fused, and why not otherwise."""
 
+import operator
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from types import TracebackType
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from densenet_fast import functional, reference
+from densenet_fast import operands, reference
 from densenet_fast.nn.sync_batch_norm import SyncBatchNorm
 
 _enabled = True
@@ -179,7 +180,7 @@ def environment_obstacle(x: Any) -> str | None:
             return "a global module hook is registered"
     if torch.compiler.is_exporting():
         return "exported"
-    return functional.active_transform() or patched()
+    return operands.active_transform() or patched()
 
 
 def input_obstacle(x: Tensor, dims: int) -> str | None:
@@ -193,13 +194,16 @@ def input_obstacle(x: Tensor, dims: int) -> str | None:
     return None
 
 
-_originals: list[tuple[Any, str, Any]] = []
-"""What stock layers run: an owner, a name, and what stood there when this was imported."""
+_owners: list[Any] = []
+_names: list[str] = []
+_originals: list[Any] = []
+"""What stock layers run: of each function its owner, its name there, and what stood there when this was imported."""
 
 
 def watch(owner: Any, *names: str) -> None:
     """Lets :func:`patched` notice when one of ``owner``'s functions is replaced."""
-    _originals.extend((owner, name, getattr(owner, name)) for name in names)
+    for name in names:
+        _owners.append(owner), _names.append(name), _originals.append(getattr(owner, name))
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,10 +216,10 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
 @constant
 def patched() -> str | None:
     """Which function that stock layers run was replaced on its class or module since this was imported, or None."""
-    for owner, name, original in _originals:
-        if getattr(owner, name) is not original:
-            return f"{owner.__name__}.{name} was replaced"
-    return None
+    if all(map(operator.is_, map(getattr, _owners, _names), _originals)):
+        return None
+    changed = (i for i, original in enumerate(_originals) if getattr(_owners[i], _names[i]) is not original)
+    return next((f"{_owners[i].__name__}.{_names[i]} was replaced" for i in changed), None)
 
 
 watch(nn.Module, "__call__", "_wrapped_call_impl", "_call_impl")
@@ -245,20 +249,22 @@ def chain_obstacle(x: Any) -> str | None:
     return f"the input is a {type(x).__name__}" if reason is None and overrides_functions(x) else reason
 
 
-def run(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``part(x)``, which a subclass of Tensor with a ``__torch_function__`` sees as one call; the result is of that
-    class, as that of any of torch's functions."""
-    return handle_torch_function(_run_plain, (x,), part, x) if overrides_functions(x) else part(x)
+def run(part: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """``part(x, *arguments)``, which a subclass of Tensor with a ``__torch_function__`` sees as one call; the result is
+    of that class, as that of any of torch's functions."""
+    if overrides_functions(x):
+        return handle_torch_function(_run_plain, (x,), part, x, *arguments)
+    return part(x, *arguments)
 
 
-def _run_plain(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return part(Tensor.as_subclass(x, Tensor))
+def _run_plain(part: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    return part(Tensor.as_subclass(x, Tensor), *arguments)
 
 
-def unit(module: nn.Module, norm: str, conv: str) -> functional.BNReLUConv:
+def unit(module: nn.Module, norm: str, conv: str) -> operands.BNReLUConv:
     """The tensors of the children ``norm`` and ``conv`` of ``module`` as the functional ops take them."""
     convolve = child(module, conv)
-    return functional.BNReLUConv(batch_norm(child(module, norm)), convolve.weight, convolve.bias)
+    return operands.BNReLUConv(batch_norm(child(module, norm)), convolve.weight, convolve.bias)
 
 
 def normalises_by_batch(normalise: nn.Module) -> bool:
@@ -266,13 +272,13 @@ def normalises_by_batch(normalise: nn.Module) -> bool:
     return normalise.training or normalise.running_mean is None
 
 
-def batch_norm(normalise: nn.Module) -> functional.BatchNorm:
+def batch_norm(normalise: nn.Module) -> operands.BatchNorm:
     """The tensors and options of a batch normalisation as the functional ops take them."""
     tracking = normalise.track_running_stats or not normalise.training
     group = None
     if type(normalise) in SYNC_BATCH_NORMS and normalise.training and torch.distributed.is_initialized():
         group = normalise.process_group or torch.distributed.group.WORLD
-    return functional.BatchNorm(
+    return operands.BatchNorm(
         normalise.weight,
         normalise.bias,
         normalise.running_mean if tracking else None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from densenet_fast import functional
+from densenet_fast.operands import active_transform
 
 
 def recomputable(inputs: Sequence[Tensor]) -> bool:
@@ -18,7 +18,7 @@ def recomputable(inputs: Sequence[Tensor]) -> bool:
         and torch.is_grad_enabled()
         and any(x.requires_grad for x in inputs)
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and functional.active_transform() is None
+        and active_transform() is None
     )
 
 

@@ -1,0 +1,201 @@
+"""What was found out about a module, kept for as long as nothing that decides it has changed.
+
+Before each call, whether a part may run fused depends on hundreds of modules, and so do the tensors that it runs on. To
+look at all of them in Python takes longer than to launch the kernels. So they are looked at once; from then on a call
+compares them with what they were, in a few comparisons of whole lists that Python makes in C.
+
+Compared are the attributes of every module (and with them its mode, options and own ``forward``), its class, that it
+has no hooks, its children, parameters and buffers by identity, and what a tensor may change in place: dtype, device and
+shape. Everything else about a tensor is for the call to look at, as are global switches and patched functions.
+
+What is kept stands outside the modules, so that copies, pickles and state dicts know nothing of it. It refers to what
+is below a module, not to the module, whose end is its end. Where something below refers to the module (a parameter's
+hook, say), Python's garbage collector has to find that nobody else does; so all is forgotten before it looks
+everywhere, and found out anew.
+"""
+
+import gc
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast.nn.sync_batch_norm import SyncBatchNorm
+
+Kept = TypeVar("Kept")
+
+PACKAGE = __name__.partition(".")[0]
+
+CONTENTS = ("_parameters", "_buffers", "_modules")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TORCHS_OWN = {*vars(nn.Module()), "_reversed_padding_repeated_twice"}
+"""Attributes with tables of torch's; the last one is a list, which no convolution that may run fused reads."""
+TABLES = (dict, OrderedDict)
+TENSORS = (Tensor, nn.Parameter)
+CONSTANTS = {bool, int, float, str, type(None)}
+SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
+
+_values = dict.values
+_dtype, _device, _shape = map(operator.attrgetter, ("dtype", "device", "shape"))
+
+
+class Found(NamedTuple, Generic[Kept]):
+    """Why a module cannot run fused, or what its op takes."""
+
+    obstacle: str | None
+    operands: Kept | None
+
+
+class Snapshot:
+    """A module and those ``below`` it as they were when this was made; see :meth:`of`."""
+
+    def __init__(self, module: nn.Module, below: Sequence[nn.Module]) -> None:
+        self._below = below
+        self._kinds = [type(module), *map(type, below)]
+        self._attributes = [vars(module), *map(vars, below)]
+        self._copies = [dict(attributes) for attributes in self._attributes]
+        full = [(vs, name) for vs in self._attributes for name in CONTENTS if vs[name]]
+        self._holders, self._names = [vs for vs, _ in full], [name for _, name in full]
+        self._tables = [vs[name] for vs, name in full]
+        self._keys = [*chain.from_iterable(self._tables)]
+        self._contents = [*chain.from_iterable(map(_values, self._tables))]
+        self._empty = [vs[name] for vs in self._attributes for name in CONTENTS if not vs[name]]
+        self._empty += [vs[name] for vs in self._attributes[1:] for name in HOOKS]
+        self._tensors = [
+            tensor
+            for table, kind in zip(self._tables, self._names)
+            if kind != "_modules"
+            for name, tensor in table.items()
+            if tensor is not None and name != "num_batches_tracked"
+        ]
+        self._dtypes = [*map(_dtype, self._tensors)]
+        self._devices = [*map(_device, self._tensors)]
+        self._shapes = [*map(_shape, self._tensors)]
+
+    @classmethod
+    def of(cls, module: nn.Module, below: Sequence[nn.Module], known: Collection[str]) -> "Snapshot | None":
+        """One that holds all that decides, or None if there can be none: below the module are hooks, or a module has an
+        attribute, not of a ``known`` name, that may change in place or refer to the module, or a tensor that is not a
+        plain leaf, or is normalised together with other processes' batches."""
+        if not all(_is_plain(part, known) for part in (module, *below)) or any(map(_has_hooks, below)):
+            return None
+        return cls(module, below)
+
+    def unchanged(self, module: nn.Module) -> bool:
+        """Whether ``module``, of which this was made, and those below are as they were."""
+        if vars(module) is not self._attributes[0]:
+            return False
+        try:
+            same = self._attributes == self._copies
+        except Exception:  # an attribute now is what cannot be compared: a tensor, an array
+            return False
+        flat = chain.from_iterable
+        return (
+            same
+            and [type(module), *map(type, self._below)] == self._kinds
+            and not any(self._empty)
+            and all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._tables))
+            and [*flat(self._tables)] == self._keys
+            and all(map(operator.is_, flat(map(_values, self._tables)), self._contents))
+            and [*map(_dtype, self._tensors)] == self._dtypes
+            and [*map(_device, self._tensors)] == self._devices
+            and [*map(_shape, self._tensors)] == self._shapes
+        )
+
+
+class Memory(Generic[Kept]):
+    """What ``examine`` finds out about a module, examined anew only if the module or one of those ``below`` it has
+    changed since, or if there was an obstacle.
+
+    Args:
+        examine: finds out what decides whether the module may run fused, and its operands.
+        below: the modules that ``examine`` looks at, beside the one it is given.
+        kinds: the class that this is for, and those of ours that ``below`` holds. A module of a subclass, which may
+            redefine anything, is examined every time. None for any class, if functions on classes are looked at
+            elsewhere.
+        known: names of attributes that do not change in place.
+    """
+
+    def __init__(
+        self,
+        examine: Callable[[Any], Found[Kept]],
+        below: Callable[[Any], Sequence[nn.Module]],
+        kinds: tuple[type[nn.Module], ...] = (),
+        known: Collection[str] = (),
+    ) -> None:
+        self._examine, self._below, self._kinds = examine, below, kinds
+        self._known = TORCHS_OWN.union(known)
+        ours = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base.__module__.startswith(PACKAGE))
+        self._classes = [vars(kind) for kind in ours]
+        _memories.append(self)
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of all that was found out."""
+        self._functions = [dict(attributes) for attributes in self._classes]
+        self._remembered: WeakKeyDictionary[nn.Module, tuple[Snapshot, Found[Kept]]] = WeakKeyDictionary()
+
+    def __call__(self, module: nn.Module) -> Found[Kept]:
+        if torch.compiler.is_compiling() or (self._kinds and type(module) is not self._kinds[0]):
+            return self._examine(module)
+        if self._classes != self._functions:
+            self.forget()
+        remembered = self._remembered.get(module)
+        if remembered is not None and remembered[0].unchanged(module):
+            return remembered[1]
+        found = self._examine(module)
+        snapshot = Snapshot.of(module, self._below(module), self._known) if found.obstacle is None else None
+        if snapshot is not None:
+            found = self._examine(module)  # again: another thread may have changed it before the snapshot was taken
+        if snapshot is None or found.obstacle is not None:
+            self._remembered.pop(module, None)
+        else:
+            self._remembered[module] = snapshot, found
+        return found
+
+
+_memories: list[Memory[Any]] = []
+
+
+def _forget_all(phase: str, info: dict[str, int]) -> None:
+    """Called by the garbage collector before and after it looks."""
+    if phase == "start" and info["generation"] == 2:
+        for memory in _memories:
+            memory.forget()
+
+
+gc.callbacks.append(_forget_all)
+
+
+def all_below(module: nn.Module) -> list[nn.Module]:
+    """The children of ``module`` and theirs."""
+    return [*module.modules()][1:]
+
+
+def _is_plain(module: nn.Module, known: Collection[str]) -> bool:
+    attributes = vars(module)
+    return (
+        all(type(attributes.get(name)) in TABLES for name in (*CONTENTS, *HOOKS))
+        and all(name in known or _is_constant(value) for name, value in attributes.items())
+        and all(map(_is_plain_tensor, chain(module._parameters.values(), module._buffers.values())))
+        and not (type(module) in SYNCHRONISED and module.training)
+    )
+
+
+def _is_constant(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_constant, value))
+    return type(value) in CONSTANTS or isinstance(value, type)
+
+
+def _is_plain_tensor(tensor: Tensor | None) -> bool:
+    return tensor is None or (type(tensor) in TENSORS and tensor.is_leaf)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(vars(module)[name] for name in HOOKS)
