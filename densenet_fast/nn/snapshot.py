@@ -98,6 +98,7 @@ class Snapshot:
         except Exception:  # an attribute now is what cannot be compared: a tensor, an array
             return False
         flat = chain.from_iterable
+        # Shapes, which are new tuples, are not put into a list: so many at once would wake the garbage collector.
         return (
             same
             and [type(module), *map(type, self._below)] == self._kinds
@@ -109,9 +110,7 @@ class Snapshot:
             and [*map(_device, self._tensors)] == self._devices
             and [*map(Tensor.dim, self._tensors)] == self._ranks
             and [*map(Tensor.numel, self._tensors)] == self._sizes
-            and all(
-                map(operator.eq, map(_shape, self._arrays), self._shapes)
-            )
+            and all(map(operator.eq, map(_shape, self._arrays), self._shapes))
         )
 
 
