@@ -75,7 +75,10 @@ class Snapshot:
         ]
         self._dtypes = [*map(_dtype, self._tensors)]
         self._devices = [*map(_device, self._tensors)]
-        self._shapes = [*map(_shape, self._tensors)]
+        self._ranks = [*map(Tensor.dim, self._tensors)]
+        self._sizes = [*map(Tensor.numel, self._tensors)]
+        self._arrays = [tensor for tensor in self._tensors if tensor.dim() > 1]  # of others the size is the shape
+        self._shapes = [*map(_shape, self._arrays)]
 
     @classmethod
     def of(cls, module: nn.Module, below: Sequence[nn.Module], known: Collection[str]) -> "Snapshot | None":
@@ -95,6 +98,7 @@ class Snapshot:
         except Exception:  # an attribute now is what cannot be compared: a tensor, an array
             return False
         flat = chain.from_iterable
+        # Shapes, which are new tuples, are not put into a list: so many at once would wake the garbage collector.
         return (
             same
             and [type(module), *map(type, self._below)] == self._kinds
@@ -104,7 +108,9 @@ class Snapshot:
             and all(map(operator.is_, flat(map(_values, self._tables)), self._contents))
             and [*map(_dtype, self._tensors)] == self._dtypes
             and [*map(_device, self._tensors)] == self._devices
-            and [*map(_shape, self._tensors)] == self._shapes
+            and [*map(Tensor.dim, self._tensors)] == self._ranks
+            and [*map(Tensor.numel, self._tensors)] == self._sizes
+            and all(map(operator.eq, map(_shape, self._arrays), self._shapes))
         )
 
 
