@@ -93,7 +93,7 @@ def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> 
 def bn_relu_maxpool(
     x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
-    return kernels.cuda_bn_relu_maxpool(x, *affine.vectors(), grid, *(statistics or NO_STATISTICS), _stream(x))
+    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS), _stream(x))
 
 
 def bn_relu_maxpool_backward(
@@ -108,7 +108,7 @@ def bn_relu_maxpool_backward(
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    return kernels.cuda_bn_relu_global_avgpool(x, *affine.vectors(), grid[0], _stream(x))
+    return kernels.cuda_bn_relu_global_avgpool(x, *affine, grid[0], _stream(x))
 
 
 def bn_relu_global_avgpool_backward(

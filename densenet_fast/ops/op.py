@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
+from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
 
@@ -42,7 +43,7 @@ class Op:
         if seen_by_dispatcher(inputs):
             return self.custom_op(*inputs)
         with torch.profiler.record_function(self.name):
-            return self.body(*inputs)
+            return planned.run(self.name, self.body, inputs)
 
 
 def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
@@ -85,7 +86,7 @@ def with_autograd(
 
         @staticmethod
         def forward(ctx: Any, inputs: tuple[Any, ...], *_: Tensor | None) -> tuple[Tensor, ...]:
-            outputs = op.body(*inputs)
+            outputs = planned.run(op.name, op.body, inputs)
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
             return _flat(outputs)

@@ -85,6 +85,11 @@ def is_planning() -> bool:
     return _plan() is not None
 
 
+def is_recording() -> bool:
+    """Whether launches are collected while they run."""
+    return bool(_recordings)
+
+
 def _plan() -> Callable[[Launch], None] | None:
     return getattr(_this_thread, "plan", None)
 

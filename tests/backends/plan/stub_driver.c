@@ -12,7 +12,7 @@
 
 #include "cuda.h"
 
-enum { kParameters = 64, kLaunches = 4096, kBytes = 512 };
+enum { kParameters = 64, kLaunches = 65536, kBytes = 512 };
 
 typedef struct {
   char name[256];

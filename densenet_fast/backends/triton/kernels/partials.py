@@ -121,90 +121,124 @@ def sum_partials(
     other_programs = tl.cdiv(n_other, WIDE)
     program = tl.program_id(0)
     sums = partials + n_weight
+    normalisation = rstd, norm_weight, p_before, q_before
     if program < sums_programs:
-        columns = program * COLUMNS + tl.arange(0, COLUMNS)
-        inside = columns < C
-        sum_d, sum_dx = sum_pairs(sums, C, tiles, length, columns, inside, LANES, COLUMNS)
-        if RAW:
-            tl.store(p + columns, sum_d, mask=inside)
-            tl.store(q + columns, sum_dx, mask=inside)
-        if THROUGH:
-            through = gradients_through(
-                sum_d, sum_dx, rstd, norm_weight, p_before, q_before, columns, inside, WEIGHTED, BEFORE
-            )
-            tl.store(p + columns, through[0], mask=inside)
-            tl.store(q + columns, through[1], mask=inside)
-        if GRAD_NORM_WEIGHT:
-            r = tl.load(rstd + columns, mask=inside, other=0.0)
-            tl.store(grad_norm_weight + columns, (sum_dx * r).to(grad_norm_weight.dtype.element_ty), mask=inside)
-        if GRAD_NORM_BIAS:
-            tl.store(grad_norm_bias + columns, sum_d.to(grad_norm_bias.dtype.element_ty), mask=inside)
-    elif program < sums_programs + weight_programs:
-        columns = (program - sums_programs) * WIDE + tl.arange(0, WIDE)
-        inside = columns < n_weight
-        total = sum_rows(partials, tiles, length, columns, inside, WIDE_LANES, WIDE)
-        tl.store(grad_weight + columns, total.to(grad_weight.dtype.element_ty), mask=inside)
-    elif program < sums_programs + weight_programs + other_programs:
-        columns = (program - sums_programs - weight_programs) * WIDE + tl.arange(0, WIDE)
-        inside = columns < n_other
-        total = sum_rows(others, other_tiles, n_other, columns, inside, WIDE_LANES, WIDE)
-        k, tap, b = columns // (taps * B), columns // B % taps, columns % B
-        place = k * (taps * B) + tap * tap_stride + b * channel_stride
-        tl.store(grad_other + place, total.to(grad_other.dtype.element_ty), mask=inside)
-    else:
-        program -= sums_programs + weight_programs + other_programs
-        column_tiles = tl.cdiv(n_columns, COMPLETED)
-        columns = (program % column_tiles) * COMPLETED + tl.arange(0, COMPLETED)
-        inside = columns < n_columns
-        own = first_column + columns
-        sum_d, sum_dx = sum_pairs(sums, C, tiles, length, own, inside, COMPLETED_LANES, COMPLETED)
-        through = gradients_through(sum_d, sum_dx, rstd, norm_weight, p_before, q_before, own, inside, WEIGHTED, BEFORE)
-        m = tl.load(mean + own, mask=inside, other=0.0)
-        first_row = (program // column_tiles) * chunk_rows
-        last_row = tl.minimum(first_row + chunk_rows, M)
-        complete(
-            grad + first_column,
-            ld_grad,
-            x + first_column,
-            ld_x,
-            out,
-            ld_out,
-            m,
-            through[0] / count,
-            2 * through[1] / count,
-            first_row,
-            last_row,
-            columns,
-            inside,
-            ROWS,
+        pairs = sum_pairs(sums, C, tiles, length, program * COLUMNS, C, LANES, COLUMNS)
+        own = program * COLUMNS + tl.arange(0, COLUMNS)
+        gradients = p, q, grad_norm_weight, grad_norm_bias
+        store_gradients(
+            pairs,
+            normalisation,
+            gradients,
+            own,
+            own < C,
+            WEIGHTED,
+            BEFORE,
+            THROUGH,
+            GRAD_NORM_WEIGHT,
+            GRAD_NORM_BIAS,
+            RAW,
         )
+    elif program < sums_programs + weight_programs:
+        first = (program - sums_programs) * WIDE
+        store_product(partials, tiles, length, grad_weight, first, n_weight, n_weight, 1, 0, 1, WIDE_LANES, WIDE)
+    elif program < sums_programs + weight_programs + other_programs:
+        first = (program - sums_programs - weight_programs) * WIDE
+        layout = B, taps, tap_stride, channel_stride
+        store_product(others, other_tiles, n_other, grad_other, first, n_other, *layout, WIDE_LANES, WIDE)
+    else:
+        chunk = program - sums_programs - weight_programs - other_programs
+        column_tiles = tl.cdiv(n_columns, COMPLETED)
+        first = first_column + (chunk % column_tiles) * COMPLETED
+        end = first_column + n_columns
+        pairs = sum_pairs(sums, C, tiles, length, first, end, COMPLETED_LANES, COMPLETED)
+        own = first + tl.arange(0, COMPLETED)
+        through = gradients_through(pairs, normalisation, own, own < end, WEIGHTED, BEFORE)
+        m = tl.load(mean + own, mask=own < end, other=0.0)
+        first_row = (chunk // column_tiles) * chunk_rows
+        rows = first_row, tl.minimum(first_row + chunk_rows, M)
+        coefficients = m, through[0] / count, 2 * through[1] / count
+        complete(grad, ld_grad, x, ld_x, out - first_column, ld_out, *coefficients, *rows, own, own < end, ROWS)
 
 
 @triton.jit
-def sum_pairs(sums, C, tiles, length, columns, inside, LANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """sum D and sum D * (x - mean) of ``columns``, which stand C apart in each row of partial results."""
-    lane = tl.arange(0, LANES)
+def store_product(
+    partials,
+    tiles,
+    length,
+    out,
+    first,
+    n,
+    B,
+    taps,
+    tap_stride,
+    channel_stride,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of a product's gradient [k, taps, B] with n elements, COLUMNS from the ``first`` on."""
+    columns = first + tl.arange(0, COLUMNS)
+    total = sum_rows(partials, tiles, length, columns, columns < n, LANES, COLUMNS)
+    k, tap, b = columns // (taps * B), columns // B % taps, columns % B
+    place = k * (taps * B) + tap * tap_stride + b * channel_stride
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def sum_pairs(sums, C, tiles, length, first, end, LANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """sum D and sum D * (x - mean), which stand C apart in each row of partial results, of COLUMNS columns from the
+    ``first`` on, zero from ``end`` on."""
+    columns, lane = first + tl.arange(0, COLUMNS), tl.arange(0, LANES)
     total_d = tl.zeros((LANES, COLUMNS), tl.float32)
     total_dx = tl.zeros((LANES, COLUMNS), tl.float32)
     for start in range(0, tiles, LANES):
         tile = start + lane
         row = sums + (tile.to(tl.int64) * length)[:, None] + columns[None, :]
-        valid = (tile < tiles)[:, None] & inside[None, :]
+        valid = (tile < tiles)[:, None] & (columns < end)[None, :]
         total_d += tl.load(row, mask=valid, other=0.0)
         total_dx += tl.load(row + C, mask=valid, other=0.0)
     return tl.sum(total_d, 0), tl.sum(total_dx, 0)
 
 
 @triton.jit
-def gradients_through(
-    sum_d, sum_dx, rstd, weight, p_before, q_before, columns, inside, WEIGHTED: tl.constexpr, BEFORE: tl.constexpr
+def store_gradients(
+    sums,
+    normalisation,
+    gradients,
+    columns,
+    inside,
+    WEIGHTED: tl.constexpr,
+    BEFORE: tl.constexpr,
+    THROUGH: tl.constexpr,
+    GRAD_NORM_WEIGHT: tl.constexpr,
+    GRAD_NORM_BIAS: tl.constexpr,
+    RAW: tl.constexpr,
 ):
+    """What is asked for: P and Q, the gradients of the normalisation's weight and bias, or the sums themselves."""
+    p, q, grad_norm_weight, grad_norm_bias = gradients
+    if RAW:
+        tl.store(p + columns, sums[0], mask=inside)
+        tl.store(q + columns, sums[1], mask=inside)
+    if THROUGH:
+        through = gradients_through(sums, normalisation, columns, inside, WEIGHTED, BEFORE)
+        tl.store(p + columns, through[0], mask=inside)
+        tl.store(q + columns, through[1], mask=inside)
+    if GRAD_NORM_WEIGHT:
+        r = tl.load(normalisation[0] + columns, mask=inside, other=0.0)
+        tl.store(grad_norm_weight + columns, (sums[1] * r).to(grad_norm_weight.dtype.element_ty), mask=inside)
+    if GRAD_NORM_BIAS:
+        tl.store(grad_norm_bias + columns, sums[0].to(grad_norm_bias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradients_through(sums, normalisation, columns, inside, WEIGHTED: tl.constexpr, BEFORE: tl.constexpr):
     """P = P_before - scale * sum D and Q = Q_before - scale * rstd^2 * sum D * (x - mean) / 2."""
+    rstd, weight, p_before, q_before = normalisation
     r = tl.load(rstd + columns, mask=inside, other=0.0)
     s = r
     if WEIGHTED:
         s *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    p, q = -s * sum_d, -0.5 * (s * r * r) * sum_dx
+    p, q = -s * sums[0], -0.5 * (s * r * r) * sums[1]
     if BEFORE:
         p += tl.load(p_before + columns, mask=inside, other=0.0)
         q += tl.load(q_before + columns, mask=inside, other=0.0)

@@ -1,0 +1,219 @@
+"""What a training step costs the host on the path for GPUs, without a GPU: ``python benchmarks/host_time.py``.
+
+A driver that launches nothing stands in for CUDA's, and CPU tensors for a GPU's: Python, dispatch, Triton's launcher and
+replays run as they do on a GPU. Images are so small that what torch itself computes for them on the CPU (the first
+convolution, the classifier, all of torchvision's step) takes little time; it is counted all the same. Times are also
+given as a multiple of the time of ``x + y`` on 64 floats, measured in the same process, which makes machines comparable.
+Needs nvcc and a C compiler.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+WITHOUT_LAUNCH = {
+    *("as_strided", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resolve_conj"),
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "slice", "select", "unbind", "narrow", "transpose", "t"),
+    *("movedim", "permute", "flatten", "expand", "detach", "alias", "unsqueeze", "set_", "view_as", "contiguous", "to"),
+    *(
+        "squeeze",
+        "split",
+        "expand_as",
+        "resolve_neg",
+        "result_type",
+        "_nnpack_available",
+        "is_same_size",
+        "split_with_sizes",
+    ),
+}
+"""Operations that launch nothing, but through others."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="densenet121", help="one of densenet_fast's models")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--profile", action="store_true", help="what Python spends the planned step on")
+    return parser.parse_args()
+
+
+def median(run: Callable[[], object], repeats: int) -> float:
+    """Milliseconds."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def addition() -> float:
+    """Milliseconds that ``x + y`` takes on 64 floats."""
+    x, y = torch.randn(2, 64).unbind()
+
+    def thousand() -> None:
+        for _ in range(1000):
+            x + y
+
+    return median(thousand, 15) / 1000
+
+
+class Step:
+    """A training step of ``model`` under autocast; forward and backward timed apart."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        self.model, self.x = model.to(memory_format=torch.channels_last).train(), x
+
+    def forward(self) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(self.x).sum()
+
+    def times(self, repeats: int) -> tuple[float, float]:
+        """Milliseconds of each."""
+        forward, backward = [], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            loss = self.forward()
+            between = time.perf_counter()
+            loss.backward()
+            end = time.perf_counter()
+            forward.append(1e3 * (between - start))
+            backward.append(1e3 * (end - between))
+            self.model.zero_grad()
+        return statistics.median(forward), statistics.median(backward)
+
+    def operations(self) -> int:
+        """Operations of torch in a step that launch something on a GPU."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.forward().backward()
+        self.model.zero_grad()
+        events = [e for e in profile.events() if e.name.startswith("aten::")]
+        return sum(map(_launches, events))
+
+
+def _launches(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
+    """Whether an operation launches by itself: the innermost ones do, and those on many tensors at once."""
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith("aten::_foreach"):
+            return False
+        parent = parent.cpu_parent
+    if event.name.startswith("aten::_foreach"):
+        return True
+    inner = [e for e in event.cpu_children if e.name.startswith("aten::")]
+    return event.name.removeprefix("aten::") not in WITHOUT_LAUNCH and not any(map(_launches, inner))
+
+
+@contextmanager
+def walked() -> Iterator[None]:
+    """Without plans."""
+    from densenet_fast.ops import planned
+
+    before, planned.DEVICE = planned.DEVICE, "none"
+    try:
+        yield
+    finally:
+        planned.DEVICE = before
+
+
+@contextmanager
+def written_down() -> Iterator[list[int]]:
+    """Kernels in CUDA C++ that the walk launches are written down, not run; their number."""
+    kernels, found = torch.ops.densenet_fast, []
+    kernels.cuda_start_recording()
+    try:
+        yield found
+    finally:
+        found.append(len(kernels.cuda_stop_recording()[0]))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """In the process that has the stub."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    import densenet_fast
+    from backends.plan import stub
+    from densenet_fast import reference
+
+    x = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=torch.channels_last)
+    unit = addition()
+    print(
+        f"{options.model}, batch {options.batch}, {options.size}x{options.size}, bfloat16 autocast; torch {torch.__version__}"
+    )
+    print(f"x + y on 64 floats: {1e3 * unit:.2f} us\n")
+    print("step               launches  forward, ms  backward, ms  both, ms  both, of x + y  us a launch")
+
+    def report(name: str, launches: int, forward: float, backward: float) -> None:
+        both = forward + backward
+        print(
+            f"{name:18} {launches:8} {forward:12.2f} {backward:13.2f} {both:9.2f} {both / unit:15.0f} "
+            f"{1e3 * both / launches:12.2f}",
+            flush=True,
+        )
+
+    with stub.as_gpu(90):
+        step = Step(getattr(densenet_fast, options.model)(), x)
+        for _ in range(3):
+            step.forward().backward()
+        stub.launched()
+        with written_down() as native:
+            operations = step.operations()
+        report("ours, planned", len(stub.launched()) + native[0] + operations, *timed(step, options.repeats))
+        print(f"  of them {operations} operations of torch")
+        if options.profile:
+            profiled(step)
+        with walked():
+            with written_down():
+                step.forward().backward()
+            stub.launched()
+            with written_down() as native:
+                operations = step.operations()
+            report("ours, walked", len(stub.launched()) + native[0] + operations, *timed(step, options.repeats))
+    torchvision = Step(getattr(reference, options.model)(), x)
+    torchvision.forward().backward()
+    report("stock layers", torchvision.operations(), *torchvision.times(options.repeats))
+
+
+def timed(step: Step, repeats: int) -> tuple[float, float]:
+    with written_down():
+        return step.times(repeats)
+
+
+def profiled(step: Step) -> None:
+    import cProfile
+    import pstats
+
+    with written_down(), cProfile.Profile() as profile:
+        for _ in range(10):
+            step.forward().backward()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+
+
+def main() -> None:
+    options = arguments()
+    if "DENSENET_FAST_LIBCUDA" in os.environ:
+        return measure(options)
+    from backends.plan import stub
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **stub.environment(Path(folder))}
+        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()

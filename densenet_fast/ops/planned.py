@@ -1,0 +1,36 @@
+"""An op's body, by a launch plan where there is one: on a GPU with both kinds of kernels. Else the body itself runs, in
+Python: where launches are recorded, and where it does more than a plan holds (dropout's masks, processes that normalise
+together, convolutions by torch)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from densenet_fast.backends import cuda, cuda_kernels, plan, select, triton
+from densenet_fast.backends.triton import launch
+
+DEVICE = "cuda"
+"""The type of the devices on which bodies are planned."""
+
+
+def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """``body(*inputs)``, which is the op ``name``'s."""
+    if obstacle(inputs[0]) is None:
+        found = plan.cached(name, body, inputs)
+        if isinstance(found, plan.Plan):
+            result = found.run(inputs)
+            if result is not None:
+                return result
+    return body(*inputs)
+
+
+def obstacle(x: Any) -> str | None:
+    """Why no op on x is planned, or None."""
+    if x.device.type != DEVICE:
+        return f"the input is on {x.device.type}"
+    if launch.is_recording() or launch.is_planning():
+        return "launches are recorded"
+    if select(x.device, x.dtype) is not cuda or not cuda_kernels.serve(x):
+        return "the compiled kernels for GPUs do not serve it"
+    if triton.unavailable() is not None or not triton.supports(x.device, x.dtype):
+        return triton.unavailable() or f"Triton's kernels do not serve {x.dtype} on {x.device}"
+    return None
