@@ -12,15 +12,17 @@ from backends.cuda import emulation
 from densenet_fast.backends import aten, cuda, cuda_kernels, extension
 
 KERNELS = {
-    # templated kernels, and how many: four dtypes in three widths, float64 in two, in one or two variants; or two
-    # accumulation types
+    # kernels, and how many: four dtypes in three widths, float64 in two, in one or two variants; or four dtypes, or two
+    # accumulation types, or one for all
     "append_kernel": 22,
     "combine_statistics_kernel": 2,
     "finalise_kernel": 11,
-    "combine_sums_kernel": 2,
+    "combine_sums_kernel": 4,
     "bn_relu_maxpool_kernel": 22,
     "bn_relu_pool_backward_kernel": 22,
     "bn_relu_global_avgpool_kernel": 11,
+    "prepare_kernel": 1,
+    "update_running_kernel": 2,
 }
 
 pytestmark = pytest.mark.skipif(
