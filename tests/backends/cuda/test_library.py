@@ -101,7 +101,7 @@ def test_without_a_gpu_another_backend_serves_and_it_is_said_why():
     assert cuda.unavailable() == ("no CUDA device" if not torch.cuda.is_available() else None)
     assert not cuda.supports(torch.device("cpu"), torch.float32)
     with pytest.raises(NotImplementedError, match="cuda_bn_relu_global_avgpool"):
-        torch.ops.densenet_fast.cuda_bn_relu_global_avgpool(torch.ones(4, 3), *torch.ones(3, 3), 1, 0)
+        torch.ops.densenet_fast.cuda_bn_relu_global_avgpool(torch.ones(4, 3), *torch.ones(3, 3), None, 1, 0)
 
 
 def test_a_library_without_cuda_is_explained(monkeypatch):
