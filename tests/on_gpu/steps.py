@@ -67,7 +67,7 @@ def steps(work: Path) -> list[Step]:
         Step("build", [*build, "gpu"], [*build, "dry"], 120),
         Step("what runs where", info, info, 30),
         tests("Triton on the device", [f"{TRITON}/on_device.py"], 90, interpreted),
-        tests("CUDA C++ on the device", [f"{CUDA}/on_device.py"], 60, emulated()),
+        tests("CUDA C++ on the device", [f"{CUDA}/on_device.py", f"{CUDA}/vectors_on_device.py"], 75, emulated()),
         bench(work, "training", ["--train", "--batch", "32,128,256", "--memory", "faster", "--minutes", "1.6"], 140),
         bench(work, "floor", ["--floor", "--batch", "128", "--repeats", "10"], 60),
         bench(work, "profile", ["--profile", "--batch", "128"], 60),
@@ -112,7 +112,7 @@ def sanitizers() -> list[Step]:
     """Small tests of the kernels in CUDA C++ under compute-sanitizer, where they take a hundred times as long."""
     tools = {"memcheck": ["--leak-check", "no"], "racecheck": ["--racecheck-report", "all"]}
     small = "bfloat16 and not runs and not many_rows and not 40 and not 288 and not 300"
-    own = [*PYTEST, f"{CUDA}/on_device.py", "-k", small]
+    own = [*PYTEST, f"{CUDA}/on_device.py", f"{CUDA}/vectors_on_device.py", "-k", small]
     # Every tensor an allocation of its own, with bounds
     uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     found = []

@@ -12,15 +12,17 @@ from backends.cuda import emulation
 from densenet_fast.backends import aten, cuda, cuda_kernels, extension
 
 KERNELS = {
-    # templated kernels, and how many: four dtypes in three widths, float64 in two, in one or two variants; or two
-    # accumulation types
+    # kernels, and how many: four dtypes in three widths, float64 in two, in one or two variants; or four dtypes, or two
+    # accumulation types, or one for all
     "append_kernel": 22,
     "combine_statistics_kernel": 2,
     "finalise_kernel": 11,
-    "combine_sums_kernel": 2,
+    "combine_sums_kernel": 4,
     "bn_relu_maxpool_kernel": 22,
     "bn_relu_pool_backward_kernel": 22,
     "bn_relu_global_avgpool_kernel": 11,
+    "prepare_kernel": 1,
+    "update_running_kernel": 2,
 }
 
 pytestmark = pytest.mark.skipif(
@@ -99,7 +101,7 @@ def test_without_a_gpu_another_backend_serves_and_it_is_said_why():
     assert cuda.unavailable() == ("no CUDA device" if not torch.cuda.is_available() else None)
     assert not cuda.supports(torch.device("cpu"), torch.float32)
     with pytest.raises(NotImplementedError, match="cuda_bn_relu_global_avgpool"):
-        torch.ops.densenet_fast.cuda_bn_relu_global_avgpool(torch.ones(4, 3), *torch.ones(3, 3), 1, 0)
+        torch.ops.densenet_fast.cuda_bn_relu_global_avgpool(torch.ones(4, 3), *torch.ones(3, 3), None, 1, 0)
 
 
 def test_a_library_without_cuda_is_explained(monkeypatch):
