@@ -84,6 +84,11 @@ std::string run(const Step& step, const std::vector<uint64_t>& buffers, void* st
     std::memcpy(bytes.data() + r.at, &address, sizeof(address));
   }
 #ifdef DENSENET_FAST_EMULATED
+  if (step.emulated && recorder != nullptr) {
+    recorder->push_back(step.launch);
+    recorder->back().parameters = bytes;
+    return "";
+  }
   if (step.emulated) {
     static std::mutex one_at_a_time;
     const std::lock_guard lock(one_at_a_time);
