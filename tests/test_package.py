@@ -21,7 +21,11 @@ LEVELS = [
     ["backends.aten", "backends.cpu", "backends.cuda_kernels"],
     ["backends.triton.config", "backends.triton.kernels", "backends.triton.hazards"],
     ["backends.triton.kernels.pieces", "backends.triton.launch"],
-    ["backends.triton.races", "backends.triton.parameters", *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS)],
+    [
+        "backends.triton.races",
+        "backends.triton.parameters",
+        *(f"backends.triton.kernels.{name}" for name in TRITON_KERNELS),
+    ],
     ["backends.triton.shared"],
     ["backends.triton.conv1x1", "backends.triton.conv3x3", "backends.triton.transition"],
     ["backends.triton"],
