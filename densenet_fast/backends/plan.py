@@ -71,7 +71,7 @@ class Plan:
 
     def run(self, inputs: Sequence[Any]) -> Any | None:
         """What the body returns on ``inputs``, whose constants are those of the plan; None, and nothing launched, where
-        a tensor's shape, strides, dtype, device or alignment is another."""
+        a tensor's shape, strides, dtype, device or alignment is another. Not where Triton's kernels are interpreted."""
         tensors = list(tensors_in(inputs))
         outputs, memory = self._allocate()
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0

@@ -6,13 +6,18 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from backends.cuda import emulation
+from backends.plan.bodies import native
+from densenet_fast.backends import cuda_kernels, nvidia, plan, triton
 from densenet_fast.backends.arena import ALIGNMENT, Lifetime, layout
+from densenet_fast.backends.recording import Recording
+from densenet_fast.backends.symbolic import Unplannable
 
 HERE = Path(__file__).parent
 
@@ -74,12 +79,39 @@ def test_the_arena_of_a_chain_holds_two_links():
     assert layout(lifetimes)[1] == 2048
 
 
-@pytest.mark.library
-def test_kernels_for_gpus_refuse_other_tensors():
-    """Unless they are recorded, or run in emulation."""
-    kernels = torch.ops.densenet_fast
-    if not hasattr(kernels, "cuda_plan") or hasattr(kernels, "cuda_emulated"):
-        pytest.skip("the library was built without CUDA")
+@pytest.fixture
+def library():
+    """The kernels compiled for GPUs."""
+    if plan.unavailable() is not None or cuda_kernels.emulated():
+        pytest.skip("the library was built without CUDA, or an emulated one is loaded")
+
+
+def test_kernels_for_gpus_refuse_other_tensors(library):
     x = torch.randn(4, 4)
     with pytest.raises(RuntimeError, match="append_features: x: expected tensors on a GPU"):
-        kernels.cuda_append_features(x, None, 1.0, torch.empty_like(x), None, None, None, 0.0, 0)
+        cuda_kernels.append_features(x, torch.empty_like(x), None)
+
+
+def test_kernels_for_gpus_are_recorded(library):
+    """Without a GPU: launches and the places of addresses; their functions there are none of."""
+    x = torch.randn(70, 33)
+    recording = Recording(native, [x, None], x.device)
+    assert [step.name for step in recording.steps] == ["cuda_append_features"] * 3
+    source, temporary, statistics = (recording.relocations(step.data) for step in recording.steps)
+    assert len({buffer for _, buffer, _ in source}) == 2 and len({buffer for _, buffer, _ in temporary}) == 2
+    assert {buffer for _, buffer, _ in statistics} == {2, 3, 4, 5}
+    if not torch.cuda.is_available():
+        with pytest.raises(Unplannable, match="the CUDA kernel cuda_append_features: "):
+            plan.make(native, [x, None], x.device)
+
+
+def test_stand_ins_are_served_as_what_they_stand_for(monkeypatch):
+    """In the thread that says so."""
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(nvidia, "serves", lambda device, minimum: device == gpu)
+    with nvidia.standing_in(gpu):
+        assert triton.supports(cpu, torch.bfloat16) and cuda_kernels.supports(cpu, torch.bfloat16)
+        assert nvidia.meant(torch.device("meta")).type == "meta"
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(nvidia.meant, cpu).result() == cpu
+    assert nvidia.meant(cpu) == cpu
