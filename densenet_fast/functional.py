@@ -8,6 +8,7 @@ Each has a second form, ``run_...``, for the modules: it takes operands that wer
 once for each kind of input.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -332,7 +333,7 @@ def _known(
 def _masks(x: Tensor, operands: BlockOperands) -> list[Tensor]:
     """A dropout mask for each layer."""
     if not operands.drops:
-        return [x.new_empty(0)] * len(operands.drop_rates)
+        return []
     return [_mask(x, k, p, operands.drop_channels) for k, p in zip(operands.growths, operands.drop_rates)]
 
 
@@ -369,11 +370,16 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        return x.new_zeros(()).expand(x.shape)
+        return _zero(x.dtype, x.device).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _link(x: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 // Launches recorded once and made again on other tensors. A plan holds them in order: each with its parameters' bytes
 // and the places in them where addresses stand, which a replay computes from the tensors it is given.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -55,6 +56,25 @@ struct Signature {
   }
 };
 
+// How an output is allocated: uninitialised, like one that has no memory
+struct Output {
+  int32_t dtype;  // as torch numbers them
+  std::vector<int64_t> sizes, strides;
+
+  explicit Output(const Tensor& like)
+      : sizes(like.sizes().begin(), like.sizes().end()), strides(like.strides().begin(), like.strides().end()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
+
+  Tensor allocate(int device) const {
+    AtenTensorHandle made;
+    const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    dtype, type, device < 0 ? 0 : device, &made));
+    return Tensor(made);
+  }
+};
+
 struct Relocation {
   int64_t at, buffer, offset;
 };
@@ -70,6 +90,8 @@ struct Step {
 struct Plan {
   int device;
   std::vector<Signature> inputs;
+  std::vector<Output> outputs;
+  int64_t arena;    // bytes
   int64_t buffers;  // inputs, outputs, and the arena
   std::vector<Step> steps;
 };
@@ -199,20 +221,21 @@ const void* function_of(const void* symbol, const std::string& name) {
 #endif
 }
 
-// Keeps a plan for tensors like `inputs`, some outputs and an arena, which its relocations number in this order; the
+// Keeps a plan for tensors like `inputs` and `outputs` and an arena of bytes, which its relocations number in this order; the
 // arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of all
 // launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
 // block, shared bytes, bytes of parameters, arguments, relocations).
-int64_t plan(std::vector<Tensor> inputs, int64_t outputs, Tensor launches, Tensor arguments, Tensor relocations,
+int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t arena, Tensor launches, Tensor arguments, Tensor relocations,
              Tensor parameters, std::string names) {
   STD_TORCH_CHECK(!inputs.empty(), "cuda_plan: inputs: expected at least one tensor");
   STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Byte && parameters.is_contiguous(),
                   "cuda_plan: parameters: expected contiguous bytes");
-  Plan made{inputs[0].is_cuda() ? inputs[0].get_device_index() : -1, {}, 0, {}};
+  Plan made{inputs[0].is_cuda() ? inputs[0].get_device_index() : -1, {}, {}, arena, 0, {}};
   std::optional<DeviceGuard> guard;
   if (made.device >= 0) guard.emplace(made.device);
   for (const Tensor& t : inputs) made.inputs.emplace_back(t);
-  made.buffers = static_cast<int64_t>(inputs.size()) + outputs + 1;
+  for (const Tensor& t : outputs) made.outputs.emplace_back(t);
+  made.buffers = static_cast<int64_t>(inputs.size() + outputs.size()) + 1;
   Table launch(launches, 12, "launches"), argument(arguments, 1, "arguments"),
       relocation(relocations, 3, "relocations");
   const auto* byte = static_cast<const unsigned char*>(parameters.data_ptr());
@@ -254,26 +277,49 @@ int64_t plan(std::vector<Tensor> inputs, int64_t outputs, Tensor launches, Tenso
   return plans().add(std::move(made));
 }
 
-// Launches a plan on `stream`, a cudaStream_t of the inputs' device, where they are as planned; whether they are
-bool replay(int64_t key, std::vector<Tensor> inputs, std::vector<Tensor> outputs, Tensor arena, int64_t stream) {
-  const std::shared_ptr<const Plan> plan = plans().find(key);
-  if (inputs.size() != plan->inputs.size()) return false;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    if (!plan->inputs[i].fits(inputs[i])) return false;
-  STD_TORCH_CHECK(static_cast<int64_t>(inputs.size() + outputs.size()) + 1 == plan->buffers,
-                  "cuda_replay: outputs: expected ", plan->buffers - 1 - static_cast<int64_t>(inputs.size()), ", got ",
-                  outputs.size());
-  std::optional<DeviceGuard> guard;
-  if (plan->device >= 0) guard.emplace(plan->device);
+bool fit(const Plan& plan, const std::vector<Tensor>& inputs) {
+  return inputs.size() == plan.inputs.size() &&
+         std::equal(inputs.begin(), inputs.end(), plan.inputs.begin(),
+                    [](const Tensor& t, const Signature& planned) { return planned.fits(t); });
+}
+
+void launch_all(const Plan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+                const Tensor& arena, int64_t stream) {
   std::vector<uint64_t> buffers;
-  buffers.reserve(plan->buffers);
+  buffers.reserve(plan.buffers);
   for (const Tensor& t : inputs) buffers.push_back(address_of(t));
   for (const Tensor& t : outputs) buffers.push_back(address_of(t));
   buffers.push_back(address_of(arena));
-  for (const Step& step : plan->steps) {
+  for (const Step& step : plan.steps) {
     const std::string error = run(step, buffers, reinterpret_cast<void*>(stream));
     STD_TORCH_CHECK(error.empty(), "densenet_fast: the kernel ", step.name, ": ", error);
   }
+}
+
+// Launches a plan on `stream`, a cudaStream_t of the inputs' device, where they are as planned: its outputs, allocated
+// here; none where an input is not
+std::vector<Tensor> call(int64_t key, std::vector<Tensor> inputs, int64_t stream) {
+  const std::shared_ptr<const Plan> plan = plans().find(key);
+  std::vector<Tensor> outputs;
+  if (!fit(*plan, inputs)) return outputs;
+  std::optional<DeviceGuard> guard;
+  if (plan->device >= 0) guard.emplace(plan->device);
+  outputs.reserve(plan->outputs.size());
+  for (const Output& each : plan->outputs) outputs.push_back(each.allocate(plan->device));
+  const Tensor arena = torch::stable::new_empty(inputs[0], {plan->arena}, ScalarType::Byte);
+  launch_all(*plan, inputs, outputs, arena, stream);
+  return outputs;
+}
+
+// The same with given outputs and arena; whether the inputs are as planned
+bool replay(int64_t key, std::vector<Tensor> inputs, std::vector<Tensor> outputs, Tensor arena, int64_t stream) {
+  const std::shared_ptr<const Plan> plan = plans().find(key);
+  if (!fit(*plan, inputs)) return false;
+  STD_TORCH_CHECK(outputs.size() == plan->outputs.size(), "cuda_replay: outputs: expected ", plan->outputs.size(),
+                  ", got ", outputs.size());
+  std::optional<DeviceGuard> guard;
+  if (plan->device >= 0) guard.emplace(plan->device);
+  launch_all(*plan, inputs, outputs, arena, stream);
   return true;
 }
 
@@ -313,8 +359,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cuda_start_recording() -> ()");
   m.def("cuda_stop_recording() -> (Tensor, Tensor)");
   m.def(
-      "cuda_plan(Tensor[] inputs, int outputs, Tensor launches, Tensor arguments, Tensor relocations, "
+      "cuda_plan(Tensor[] inputs, Tensor[] outputs, int arena, Tensor launches, Tensor arguments, Tensor relocations, "
       "Tensor parameters, str names) -> int");
+  m.def("cuda_call(int plan, Tensor[] inputs, int stream) -> Tensor[]");
   m.def("cuda_replay(int plan, Tensor[] inputs, Tensor[] outputs, Tensor arena, int stream) -> bool");
   m.def("cuda_forget_plan(int plan) -> ()");
   m.def("cuda_signature(Tensor[] inputs) -> int");
@@ -328,6 +375,7 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CompositeExplicitAutograd, m) {
   m.impl("cuda_start_recording", TORCH_BOX(&densenet_fast::cuda::start_recording));
   m.impl("cuda_stop_recording", TORCH_BOX(&densenet_fast::cuda::stop_recording));
   m.impl("cuda_plan", TORCH_BOX(&densenet_fast::cuda::plan));
+  m.impl("cuda_call", TORCH_BOX(&densenet_fast::cuda::call));
   m.impl("cuda_replay", TORCH_BOX(&densenet_fast::cuda::replay));
   m.impl("cuda_forget_plan", TORCH_BOX(&densenet_fast::cuda::forget_plan));
   m.impl("cuda_signature", TORCH_BOX(&densenet_fast::cuda::signature));

@@ -19,12 +19,16 @@ from torch import Tensor
 
 from densenet_fast.backends import extension
 from densenet_fast.backends.recording import Native, Recording, View, replaced, tensors_in
-from densenet_fast.backends.symbolic import Unplannable
+from densenet_fast.backends.symbolic import Allocation, Unplannable
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.launch import Launch
 from densenet_fast.backends.triton.parameters import parameters
 
 kernels = torch.ops.densenet_fast
+
+NoneType = type(None)
+TENSORS = {Tensor, torch.nn.Parameter, NoneType}
+COMPOUND = {Tensor, torch.nn.Parameter, list, tuple}
 
 LIMIT = 256
 """Of plans and of signatures without one that are kept; the oldest goes first."""
@@ -55,6 +59,8 @@ class Plan:
         self.device = device
         self.result: Any = recording.result
         self.outputs = recording.outputs
+        self._whole = whole(self.result, self.outputs, len(tensors))
+        """Makes the result of its outputs, where its tensors are just these."""
         self.lifetimes, self.offsets = recording.lifetimes, recording.offsets
         self.arena_bytes = recording.arena_bytes
         self.steps: list[Launch | Native] = [
@@ -66,18 +72,21 @@ class Plan:
         """The same as the driver takes them: None of Triton's where they are interpreted."""
         self._handle: int | None = None
         if None not in self.calls:
-            self._handle = keep(self.calls, tensors, len(self.outputs))
+            self._handle = keep(self.calls, tensors, self.outputs, self.arena_bytes)
             weakref.finalize(self, kernels.cuda_forget_plan, self._handle).atexit = False
 
     def run(self, inputs: Sequence[Any]) -> Any | None:
         """What the body returns on ``inputs``, whose constants are those of the plan; None, and nothing launched, where
         a tensor's shape, strides, dtype, device or alignment is another. Not where Triton's kernels are interpreted."""
-        tensors = list(tensors_in(inputs))
-        outputs, memory = self._allocate()
+        return self.replay(list(tensors_in(inputs)))
+
+    def replay(self, tensors: list[Tensor]) -> Any | None:
+        """The same from the tensors among the inputs."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        if not kernels.cuda_replay(self._handle, tensors, outputs, memory, stream):
+        outputs = kernels.cuda_call(self._handle, tensors, stream)
+        if not outputs:
             return None
-        return self._returned([*tensors, *outputs])
+        return self._whole(outputs) if self._whole else self._returned([*tensors, *outputs])
 
     def interpret(self, inputs: Sequence[Any], poison: bool = False) -> Any:
         """The same on CPU tensors, launch by launch: in Triton's interpreter or by Triton's own launcher, and in the
@@ -98,7 +107,7 @@ class Plan:
         if isinstance(step, Launch):
             launch.run(step._replace(arguments=replaced(step.arguments, lambda view: view.of(buffers), View)))
             return
-        handle = keep([self.calls[i]], tensors, len(outputs))
+        handle = keep([self.calls[i]], tensors, self.outputs, 0)
         kernels.cuda_replay(handle, tensors, outputs, memory, 0)
         kernels.cuda_forget_plan(handle)
 
@@ -145,15 +154,27 @@ _plans: dict[tuple[Any, ...], Plan | Unplannable] = {}
 _making = threading.Lock()
 
 
+def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | None:
+    """What ``body(*inputs)`` returns, by its plan; None where there is none."""
+    tensors, constants = parted(inputs)
+    found = _find(name, body, inputs, tensors, constants)
+    return found.replay(tensors) if isinstance(found, Plan) else None
+
+
 def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan | Unplannable:
     """The plan of the body called ``name`` for inputs like ``inputs``, or why there is none; made once.
 
     Whether a tensor requires a gradient makes no difference: a body does not see it.
     """
+    return _find(name, body, inputs, *parted(inputs))
+
+
+def _find(
+    name: str, body: Callable[..., Any], inputs: Sequence[Any], tensors: list[Tensor], constants: tuple[Any, ...]
+) -> Plan | Unplannable:
     if unavailable() is not None:
         return Unplannable(unavailable())
-    tensors = list(tensors_in(inputs))
-    key = signature(name, inputs, tensors)
+    key = name, constants, signature(tensors)
     if key in _plans:
         return _plans[key]
     with _making:
@@ -168,22 +189,35 @@ def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan |
         return _plans[key]
 
 
-def signature(name: str, inputs: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """All that a plan depends on. Tensors that differ may share one: a replay looks at them again."""
+def signature(tensors: list[Tensor]) -> tuple[Any, ...]:
+    """All of tensors, and of the settings, that a plan depends on. Tensors that differ may share one: a replay looks at
+    them again."""
     identities = list(map(id, tensors))
     repeated = () if len(set(identities)) == len(tensors) else tuple(map(identities.index, identities))
-    device = config.device_of(tensors[0].device)
-    settings = device, config.precision(torch.float32)
-    return name, _constants(inputs), repeated, settings, kernels.cuda_signature(tensors)
+    settings = config.device_of(tensors[0].device), config.precision(torch.float32)
+    return repeated, settings, kernels.cuda_signature(tensors)
 
 
-def _constants(value: Any) -> Any:
-    """The same with a mark for each tensor, hashable; 1, 1.0 and True differ."""
-    if isinstance(value, Tensor):
-        return Ellipsis
-    if isinstance(value, list | tuple):
-        return tuple(map(_constants, value))
-    return type(value), value
+def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The tensors among ``inputs``, in order, and all else, hashable: 1, 1.0 and True differ. An op has hundreds."""
+    tensors: list[Tensor] = []
+    constants: list[Any] = []
+    for value in inputs:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            constants.append(Ellipsis)
+        elif not isinstance(value, list | tuple):
+            constants.append((type(value), value))
+        elif (kinds := set(map(type, value))) <= TENSORS:
+            tensors += [t for t in value if t is not None]
+            constants.append([t is None for t in value] if NoneType in kinds else len(value))
+        elif not kinds & COMPOUND:
+            constants.append((tuple(map(type, value)), tuple(value)))
+        else:
+            inner, others = parted(value)
+            tensors += inner
+            constants.append(others)
+    return tensors, tuple(tuple(c) if isinstance(c, list) else c for c in constants)
 
 
 def calls(recording: Recording, device: torch.device) -> list[Call | None]:
@@ -225,7 +259,35 @@ def _triton_call(item: Launch, recording: Recording, checked: set[int]) -> Call 
     return Call(item.name, False, compiled.function, grid, block, shared, data, arguments, relocations)
 
 
-def keep(made: Sequence[Call], tensors: list[Tensor], outputs: int) -> int:
+def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list[Tensor]], tuple[Any, ...]] | None:
+    """What makes a flat ``result``, of tensors and lists of them, from the ``outputs`` numbered behind ``inputs``; None
+    where a tensor is not a whole output."""
+
+    def place(value: Any) -> int | None:
+        if value is None:
+            return None
+        if not isinstance(value, View) or value.is_view or value.buffer is None:
+            raise LookupError
+        output = outputs[value.buffer - inputs]
+        if (value.offset, value.shape, value.stride, value.dtype) != (0, output.shape, output.stride, output.dtype):
+            raise LookupError
+        return value.buffer - inputs
+
+    try:
+        places = [list(map(place, v)) if isinstance(v, list) else place(v) for v in result]
+    except LookupError:
+        return None
+
+    def made(tensors: list[Tensor]) -> tuple[Any, ...]:
+        return tuple(
+            [None if i is None else tensors[i] for i in p] if isinstance(p, list) else None if p is None else tensors[p]
+            for p in places
+        )
+
+    return made
+
+
+def keep(made: Sequence[Call], tensors: list[Tensor], outputs: list[Allocation], arena: int) -> int:
     """Gives the calls to the compiled library, for inputs like ``tensors``; the number of the plan there."""
     rows = [
         (c.own, c.function, *c.grid, *c.block, c.shared, len(c.data), len(c.arguments), len(c.relocations))
@@ -235,7 +297,8 @@ def keep(made: Sequence[Call], tensors: list[Tensor], outputs: int) -> int:
     relocations = [move for c in made for move in c.relocations]
     data = torch.tensor(list(b"".join(c.data for c in made)), dtype=torch.uint8, device="cpu")
     tables = (_table(rows, 12), _table(arguments, 1), _table(relocations, 3))
-    return kernels.cuda_plan(tensors, outputs, *tables, data, "\n".join(c.name for c in made))
+    like = [torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device="meta") for o in outputs]
+    return kernels.cuda_plan(tensors, like, arena, *tables, data, "\n".join(c.name for c in made))
 
 
 def _table(rows: list[Any], columns: int) -> Tensor:

@@ -161,7 +161,7 @@ def _forward(
         x: the block's input, any memory format.
         x_mean, x_var: its batch statistics [C0], if they are known; the gradient of x is whole all the same.
         tensors, eps: the flattened stages, two a layer with a bottleneck (1x1, 3x3), else one (3x3).
-        masks: one [N, k, *spatial] bool per layer, empty where its drop rate is 0.
+        masks: one [N, k, *spatial] bool per layer, empty where its drop rate is 0; none where all are.
         drop_rates: one per layer.
         bottleneck: whether the layers have one.
         saved: of each layer, whether to return its Z [M, B] for the backward pass, which else recomputes it.
@@ -437,7 +437,7 @@ def _backward(
     described = grad_mean is not None
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
     backend = select(features.device, features.dtype)
-    trained = [j % STAGE_TENSORS in (0, 1, 4) and t.numel() > 0 for j, t in enumerate(tensors)]
+    trained = [j % STAGE_TENSORS in (0, 1, 4) and t is not None and t.numel() > 0 for j, t in enumerate(tensors)]
     if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
         backend, features.dtype, group, saved
     ):
@@ -449,7 +449,7 @@ def _backward(
             p.copy_(grad_mean), q.copy_(grad_var)
         kept = (to_matrix(features), bottlenecks, mean, var, rows_of(count, to_matrix(features).shape[0]))
         out = (to_matrix(image), gradients, p, q, described)
-        backend.dense_block_backward(to_matrix(grad), *kept, tensors, eps, plan.grid, *out)
+        backend.dense_block_backward(to_matrix(grad), *kept, present(tensors, features), eps, plan.grid, *out)
         return image, [
             None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
             for g, t, own in zip(gradients, tensors, trained)
@@ -507,7 +507,7 @@ def _gradients(
         grad = torch.zeros_like(features) if grad is None else grad
         if grad_mean is not grad_var:  # one of them may be None
             grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
-        saved = (features, mean, var, count, bottlenecks, ctx.saved, present(tensors, features))
+        saved = (features, mean, var, count, bottlenecks, ctx.saved, tensors)
         options = (ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.in_channels, ctx.group)
         grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options, [needs[0], *needs[2:]])
     gradients = [g if need else None for g, need in zip(gradients, needs[2:])]

@@ -5,7 +5,7 @@ for a block's hundreds of tensors, on a CPU as long as some of its kernels.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         if seen_by_dispatcher(inputs):
-            return self.custom_op(*inputs)
+            return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
         with torch.profiler.record_function(self.name):
             return planned.run(self.name, self.body, inputs)
 
@@ -58,16 +58,14 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(t) not in PLAIN for t in _tensors(inputs))
+        or any(isinstance(v, Tensor) and type(v) not in PLAIN for v in inputs)
+        or any(_holds_others(v) for v in inputs if isinstance(v, list))
     )
 
 
-def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
-    for value in inputs:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list):
-            yield from (v for v in value if isinstance(v, Tensor))
+def _holds_others(values: list[Any]) -> bool:
+    """Whether a list holds a subclass of Tensor."""
+    return any(kind not in PLAIN and issubclass(kind, Tensor) for kind in set(map(type, values)))
 
 
 def with_autograd(
@@ -82,20 +80,28 @@ def with_autograd(
     """
 
     class Direct(torch.autograd.Function):
-        """The op's body with autograd. ``inputs`` are the op's; those with gradients follow, for autograd to see."""
+        """The op's body with autograd. ``inputs`` are the op's; x, mean and var follow and those of its tensors that
+        ``places`` says, for autograd to see."""
 
         @staticmethod
-        def forward(ctx: Any, inputs: tuple[Any, ...], *_: Tensor | None) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, inputs: tuple[Any, ...], places: list[int], *_: Tensor | None) -> tuple[Tensor, ...]:
             outputs = planned.run(op.name, op.body, inputs)
+            ctx.places, ctx.tensors = places, len(inputs[3])
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
             return _flat(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            _, x, mean, _, *tensors = ctx.needs_input_grad
+            _, _, x, mean, _, *given = ctx.needs_input_grad
+            tensors = [False] * ctx.tensors
+            for place, need in zip(ctx.places, given):
+                tensors[place] = need
             grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
-            return None, _in_format(grad_x, ctx), *statistics, *rest
+            return None, None, _in_format(grad_x, ctx), *statistics, *(rest[place] for place in ctx.places)
+
+    apply = super(torch.autograd.Function, Direct).apply
+    """Without what torch.func needs: no transform sees these calls."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.channels_last = is_channels_last(inputs[0])
@@ -118,7 +124,8 @@ def with_autograd(
             return _flat(op.custom_op(x, mean, var, present(tensors, x), eps, *constants))
         compile_ahead(call, x, mean, var, stages, *constants)
         with torch.profiler.record_function(op.name):
-            return Direct.apply(inputs, x, mean, var, *tensors)
+            places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+            return apply(inputs, places, x, mean, var, *(tensors[i] for i in places))
 
     return call
 

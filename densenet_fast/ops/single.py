@@ -28,7 +28,6 @@ from densenet_fast.ops.stage import (
     StageGradients,
     global_count,
     global_sum,
-    present,
     rows_of,
     synchronise,
     unflatten,
@@ -157,7 +156,7 @@ def with_autograd(
                 None if needs[1] else ctx.group,
             )
             return grad_x, grad_mean, grad_var, grads
-        inputs = (grad, x, *kept, present(tensors, x), ctx.eps, *ctx.options, ctx.group, needs)
+        inputs = (grad, x, *kept, tensors, ctx.eps, *ctx.options, ctx.group, needs)
         grad_x, grads = backward_op(*inputs)
         grad_mean, grad_var = grads[len(tensors) :] or (None, None)
         grads = [g if need else None for g, need in zip(grads, needs[2:])]

@@ -1,19 +1,13 @@
 """Replays over a driver that writes launches down, against Triton's own launcher over the same. ``test_plan.py`` runs
 this file with the stub driver and the emulated library."""
 
-import contextlib
-import ctypes
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
-from triton.runtime import driver
 
 from backends.plan.bodies import inputs_of, layer
-from backends.triton.absent_gpu import AbsentGPU
+from backends.plan.stub import driver, launched, stub_gpu
 from backends.triton.cases import LAYERS
 from densenet_fast.backends import plan
 from densenet_fast.backends import triton as backend
@@ -26,46 +20,6 @@ from densenet_fast.backends.triton.parameters import PLAIN, parameters
 
 CPU = torch.device("cpu")
 """Its tensors stand in for a GPU's: nobody reads their addresses."""
-
-
-class StubGPU(CudaDriver):
-    """Triton's driver for NVIDIA GPUs over the stub, with a device of its own for each generation."""
-
-    def __init__(self, generation):
-        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-        index = next(AbsentGPU.indices)
-        self.get_current_device = lambda: index
-        self.get_current_target = lambda: GPUTarget("cuda", generation, 32)
-        self.get_current_stream = lambda device: 0
-
-
-class Launched(ctypes.Structure):
-    _fields_ = [
-        ("function", ctypes.c_void_p),
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("bytes", ctypes.c_size_t),
-        ("data", ctypes.c_ubyte * 512),
-    ]
-
-    def seen(self):
-        """All of it: function, geometry, parameters."""
-        name = ctypes.string_at(self.function).decode()
-        geometry = (tuple(self.grid), tuple(self.block), self.shared, self.stream)
-        return name, self.function, *geometry, bytes(self.data[: self.bytes])
-
-
-stub = ctypes.CDLL(os.environ["DENSENET_FAST_LIBCUDA"])
-stub.stub_launch.restype = ctypes.POINTER(Launched)
-
-
-def launched():
-    """What was launched since the last call."""
-    found = [stub.stub_launch(i).contents.seen() for i in range(stub.stub_launched())]
-    stub.stub_clear()
-    return found
 
 
 @pytest.fixture(params=[80, 90])
@@ -82,18 +36,6 @@ def tf32():
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     yield
     torch.backends.cudnn.conv.fp32_precision = before
-
-
-@contextlib.contextmanager
-def stub_gpu(generation):
-    before, device = driver._active, config.Device(generation, 132)
-    driver.set_active(StubGPU(generation))
-    try:
-        with config.assume(device):
-            yield device
-    finally:
-        driver.set_active(before)
-        stub.stub_clear()
 
 
 def planned(sizes, dtype):
@@ -154,21 +96,21 @@ def test_inputs_of_another_kind_launch_nothing(gpu):
 
 def test_an_error_names_the_kernel_and_says_what_the_driver_says(gpu):
     made, inputs = planned(LAYERS[0], torch.float16)
-    stub.stub_fail(1)
+    driver().stub_fail(1)
     try:
         with pytest.raises(RuntimeError, match="the kernel bn_relu_conv1x1: launch failed, says the stub"):
             made.run(inputs)
     finally:
-        stub.stub_fail(0)
+        driver().stub_fail(0)
 
 
 def test_parameters_that_the_driver_does_not_confirm(gpu):
-    stub.stub_silence(1)
+    driver().stub_silence(1)
     try:
         with pytest.raises(Unplannable, match="bn_relu_conv1x1 has parameters at .*, the driver says nothing"):
             planned(LAYERS[0], torch.float16)
     finally:
-        stub.stub_silence(0)
+        driver().stub_silence(0)
 
 
 @pytest.mark.parametrize("field, value", [(name, 128 if plain == 0 else 2) for name, plain in PLAIN.items()])

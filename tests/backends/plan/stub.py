@@ -1,5 +1,5 @@
-"""A GPU that is not there: a driver that writes launches down, and CPU tensors that stand in for a GPU's. A process needs
-:func:`environment` before torch is imported."""
+"""A GPU that is not there: a driver that writes launches down, and CPU tensors that stand in for a GPU's. A process
+needs :func:`environment` before torch is imported."""
 
 import contextlib
 import ctypes

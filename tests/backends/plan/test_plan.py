@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from backends.cuda import emulation
+from backends.plan import stub
 from backends.plan.bodies import native
 from densenet_fast.backends import cuda_kernels, nvidia, plan, triton
 from densenet_fast.backends.arena import ALIGNMENT, Lifetime, layout
@@ -40,18 +41,8 @@ def test_interpreted():
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("cc") is None, reason="cc was not found")
 def test_replayed(tmp_path):
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    library = tmp_path / "libcuda.so.1"
-    include = Path(triton.__file__).parent / "backends/nvidia/include"
-    options = ["-shared", "-fPIC", "-O1", "-Wall", "-Wno-unused-parameter", "-I", include, "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(["cc", *options, HERE / "stub_driver.c", "-o", library, "-lpthread"], check=True)
-    run(
-        "replayed.py",
-        TRITON_LIBCUDA_PATH=str(tmp_path),
-        LD_LIBRARY_PATH=f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-        DENSENET_FAST_LIBCUDA=str(library),
-        TRITON_CACHE_DIR=str(tmp_path / "cache"),
-    )
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run("replayed.py", **stub.environment(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("seed", range(20))
