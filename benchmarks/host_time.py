@@ -1,10 +1,11 @@
 """What a training step costs the host on the path for GPUs, without a GPU: ``python benchmarks/host_time.py``.
 
 A driver that launches nothing stands in for CUDA's, and CPU tensors for a GPU's: Python, dispatch, Triton's launcher
-and replays run as they do on a GPU. What torch itself computes is made small: images are of 32x32, and the first
-convolution, which would take the CPU longer than all else, has a kernel of size 1. The stock layers' arithmetic, in
-float32, which the CPU is faster in, is counted with their host time. Times are also given as a multiple of the time of
-``x + y`` on 64 floats, measured in the same process, which makes machines comparable. Needs nvcc and a C compiler.
+and replays run as they do on a GPU. What torch itself computes is made small, for it would take the CPU longer than all
+else: images are of 32x32, the first convolution has a kernel of size 1, and there are 10 classes. The stock layers'
+arithmetic, in contiguous float32, which the CPU is faster in, is counted with their host time. Times are also given as
+a multiple of the time of ``x + y`` on 64 floats, measured in the same process, which makes machines comparable. Needs
+nvcc and a C compiler.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,13 +76,15 @@ def addition() -> float:
 
 
 class Step:
-    """A training step of ``model``, under ``autocast`` or not; forward and backward timed apart."""
+    """A training step of a network from ``make``, channels last and under autocast or, ``stock``, neither; forward and
+    backward timed apart."""
 
-    def __init__(self, model: nn.Module, x: torch.Tensor, autocast: bool = True) -> None:
-        first = model.features.conv0
-        model.features.conv0 = nn.Conv2d(3, first.out_channels, 1, 2, bias=False)
-        self.model, self.x = model.to(memory_format=torch.channels_last).train(), x
-        self.autocast = autocast
+    def __init__(self, make: Callable[..., nn.Module], options: argparse.Namespace, stock: bool = False) -> None:
+        model, memory_format = make(num_classes=10), torch.contiguous_format if stock else torch.channels_last
+        model.features.conv0 = nn.Conv2d(3, model.features.conv0.out_channels, 1, 2, bias=False)
+        self.model = model.to(memory_format=memory_format).train()
+        self.x = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=memory_format)
+        self.autocast = not stock
 
     def forward(self) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
@@ -107,6 +111,18 @@ class Step:
         self.model.zero_grad()
         events = [e for e in profile.events() if e.name.startswith("aten::")]
         return sum(map(_launches, events))
+
+
+class Around(nn.Module):
+    """What torch computes in a step of a DenseNet: the first convolution and the classifier."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(OrderedDict(conv0=nn.Conv2d(3, 64, 7)))
+        self.classifier = nn.Linear(64, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x)[:, :, 0, 0])
 
 
 def _launches(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
@@ -153,29 +169,30 @@ def measure(options: argparse.Namespace) -> None:
     from backends.plan import stub
     from densenet_fast import reference
 
-    x = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=torch.channels_last)
-    unit = addition()
     images = f"batch {options.batch}, {options.size}x{options.size}, bfloat16 autocast"
-    print(f"{options.model}, {images}; torch {torch.__version__}")
-    print(f"x + y on 64 floats: {1e3 * unit:.2f} us\n")
-    print("step               launches  forward, ms  backward, ms  both, ms  both, of x + y  us a launch")
+    print(f"{options.model}, {images}; torch {torch.__version__}\n")
+    print(
+        "step                   launches  forward, ms  backward, ms  both, ms  x + y, us  both, of x + y  us a launch"
+    )
 
     def report(name: str, launches: int, forward: float, backward: float) -> None:
-        both = forward + backward
+        both, unit = forward + backward, addition()
         print(
-            f"{name:18} {launches:8} {forward:12.2f} {backward:13.2f} {both:9.2f} {both / unit:15.0f} "
+            f"{name:22} {launches:8} {forward:12.2f} {backward:13.2f} {both:9.2f} {1e3 * unit:10.2f} {both / unit:15.0f} "
             f"{1e3 * both / launches:12.2f}",
             flush=True,
         )
 
     with stub.as_gpu(90):
-        step = Step(getattr(densenet_fast, options.model)(), x)
+        step = Step(getattr(densenet_fast, options.model), options)
         step.times(3)
         stub.launched()
         with written_down() as native:
             operations = step.operations()
         report("ours, planned", len(stub.launched()) + native[0] + operations, *timed(step, options.repeats))
-        print(f"  of them {operations} operations of torch")
+        around = Step(Around, options)
+        around.times(3)
+        report("  of torch around it", operations, *around.times(options.repeats))
         if options.profile:
             profiled(step)
         with walked():
@@ -185,7 +202,7 @@ def measure(options: argparse.Namespace) -> None:
             with written_down() as native:
                 operations = step.operations()
             report("ours, walked", len(stub.launched()) + native[0] + operations, *timed(step, options.repeats))
-    stock = Step(getattr(reference, options.model)(), x, autocast=False)
+    stock = Step(getattr(reference, options.model), options, stock=True)
     stock.times(2)
     report("stock layers", stock.operations(), *stock.times(options.repeats))
 
@@ -212,7 +229,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, **stub.environment(Path(folder))}
-        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
+        raise SystemExit(subprocess.run([sys.executable, "-X", "faulthandler", *sys.argv], env=environment).returncode)
 
 
 if __name__ == "__main__":

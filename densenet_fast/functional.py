@@ -17,9 +17,9 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.backends import aten, select
-from densenet_fast.backends.affine import Running, accumulation_dtype
+from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
-from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, check
+from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, Operands, check
 from densenet_fast.ops import stock
 from densenet_fast.ops.op import seen_by_dispatcher
 from densenet_fast.ops.stage import autocast_dtype, rows_of, without_autocast
@@ -129,7 +129,7 @@ def _bn_relu_conv1x1(
     if _beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
         outputs = _on_stock(convolve, x, *operands.stages, None, None)
-    _update_running_statistics(x, operands.norms, operands.ranges, *outputs[1:4])
+    _update_running_statistics(x, operands, *outputs[1:4])
     return outputs[0], BatchStatistics(*outputs[4:6]) if describe else None
 
 
@@ -171,7 +171,7 @@ def _bn_relu_maxpool(x: Tensor, operands: NormOperands, describe: bool) -> tuple
     if _beyond_range(x, outputs[2], group):
         out, *own = _on_stock(stock.bn_relu_maxpool, x, *operands.stages, None, None)
         outputs = (out, *own[:3], None, *own[3:])
-    _update_running_statistics(x, operands.norms, operands.ranges, *outputs[1:4])
+    _update_running_statistics(x, operands, *outputs[1:4])
     return outputs[0], BatchStatistics(*outputs[5:7]) if describe else None
 
 
@@ -199,7 +199,7 @@ def _bn_relu_global_avgpool(x: Tensor, operands: NormOperands, statistics: Batch
     outputs = ops.bn_relu_global_avgpool(x, *known, operands.stages, group)
     if _beyond_range(x, outputs[2], group):
         outputs = _on_stock(stock.bn_relu_global_avgpool, x, *operands.stages, None, None)
-    _update_running_statistics(x, operands.norms, operands.ranges, *outputs[1:4])
+    _update_running_statistics(x, operands, *outputs[1:4])
     return outputs[0]
 
 
@@ -284,7 +284,7 @@ def _dense_block(
         features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
         mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
-    _update_running_statistics(x, operands.norms, operands.ranges, mean, var, count)
+    _update_running_statistics(x, operands, mean, var, count)
     return features, BatchStatistics(*described, group) if describe else None
 
 
@@ -347,21 +347,16 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running_statistics(
-    x: Tensor, norms: Sequence[BatchNorm], ranges: Sequence[slice], mean: Tensor, var: Tensor, count: Tensor
-) -> None:
+def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the statistics of x and
-    what was made of it; ``ranges`` says where each normalisation's stand in ``mean`` and ``var``."""
-    running = []
-    for norm, columns in zip(norms, ranges):
-        if norm.training and norm.running_mean is not None:
-            averages = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
-            running.append(Running(*averages, columns.start or 0))
-        elif norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-    traced = seen_by_dispatcher([mean, *(r.mean for r in running)])
+    what was made of it, which stand in the packed ``mean`` and ``var``."""
+    for batches in operands.counters:
+        batches.add_(1)
+    if not operands.running:
+        return
+    traced = seen_by_dispatcher([mean, [r.mean for r in operands.running]])
     backend = aten if traced else select(x.device, x.dtype)
-    backend.update_running_statistics(running, mean, var, rows_of(count, x.numel() // x.shape[1]))
+    backend.update_running_statistics(operands.running, mean, var, rows_of(count, x.numel() // x.shape[1]))
 
 
 class _Link(torch.autograd.Function):

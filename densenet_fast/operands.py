@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densenet_fast.backends.affine import accumulation_dtype
+from densenet_fast.backends.affine import Running, accumulation_dtype
 from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype
 
 
@@ -67,6 +67,16 @@ class Operands:
         """Whether it normalises its input by the batch's statistics."""
         self.reader = next((norm for norm in read if not norm.frozen), norms[0])
         """What normalises its input, by the batch's statistics if any normalisation does."""
+        training = [(norm, columns.start or 0) for norm, columns in zip(norms, ranges) if norm.training]
+        self.running = [
+            Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, start)
+            for norm, start in training
+            if norm.running_mean is not None
+        ]
+        """What a call updates, by columns of the packed vectors."""
+        alone = [norm.num_batches_tracked for norm, _ in training if norm.running_mean is None]
+        self.counters = [batches for batches in alone if batches is not None]
+        """Numbers of batches without averages over them, which a call counts up."""
         self._by_batch = any(not norm.frozen for norm in norms)
         self._groups = {norm.group for norm in norms if not norm.frozen}
         self._admitted: set[tuple[object, ...]] = set()

@@ -4,6 +4,7 @@ What needs to is a compiler, a mode, a transform, a subclass of Tensor. Through 
 for a block's hundreds of tensors, on a CPU as long as some of its kernels.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,13 +43,18 @@ class Op:
     def __call__(self, *inputs: Any) -> Any:
         if seen_by_dispatcher(inputs):
             return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
-        with torch.profiler.record_function(self.name):
+        with _named(self.name):
             return planned.run(self.name, self.body, inputs)
 
 
 def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
     """Decorates the body of the op ``densenet_fast::<name>``."""
     return functools.partial(Op, name)
+
+
+def _named(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Shows what is called meanwhile under ``name`` to the profiler, if it runs."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
 
 
 def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
@@ -123,8 +129,8 @@ def with_autograd(
         if seen_by_dispatcher(inputs):
             return _flat(op.custom_op(x, mean, var, present(tensors, x), eps, *constants))
         compile_ahead(call, x, mean, var, stages, *constants)
-        with torch.profiler.record_function(op.name):
-            places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+        places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+        with _named(op.name):
             return apply(inputs, places, x, mean, var, *(tensors[i] for i in places))
 
     return call
