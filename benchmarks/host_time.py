@@ -171,17 +171,12 @@ def measure(options: argparse.Namespace) -> None:
 
     images = f"batch {options.batch}, {options.size}x{options.size}, bfloat16 autocast"
     print(f"{options.model}, {images}; torch {torch.__version__}\n")
-    print(
-        "step                   launches  forward, ms  backward, ms  both, ms  x + y, us  both, of x + y  us a launch"
-    )
+    print(f"{'step':20} launches  forward, ms  backward, ms  both, ms  x + y, us  both, of x + y  us a launch")
 
     def report(name: str, launches: int, forward: float, backward: float) -> None:
         both, unit = forward + backward, addition()
-        print(
-            f"{name:22} {launches:8} {forward:12.2f} {backward:13.2f} {both:9.2f} {1e3 * unit:10.2f} {both / unit:15.0f} "
-            f"{1e3 * both / launches:12.2f}",
-            flush=True,
-        )
+        times = f"{forward:12.2f} {backward:13.2f} {both:9.2f} {1e3 * unit:10.2f} {both / unit:15.0f}"
+        print(f"{name:20} {launches:8} {times} {1e3 * both / launches:12.2f}", flush=True)
 
     with stub.as_gpu(90):
         step = Step(getattr(densenet_fast, options.model), options)
