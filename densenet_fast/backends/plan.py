@@ -151,14 +151,30 @@ def make(body: Callable[..., Any], inputs: Sequence[Any], device: torch.device) 
 
 
 _plans: dict[tuple[Any, ...], Plan | Unplannable] = {}
+_met: set[tuple[Any, ...]] = set()
+"""The signatures of calls without a plan so far."""
 _making = threading.Lock()
 
 
-def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | None:
-    """What ``body(*inputs)`` returns, by its plan; None where there is none."""
+FIRST = Unplannable("it was the first call with such inputs")
+CHANGED = Unplannable("an input changed while it was looked at, or two signatures are equal by chance")
+
+
+def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unplannable:
+    """What ``body(*inputs)`` returns, by its plan, or why there is none. For inputs of a kind that was not met before
+    there is none: to make a plan takes longer than a walk, and images of ever new sizes would not be worth it."""
     tensors, constants = parted(inputs)
-    found = _find(name, body, inputs, tensors, constants)
-    return found.replay(tensors) if isinstance(found, Plan) else None
+    key = name, constants, signature(tensors)
+    if key not in _plans and key not in _met:
+        if len(_met) >= 4 * LIMIT:
+            _met.clear()
+        _met.add(key)
+        return FIRST
+    found = _find(key, body, inputs, tensors)
+    if not isinstance(found, Plan):
+        return found
+    result = found.replay(tensors)
+    return CHANGED if result is None else result
 
 
 def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan | Unplannable:
@@ -166,15 +182,15 @@ def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan |
 
     Whether a tensor requires a gradient makes no difference: a body does not see it.
     """
-    return _find(name, body, inputs, *parted(inputs))
+    if unavailable() is not None:
+        return Unplannable(unavailable())
+    tensors, constants = parted(inputs)
+    return _find((name, constants, signature(tensors)), body, inputs, tensors)
 
 
 def _find(
-    name: str, body: Callable[..., Any], inputs: Sequence[Any], tensors: list[Tensor], constants: tuple[Any, ...]
+    key: tuple[Any, ...], body: Callable[..., Any], inputs: Sequence[Any], tensors: list[Tensor]
 ) -> Plan | Unplannable:
-    if unavailable() is not None:
-        return Unplannable(unavailable())
-    key = name, constants, signature(tensors)
     if key in _plans:
         return _plans[key]
     with _making:

@@ -2,23 +2,36 @@
 Python: where launches are recorded, and where it does more than a plan holds (dropout's masks, processes that normalise
 together, convolutions by torch)."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from densenet_fast.backends import cuda, cuda_kernels, plan, select, triton
+from densenet_fast.backends.symbolic import Unplannable
 from densenet_fast.backends.triton import launch
 
 DEVICE = "cuda"
 """The type of the devices on which bodies are planned."""
 
+_this_thread = threading.local()
+
 
 def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     """``body(*inputs)``, which is the op ``name``'s."""
-    if obstacle(inputs[0]) is None:
+    reason = obstacle(inputs[0])
+    if reason is None:
         result = plan.run(name, body, inputs)
-        if result is not None:
+        if not isinstance(result, Unplannable):
+            _this_thread.reason = None
             return result
+        reason = str(result)
+    _this_thread.reason = reason
     return body(*inputs)
+
+
+def last() -> str | None:
+    """Why the body that this thread ran last was not planned, None if it was."""
+    return getattr(_this_thread, "reason", "no op was called")
 
 
 def obstacle(x: Any) -> str | None:
