@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from densenet_fast.benchmarking.floor import summarise
 from densenet_fast.benchmarking.networks import architecture
 from densenet_fast.benchmarking.profile import kernel_by_kernel
 from densenet_fast.benchmarking.steps import DTYPES, step
-from densenet_fast.benchmarking.traffic import training_step
+from densenet_fast.benchmarking.traffic import Call, training_step
 from on_gpu.checks import Check, Record
 from on_gpu.settings import Settings
 
@@ -31,6 +32,8 @@ FLOORS = {
     "bn_relu_global_avgpool_kernel": "bn_relu_global_avgpool",
 }
 """The function of the backends, by the kernel on the GPU, where their names differ."""
+COMPLETED = "sum_partials"
+"""The kernel that also completes the gradients of a block's columns."""
 
 
 def checks(settings: Settings) -> list[Check]:
@@ -87,9 +90,14 @@ def short(name: str) -> str:
     return name.split("::")[-1].removeprefix("cpu_")
 
 
+def completes_a_block(call: Call) -> bool:
+    return call.kernel == "finalise_gradient" and call.part.startswith("block")
+
+
 def add_floors(rows: dict[str, Record], settings: Settings, ceilings: Ceilings, dtype: torch.dtype) -> None:
-    """The floor of each function's calls in a step."""
+    """The floor of each function's calls in a step; what a block completes is no call of its own."""
     calls = training_step(architecture(settings.network), settings.profiled, settings.size, dtype.itemsize)
+    calls = [replace(c, kernel=COMPLETED) if completes_a_block(c) else c for c in calls]
     for line in summarise(calls, [0.0] * len(calls), ceilings, False):
         if line.kernel in rows:
             rows[line.kernel] |= {"floor": line.floor, "calls": line.calls, "bytes": line.bytes}

@@ -9,7 +9,7 @@ from backends.triton.cases import TF32_ROUNDING
 from backends.triton.cases import Layer as Tensors
 from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
-from densenet_fast.backends.affine import Affine, empty_statistics
+from densenet_fast.backends.affine import Affine, accumulation_dtype, empty_statistics
 from on_gpu.checks import Check, Record
 from on_gpu.kernels import Results, numerics, same_again, verdict
 from on_gpu.settings import Layer, Settings
@@ -61,10 +61,10 @@ def wide(settings: Settings, rows: int) -> Record:
     with numerics(settings.dtypes[0]) as dtype:
         x = torch.randn(rows, channels, device=settings.device)
         weight = torch.randn(width, channels, device=settings.device) / channels**0.5
-        affine = Affine(*torch.randn(3, channels, device=settings.device).unbind())
+        affine = Affine(*torch.randn(4, channels, device=settings.device).unbind())
 
         def run(module, dtype: torch.dtype) -> Results:
-            own = Affine(*(t.to(torch.promote_types(dtype, torch.float32)) for t in affine))
+            own = Affine(*(t.to(accumulation_dtype(dtype)) for t in affine))
             z = torch.empty(rows, width, dtype=dtype, device=settings.device)
             statistics = empty_statistics(z, width, 1e-5)
             module.bn_relu_conv1x1(given.to(dtype), own, factors.to(dtype), None, z, statistics)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from triton.backends.nvidia import driver as nvidia
@@ -14,6 +15,7 @@ from triton.runtime import driver
 import densenet_fast
 from backends.triton.absent_gpu import AbsentGPU
 from backends.triton.cases import Layer
+from densenet_fast import operands
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.launch import Launch
@@ -113,15 +115,17 @@ def planned(settings: Settings) -> list[Launch]:
 
 
 def of_the_network(settings: Settings) -> list[Launch]:
-    """A training step, with and without recomputation, and an inference."""
+    """A training step, with and without recomputation, and an inference, under autocast: the parameters, which kernels
+    read and make gradients of, are in float32. Autocast knows no meta device: torch's own layers are in its dtype."""
     dtype = DTYPES[settings.autocast[0]]
     shape = (max(settings.speed_batches), 3, settings.size, settings.size)
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    with launch.planning() as launches:
+    with launch.planning() as launches, mock.patch.object(operands, "autocast_dtype", lambda device: dtype):
         for memory_efficient in (False, True):
             with torch.device("meta"):
                 model = densenet_fast.DenseNet(**architecture(settings.network), memory_efficient=memory_efficient)
-            model.to(dtype=dtype, memory_format=torch.channels_last)(x).sum().backward()
+            model.features.conv0.to(dtype), model.classifier.to(dtype)
+            model.to(memory_format=torch.channels_last)(x).sum().backward()
         with torch.no_grad():
             model.eval()(x)
     return launches

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
-from densenet_fast.backends.affine import Affine, empty_statistics
+from densenet_fast.backends.affine import (
+    Affine,
+    Completion,
+    Reader,
+    ThroughStatistics,
+    Unfinished,
+    accumulation_dtype,
+    empty_statistics,
+)
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import ANY, Device, Tile
 from densenet_fast.backends.triton.hazards import disassembled, register_hazards
@@ -70,7 +78,7 @@ class Step:
             return torch.randn(sizes, device=device, generator=generator).mul_(like).to(dtype)
 
         def affine(n: int) -> Affine:
-            return Affine(*torch.randn(3, n, device=device, generator=generator).unbind())
+            return Affine(*torch.randn(4, n, device=device, generator=generator).unbind())
 
         images, size, channels, bottleneck, growth, transition = shape
         self.shape, self.grid, rows = shape, (images, size, size), images * size * size
@@ -79,27 +87,36 @@ class Step:
         self.w1 = scratch(bottleneck, channels, like=channels**-0.5)
         self.w2 = scratch(growth, bottleneck, 3, 3, like=bottleneck**-0.5 / 3)
         self.w3 = scratch(transition, channels, like=channels**-0.5)
-        self.z, self.dz, self.dy = scratch(rows, bottleneck), scratch(rows, bottleneck), scratch(rows, growth)
+        self.z, self.dy = scratch(rows, bottleneck), scratch(rows, growth)
         self.dout = scratch(images * (size // 2) ** 2, transition)
 
     def run(self, backend: ModuleType) -> list[Tensor]:
-        """The results of every function of ``backend``."""
+        """The results of every function of ``backend``, the layer's backward pass in one piece, as a block has it."""
         channels, growth, grid = self.shape.channels, self.shape.growth, self.grid
         buffer, gradient = self.buffer.clone(), self.gradient.clone()
         features, new = buffer[:, :channels], buffer[:, channels : channels + growth]
-        z, dz = torch.empty_like(self.z), torch.empty_like(self.dz)
+        z, dz = (torch.empty_like(self.z) for _ in range(2))
         own = [empty_statistics(z, n, 1e-5) for n in (self.shape.bottleneck, growth, self.shape.transition)]
         w1, w2, w3, first, second = self.w1, self.w2, self.w3, self.first, self.second
         backend.bn_relu_conv1x1(features, first, w1, None, z, own[0])
         backend.bn_relu_conv3x3(self.z, second, w2, None, grid, new, None, 1.0, own[1])
-        found = [backend.bn_relu_conv3x3_backward(self.dy, self.z, second, w2, grid, dz, True)]
-        grad_x = gradient[:, :channels]
-        found.append(backend.bn_relu_conv1x1_backward(self.dz, features, first, w1, grad_x, True, True))
-        found.append((backend.bn_relu_pool_conv1x1(features, first, w3, None, grid, own[2]),))
-        found.append(backend.bn_relu_pool_conv1x1_backward(self.dout, features, first, w3, grid, True, True))
+        inner, outer, behind = (reader_of(affine) for affine in (second, first, first))
+        unfinished = Unfinished(ThroughStatistics(self.z, second.mean, *inner.after, len(z)))
+        like1, like2, like3 = (w.to(accumulation_dtype(w.dtype)) for w in (w1, w2, w3))
+        given = (self.dy, self.z, second, w2, grid, dz, True, inner, unfinished, like2)
+        grad_w2, _ = backend.bn_relu_conv3x3_backward(*given)
+        grad_x, last = gradient[:, :channels], slice(channels - growth, channels)
+        through = ThroughStatistics(features[:, last], first.mean[last], *(v[last] for v in outer.after), len(z))
+        completion = Completion(last, through, grad_x[:, last])
+        given = (dz, features, first, w1, grad_x, True, True, None, outer, completion, unfinished, like1)
+        grad_w1, _ = backend.bn_relu_conv1x1_backward(*given)
+        pooled = backend.bn_relu_pool_conv1x1(features, first, w3, None, grid, own[2])
+        given = (self.dout, features, first, w3, grid, True, True, behind, like3)
+        dx, grad_w3, _ = backend.bn_relu_pool_conv1x1_backward(*given)
         statistics = [t for one in own for t in one[:3]]
-        flat = [t for result in found for part in result for t in (part if isinstance(part, tuple) else (part,))]
-        return [z, dz, new, grad_x, *statistics, *flat]
+        read = [t for reader in (inner, outer, behind) for t in (*reader.after, reader.weight, reader.bias)]
+        weights = [grad.flatten() for grad in (grad_w1, grad_w2, grad_w3)]
+        return [z, dz, new, grad_x, *statistics, pooled, dx, *weights, *read]
 
     def launches(self) -> list[launch.Launch]:
         """What the Triton backend launches; none is run."""
@@ -112,10 +129,16 @@ class Step:
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Affine):
-                setattr(other, name, Affine(*(t.to(torch.promote_types(dtype, torch.float32)) for t in value)))
+                setattr(other, name, Affine(*(t.to(accumulation_dtype(dtype)) for t in value)))
             elif isinstance(value, Tensor):
                 setattr(other, name, value.to(dtype))
         return other
+
+
+def reader_of(affine: Affine) -> Reader:
+    """One that asks for everything, and finds nothing before it."""
+    p, q, weight, bias = (torch.empty_like(affine.mean) for _ in range(4))
+    return Reader(None, (p, q), weight, bias)
 
 
 def candidates(kernel: str, limit: int) -> Iterator[Tile]:
