@@ -17,6 +17,7 @@ from densenet_fast.benchmarking.profile import kernel_by_kernel
 from densenet_fast.benchmarking.steps import DTYPES, step
 from densenet_fast.benchmarking.traffic import Call, training_step
 from on_gpu.checks import Check, Record
+from on_gpu.planning import watched
 from on_gpu.settings import Settings
 
 STEPS = 3
@@ -51,7 +52,8 @@ def kernels_of_a_step(settings: Settings) -> Record:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with kernel_by_kernel():
         for _ in range(STEPS):
-            step(model, images, dtype, True, parameters)
+            with watched() as bodies:
+                step(model, images, dtype, True, parameters)
         with profile(activities=activities) as profiler:
             for _ in range(STEPS):
                 step(model, images, dtype, True, parameters)
@@ -61,7 +63,7 @@ def kernels_of_a_step(settings: Settings) -> Record:
     add_floors(rows, settings, ceilings, dtype)
     total = {key: sum(row[key] for row in rows.values()) for key in ("seconds", "launches")}
     ordered = sorted(rows.items(), key=lambda item: -item[1]["seconds"])
-    return {
+    return bodies.all_planned(settings) | {
         "kernels": [{"kernel": name, **row} for name, row in ordered],
         "total_s": total["seconds"],
         "launches": total["launches"],

@@ -1,5 +1,6 @@
 """DenseNet-121 as a whole: a training step, no wait for the device, a CUDA graph, inference."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -12,10 +13,14 @@ from densenet_fast.benchmarking.steps import DTYPES, enqueue, without_tf32
 from helpers import error
 from on_gpu.checks import Check, Record, Wrong
 from on_gpu.kernels import verdict
+from on_gpu.planning import Bodies, watched
 from on_gpu.settings import Settings
 
 REPLAYED = 1e-3
 """Relative error that a replayed step may have against an eager one: torch's own convolutions may choose others."""
+
+WARM_UPS = 2
+"""Steps until all is compiled and planned: the first of its kind is walked, the second makes the plans."""
 
 Parts = dict[str, Tensor]
 
@@ -38,20 +43,31 @@ def entry(settings: Settings, competitor: str) -> Entry:
     return Entry(competitor, "channels_last", settings.network)
 
 
-def made(settings: Settings, competitor: str, dtype: torch.dtype, train: bool, exact: bool = False) -> Parts:
-    """What one step makes: the logits and, in training, all gradients and the running statistics."""
+def made(settings: Settings, competitor: str, dtype: torch.dtype, train: bool, exact: bool = False) -> tuple[Parts, Bodies]:
+    """What one step makes, the second of its kind: the logits and, in training, all gradients and the running
+    statistics; and the bodies of ops that ran in it."""
     device, contestant = torch.device(settings.device), entry(settings, competitor)
     model = contestant.model(device, train)
     images = contestant.images(settings.batch, settings.size, device)
     if exact:
         model, images = model.double(), images.double()
-    parts = {"logits": enqueue(model, images, dtype, train)}
+    before = copy.deepcopy(model.state_dict())
+    enqueue(model, images, dtype, train, list(model.parameters()))  # the first of its kind is not planned
+    model.load_state_dict(before)
+    with watched() as bodies:
+        logits = enqueue(model, images, dtype, train, list(model.parameters()))
+    return {name: value.double() for name, value in parts_of(model, logits, train).items()}, bodies
+
+
+def parts_of(model: nn.Module, logits: Tensor, train: bool) -> Parts:
+    """What is to be compared of a step that made ``logits``."""
+    parts = {"logits": logits.detach()}
     if train:
         parts["gradients"] = gradients(model)
         for part in ("running_mean", "running_var"):
             buffers = (b.flatten() for name, b in sorted(model.named_buffers()) if name.endswith(part))
             parts[part] = torch.cat(list(buffers))
-    return {name: value.detach().double() for name, value in parts.items()}
+    return parts
 
 
 def gradients(model: nn.Module) -> Tensor:
@@ -63,33 +79,36 @@ def step(settings: Settings, ours: str, name: str, train: bool = True) -> Record
     """Against float64, beside stock's error."""
     dtype, stock = DTYPES[name], settings.speed_against[1]
     with without_tf32():
-        truth = made(settings, stock, torch.float32, train, exact=True)
-        theirs, got = (made(settings, who, dtype, train) for who in (stock, ours))
+        truth, _ = made(settings, stock, torch.float32, train, exact=True)
+        (theirs, _), (got, bodies) = (made(settings, who, dtype, train) for who in (stock, ours))
     results = []
     for part, exact in truth.items():
         off, their = error(got[part], exact), error(theirs[part], exact)
         results.append(Comparison(part, off, their, 2 * their + 8 * torch.finfo(dtype).eps))
-    return verdict(results) | {"errors": {r.name: (r.ours, r.stock) for r in results}}
+    planned = bodies.all_planned(settings) if name == settings.autocast[0] else bodies.record()
+    return verdict(results) | {"errors": {r.name: (r.ours, r.stock) for r in results}} | planned
 
 
 def without_waiting(settings: Settings, ours: str) -> Record:
-    """A training step while torch refuses every wait for the device."""
+    """A planned training step while torch refuses every wait for the device."""
     device, contestant = torch.device(settings.device), entry(settings, ours)
     model = contestant.model(device, True)
     images = contestant.images(settings.batch, settings.size, device)
     parameters = list(model.parameters())
     dtype = DTYPES[settings.autocast[0]]
-    enqueue(model, images, dtype, True, parameters)
+    for _ in range(WARM_UPS):
+        enqueue(model, images, dtype, True, parameters)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        enqueue(model, images, dtype, True, parameters)
+        with watched() as bodies:
+            enqueue(model, images, dtype, True, parameters)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return {}
+    return bodies.all_planned(settings)
 
 
 def captured(settings: Settings, ours: str) -> Record:
-    """A training step, replayed from a CUDA graph, makes what an eager one makes."""
+    """A planned training step, replayed from a CUDA graph, makes what an eager one makes."""
     device, contestant = torch.device(settings.device), entry(settings, ours)
     model = contestant.model(device, True)
     images = contestant.images(settings.batch, settings.size, device)
@@ -97,14 +116,14 @@ def captured(settings: Settings, ours: str) -> Record:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(WARM_UPS):
             logits = enqueue(model, images, dtype, True, parameters)
     torch.cuda.current_stream().wait_stream(stream)
     eager = {"logits": logits.detach().clone(), "gradients": gradients(model)}
     for parameter in parameters:
         parameter.grad = None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with watched() as bodies, torch.cuda.graph(graph):
         logits = enqueue(model, images, dtype, True)
     graph.replay()
     torch.cuda.synchronize()
@@ -113,4 +132,4 @@ def captured(settings: Settings, ours: str) -> Record:
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= REPLAYED:
         raise Wrong(f"replayed {worst} are off by {errors[worst]:.2e} from the eager step's", **errors)
-    return {"errors": errors}
+    return {"errors": errors} | bodies.all_planned(settings)

@@ -4,8 +4,9 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backends.cuda import emulation
 from densenet_fast.backends.triton.config import Tile
@@ -38,6 +39,8 @@ class Settings(NamedTuple):
         interpreted: the environment of what runs Triton's kernels.
         dtypes: of the checks of Triton's kernels, by the names that ``tune`` has for them.
         autocast: of the networks, the second of them for none.
+        planned: of the checks of plans, by a name that both have.
+        planning: the context of a planned step, of ``planned_images`` of ``planned_size``.
         layers: of those checks.
         wide: rows of a product of ``wide_channels`` columns, repeated ``wide_repeats`` times.
         stem, head: grids of the kernels in CUDA C++, and their columns.
@@ -56,6 +59,10 @@ class Settings(NamedTuple):
     interpreted: dict[str, str]
     dtypes: tuple[str, ...]
     autocast: tuple[str, str]
+    planned: str
+    planning: Callable[[], AbstractContextManager[Any]]
+    planned_images: int
+    planned_size: int
     layers: tuple[Layer, ...]
     wide: tuple[int, ...]
     wide_channels: int
@@ -84,6 +91,10 @@ GPU = Settings(
     interpreted={},
     dtypes=("bf16", "fp16", "tf32", "fp32"),
     autocast=("bf16", "fp32"),
+    planned="bf16",
+    planning=nullcontext,
+    planned_images=8,
+    planned_size=224,
     layers=(
         # the last layer of each block of DenseNet-121, then one of DenseNet-161
         ((16, 56, 56), 224, 128, 32),
@@ -129,6 +140,10 @@ DRY = Settings(
     interpreted={"TRITON_INTERPRET": "1"},
     dtypes=("fp16", "fp32"),
     autocast=("bf16", "fp32"),
+    planned="fp16",
+    planning=stand_ins.planning,
+    planned_images=1,
+    planned_size=8,
     layers=(((1, 2, 3), 8, 16, 4),),
     wide=(16,),
     wide_channels=16,

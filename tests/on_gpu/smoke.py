@@ -15,7 +15,7 @@ from pathlib import Path
 
 from on_gpu.archive import pack, write_text
 from on_gpu.checks import LEFT_OUT, PASSED, Journal, Record
-from on_gpu.page import Section, build
+from on_gpu.page import WIDTH, Section, build
 from on_gpu.runner import Group, Runner
 from on_gpu.settings import SETTINGS, Settings
 
@@ -40,6 +40,7 @@ def groups(settings: Settings) -> list[Group]:
         Group("Triton", "on_gpu.triton_kernels", settings.interpreted, after=("warm-up",), wait=40.0),
         Group("machine", "on_gpu.machine", **built),
         Group("CUDA C++", "on_gpu.cuda_kernels", settings.library, **built),
+        Group("plans", "on_gpu.plans", {**settings.library, **settings.interpreted}, **both),
         Group("network", "on_gpu.network", **both),
         Group("speed", "on_gpu.speed", **both),
         Group("kernels", "on_gpu.kernel_times", **both),
@@ -97,6 +98,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
         speed(by_group.get("speed", [])),
         kernels(by_group.get("kernels", [])),
         choices(by_group.get("choices", [])),
+        plans(records),
         accuracy([r for name in ("Triton", "CUDA C++", "network") for r in by_group.get(name, [])]),
         machine(by_group.get("machine", []), by_group.get("warm-up", []), by_group.get("build", [])),
     ]
@@ -144,6 +146,18 @@ def choices(records: Sequence[Record]) -> Section:
             f" ({r['table_s'] / r['seconds']:.2f}x)"
         )
     return Section("OPEN CHOICES", lines)
+
+
+def plans(records: Sequence[Record]) -> Section:
+    """How many bodies of ops were planned, and of the others why not."""
+    lines = []
+    for record in records:
+        r = record.get("result", {})
+        if "planned" not in r:
+            continue
+        reasons = "; ".join(f"{count} walked, {reason}" for reason, count in r["walked"].items())
+        lines.append(f"{record['group']}: {record['check']}: {r['planned']} bodies planned{reasons and f'; {reasons}'}")
+    return Section("PLANS", [line[:WIDTH] for line in lines])
 
 
 def accuracy(records: Sequence[Record]) -> Section:

@@ -9,6 +9,7 @@ import torch
 from densenet_fast.benchmarking.competitors import Entry
 from densenet_fast.benchmarking.steps import DTYPES, enqueue
 from on_gpu.checks import Check, Record
+from on_gpu.planning import watched
 from on_gpu.settings import Settings
 
 WARM_UPS = 3
@@ -24,14 +25,15 @@ def checks(settings: Settings) -> list[Check]:
 
 
 def timed(settings: Settings, competitor: str, batch: int) -> Record:
-    """Medians over the rounds, the peak of one of them."""
+    """Medians over the rounds, the peak of one of them, and what of ours is planned."""
     device, entry = torch.device(settings.device), Entry(competitor, "channels_last", settings.network)
     dtype = DTYPES[settings.autocast[0]]
     torch.backends.cudnn.benchmark = True
     model, images = entry.model(device, True), entry.images(batch, settings.size, device)
     parameters = list(model.parameters())
     for _ in range(WARM_UPS):
-        enqueue(model, images, dtype, True, parameters)
+        with watched() as bodies:
+            enqueue(model, images, dtype, True, parameters)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     enqueued, finished = [], []
@@ -41,7 +43,7 @@ def timed(settings: Settings, competitor: str, batch: int) -> Record:
         enqueued.append(time.perf_counter() - start)
         torch.cuda.synchronize()
         finished.append(time.perf_counter() - start)
-    return {
+    return (bodies.all_planned(settings) if competitor.startswith("ours") else {}) | {
         "competitor": competitor,
         "batch": batch,
         "enqueue_s": median(enqueued),

@@ -9,8 +9,9 @@ from unittest import mock
 import torch
 from triton.backends.nvidia import driver
 
-from densenet_fast.backends import cuda_kernels, nvidia, triton
+from densenet_fast.backends import cuda_kernels, nvidia, plan, triton
 from densenet_fast.benchmarking import ceilings
+from densenet_fast.ops import planned
 
 GIB = 1 << 30
 
@@ -38,6 +39,15 @@ SMALL = {"COPIED": {"cpu": 1 << 20}, "PRODUCTS": {"cpu": ((64, 64, 64),)}}
 """What the ceilings are measured with."""
 
 _installed = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Bodies on CPU tensors are planned, and plans replayed launch by launch, where all kernels run on CPUs: emulated
+    and interpreted."""
+    replay = mock.patch.object(plan.Plan, "replay", plan.Plan.interpret)
+    with mock.patch.object(planned, "DEVICE", "cpu"), replay:
+        yield
 
 
 def forget_devices() -> None:

@@ -37,13 +37,14 @@ def test_smoke(tmp_path):
         "Triton",
         "machine",
         "CUDA C++",
+        "plans",
         "network",
         "speed",
         "kernels",
         "choices",
         "machine code",
     }
-    for title in ("A TRAINING STEP", "GPU TIME", "OPEN CHOICES", "LARGEST ERRORS", "VERSIONS"):
+    for title in ("A TRAINING STEP", "GPU TIME", "OPEN CHOICES", "PLANS", "LARGEST ERRORS", "VERSIONS"):
         assert f"== {title}" in page
 
 
