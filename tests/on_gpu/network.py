@@ -43,7 +43,9 @@ def entry(settings: Settings, competitor: str) -> Entry:
     return Entry(competitor, "channels_last", settings.network)
 
 
-def made(settings: Settings, competitor: str, dtype: torch.dtype, train: bool, exact: bool = False) -> tuple[Parts, Bodies]:
+def made(
+    settings: Settings, competitor: str, dtype: torch.dtype, train: bool, exact: bool = False
+) -> tuple[Parts, Bodies]:
     """What one step makes, the second of its kind: the logits and, in training, all gradients and the running
     statistics; and the bodies of ops that ran in it."""
     device, contestant = torch.device(settings.device), entry(settings, competitor)

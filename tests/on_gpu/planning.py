@@ -22,9 +22,12 @@ class Bodies:
         self.ran: list[tuple[str, str | None]] = []
 
     def record(self) -> Record:
-        """How many were planned and, by op and reason, how many were not."""
-        walked = Counter(f"{name}: {reason}" for name, reason in self.ran if reason is not None)
-        return {"planned": len(self.ran) - walked.total(), "walked": dict(walked)}
+        """How many were planned and, by reason and op, how many were not."""
+        walked: dict[str, Counter[str]] = {}
+        for name, reason in self.ran:
+            if reason is not None:
+                walked.setdefault(reason, Counter())[name.removeprefix("densenet_fast::")] += 1
+        return {"planned": sum(reason is None for _, reason in self.ran), "walked": walked}
 
     def all_planned(self, settings: Settings) -> Record:
         """The record. Where bodies cannot be planned, as in a dry run, it is all there is to find out.
@@ -34,7 +37,7 @@ class Bodies:
         """
         found = self.record()
         if planned.DEVICE == settings.device and plan.unavailable() is None and (found["walked"] or not self.ran):
-            reasons = "; ".join(list(found["walked"])[:NAMED])
+            reasons = "; ".join(f"{', '.join(ops)}: {why}" for why, ops in [*found["walked"].items()][:NAMED])
             raise Wrong(f"{found['planned']} of {len(self.ran)} bodies were planned; {reasons or 'no op ran'}", **found)
         return found
 

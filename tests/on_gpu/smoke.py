@@ -155,7 +155,7 @@ def plans(records: Sequence[Record]) -> Section:
         r = record.get("result", {})
         if "planned" not in r:
             continue
-        reasons = "; ".join(f"{count} walked, {reason}" for reason, count in r["walked"].items())
+        reasons = "; ".join(f"{sum(ops.values())} walked, {reason}" for reason, ops in r["walked"].items())
         lines.append(f"{record['group']}: {record['check']}: {r['planned']} bodies planned{reasons and f'; {reasons}'}")
     return Section("PLANS", [line[:WIDTH] for line in lines])
 

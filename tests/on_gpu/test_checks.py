@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from backends.comparison import compare
-from on_gpu import build, choices, cuda_kernels, kernels, machine_code, network, stand_ins, warm_up
+from densenet_fast.benchmarking.ceilings import Ceilings
+from densenet_fast.benchmarking.networks import architecture
+from densenet_fast.benchmarking.traffic import training_step
+from on_gpu import build, choices, cuda_kernels, kernel_times, kernels, machine_code, network, stand_ins, warm_up
 from on_gpu.checks import CUDA, ERROR, LEFT_OUT, MEMORY, WRONG, Check, Wrong, carry_out
 from on_gpu.settings import DRY
 
@@ -64,6 +67,20 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setattr(cuda_kernels.backend, "unavailable", lambda: "built without CUDA")
     (check, *_) = cuda_kernels.checks(DRY)
     assert carry_out(check)["error"]["message"] == "built without CUDA"
+
+
+def test_the_floor_of_what_a_block_completes_is_the_sums():
+    """No kernel of its own is launched for it; transitions and the head have one."""
+    rows = {name: {"seconds": 1.0, "launches": 1.0} for name in ("sum_partials", "finalise_gradient")}
+    kernel_times.add_floors(rows, DRY, Ceilings(bandwidth=1.0, products=1.0), torch.float32)
+    network = architecture(DRY.network)
+    calls = training_step(network, DRY.profiled, DRY.size, 4)
+    completed = [c for c in calls if c.kernel == "finalise_gradient"]
+    of_blocks = [c for c in completed if c.part.startswith("block")]
+    assert len(of_blocks) == sum(network["block_config"])
+    assert rows["sum_partials"]["calls"] == len(of_blocks)
+    assert rows["sum_partials"]["bytes"] == sum(c.bytes for c in of_blocks)
+    assert rows["finalise_gradient"]["calls"] == len(completed) - len(of_blocks) > 0
 
 
 def test_kernels_that_do_not_compile(monkeypatch):
