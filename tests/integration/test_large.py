@@ -35,7 +35,8 @@ def test_shapes_of_a_training_step(mode, memory_efficient):
 
 @pytest.fixture(scope="module")
 def memory():
-    """Room for 2^31 elements and more, of which no page exists until it is written."""
+    """Room for 2^31 elements and more, of which no page exists until it is written; the kernels are loaded."""
+    assert cpu.unavailable() is None
     return mmap.mmap(-1, 4 * (LIMIT + 2**26))
 
 
