@@ -22,6 +22,7 @@
 #else
 extern "C" int cudaGetFuncBySymbol(void** function, const void* symbol);
 extern "C" const char* cudaGetErrorString(int error);
+extern "C" int cudaSetDevice(int device);
 #endif
 
 namespace densenet_fast::cuda {
@@ -285,6 +286,11 @@ bool fit(const Plan& plan, const std::vector<Tensor>& inputs) {
 
 void launch_all(const Plan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
                 const Tensor& arena, int64_t stream) {
+#ifndef DENSENET_FAST_EMULATED
+  // A thread that has called nothing of the runtime yet has no context, which the driver's functions need.
+  const int error = plan.device < 0 ? 0 : cudaSetDevice(plan.device);
+  STD_TORCH_CHECK(error == 0, "densenet_fast: device ", plan.device, ": ", cudaGetErrorString(error));
+#endif
   std::vector<uint64_t> buffers;
   buffers.reserve(plan.buffers);
   for (const Tensor& t : inputs) buffers.push_back(address_of(t));
