@@ -70,8 +70,8 @@ struct Output {
   Tensor allocate(int device) const {
     AtenTensorHandle made;
     const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    dtype, type, device < 0 ? 0 : device, &made));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, type, device < 0 ? 0 : device, &made));
     return Tensor(made);
   }
 };
@@ -222,12 +222,12 @@ const void* function_of(const void* symbol, const std::string& name) {
 #endif
 }
 
-// Keeps a plan for tensors like `inputs` and `outputs` and an arena of bytes, which its relocations number in this order; the
-// arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of all
-// launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
+// Keeps a plan for tensors like `inputs` and `outputs` and an arena of bytes, which its relocations number in this
+// order; the arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of
+// all launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
 // block, shared bytes, bytes of parameters, arguments, relocations).
-int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t arena, Tensor launches, Tensor arguments, Tensor relocations,
-             Tensor parameters, std::string names) {
+int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t arena, Tensor launches, Tensor arguments,
+             Tensor relocations, Tensor parameters, std::string names) {
   STD_TORCH_CHECK(!inputs.empty(), "cuda_plan: inputs: expected at least one tensor");
   STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Byte && parameters.is_contiguous(),
                   "cuda_plan: parameters: expected contiguous bytes");
