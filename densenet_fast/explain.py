@@ -13,6 +13,7 @@ from densenet_fast.conversion.layout import TransitionLayout
 from densenet_fast.models import DenseNet
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, calls, fusion
 from densenet_fast.nn.features import Features
+from densenet_fast.ops import planned
 from densenet_fast.ops.stage import autocast_dtype
 from densenet_fast.table import table
 
@@ -44,7 +45,8 @@ class ModuleReport:
     """The backend that its parameters' device and dtype select; "stock torch" where it does not run fused."""
     device: str
     last_call: str
-    """"fused", "stock: " and why, or empty if it was not called yet, or compiled."""
+    """"fused", on a GPU with "planned" or "walked: " and why not planned; "stock: " and why; empty if it was not called
+    yet, or compiled."""
 
 
 class Report(list[ModuleReport]):
@@ -141,8 +143,18 @@ def _row(name: str, kind: str, module: nn.Module, reason: str) -> ModuleReport:
     parameter = next(module.parameters(), torch.empty(0))
     backend = STOCK if reason else select(parameter.device, parameter.dtype).name
     call = calls.last(module, kind if kind in ("Stem", "Head") else "")
-    last_call = "" if call is None else "fused" if call.reason is None else f"stock: {call.reason}"
-    return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device), last_call)
+    return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device), _told(call, parameter.device))
+
+
+def _told(call: calls.Call | None, device: torch.device) -> str:
+    """What the last call was."""
+    if call is None:
+        return ""
+    if call.reason is not None:
+        return f"stock: {call.reason}"
+    if device.type != planned.DEVICE or call.operands is None:
+        return "fused"
+    return "fused, planned" if call.operands.walked is None else f"fused, walked: {call.operands.walked}"
 
 
 def _join(*names: str) -> str:

@@ -20,7 +20,7 @@ from densenet_fast.backends import aten, select
 from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, Operands, check
-from densenet_fast.ops import stock
+from densenet_fast.ops import planned, stock
 from densenet_fast.ops.op import seen_by_dispatcher
 from densenet_fast.ops.stage import autocast_dtype, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
@@ -348,8 +348,9 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
 
 @torch.no_grad()
 def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the statistics of x and
-    what was made of it, which stand in the packed ``mean`` and ``var``."""
+    """After an op on x: running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the
+    statistics of x and what was made of it, which stand in the packed ``mean`` and ``var``."""
+    operands.walked = planned.last()
     for batches in operands.counters:
         batches.add_(1)
     if not operands.running:

@@ -6,7 +6,7 @@ import platform
 import torch
 
 import densenet_fast
-from densenet_fast.backends import BACKENDS
+from densenet_fast.backends import BACKENDS, cuda, cuda_kernels, plan, triton
 from densenet_fast.table import table
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy")
@@ -21,7 +21,14 @@ def report() -> str:
     sections.append(table(("device", "dtype", "backend"), _served()))
     states = [(b.name, b.unavailable() or f"available: {b.describe()}") for b in BACKENDS]
     sections.append(table(("backend", "state"), states))
+    sections.append(table(("launch plans",), [(_plans(),)]))
     return "\n\n".join(sections)
+
+
+def _plans() -> str:
+    """Whether ops are planned on GPUs, or why not."""
+    missing = plan.unavailable() or (cuda.unavailable() if not cuda_kernels.emulated() else "the kernels are emulated")
+    return missing or triton.unavailable() or f"available, by cuLaunchKernel and {triton.describe()}"
 
 
 def _version(package: str) -> str:

@@ -94,7 +94,7 @@ class DenseNet(reference.DenseNet):
                 reason, operands = _head_memory(self)
             if reason is None:
                 return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self, operands)]))
-            calls.note(self, reason, "Head")
+            calls.note(self, reason, None, "Head")
         return self.classifier(reference.average(rectified(self.features(x))))
 
 

@@ -77,6 +77,8 @@ class Operands:
         alone = [norm.num_batches_tracked for norm, _ in training if norm.running_mean is None]
         self.counters = [batches for batches in alone if batches is not None]
         """Numbers of batches without averages over them, which a call counts up."""
+        self.walked: str | None = "it was not called yet"
+        """Why the last call's op was not planned; None if it was."""
         self._by_batch = any(not norm.frozen for norm in norms)
         self._groups = {norm.group for norm in norms if not norm.frozen}
         self._admitted: set[tuple[object, ...]] = set()

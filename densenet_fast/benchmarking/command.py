@@ -38,7 +38,8 @@ Runs every competitor from the same weights on the same images, checks that they
 turn, measures the peak memory of each in a process of its own, and prints one table: one row a competitor, of the
 memory layout in which it is faster (torch.compile has channels_last alone), with the memory of the layout that needs
 less. All rows go to a CSV file, the table to a Markdown file, a picture to a PNG file. A training step is forward and
-backward, without the optimizer.
+backward, without the optimizer. On a GPU the time until the host has enqueued a step stands beside the time until the
+device has done it.
 """
 
 

@@ -19,7 +19,8 @@ Row = dict[str, object]
 def bench_rows(
     timings: Sequence[Timing], memories: Sequence[Memory | None], setting: Row, baseline: str, conditions: Row
 ) -> list[Row]:
-    """One row an entry and batch: its figures, their ratios to the baseline's best layout, its conditions.
+    """One row an entry and batch: its figures, their ratios to the baseline's best layout, its conditions. Where steps
+    are enqueued, on a GPU, also the time that takes.
 
     Args:
         timings: of every entry and batch.
@@ -29,6 +30,7 @@ def bench_rows(
         conditions: device, versions, commit, date.
     """
     rows: list[Row] = []
+    on_gpu = any(timing.enqueued for timing in timings)
     for timing, memory in zip(timings, memories, strict=True):
         measured = bool(timing.seconds) and not timing.failure
         median = timing.quantile(0.5) if measured else None
@@ -42,6 +44,7 @@ def bench_rows(
                 "median_s": median,
                 "p20_s": timing.quantile(0.2) if measured else None,
                 "p80_s": timing.quantile(0.8) if measured else None,
+                **({"enqueue_s": timing.enqueue_seconds if measured else None} if on_gpu else {}),
                 "repeats": len(timing.seconds),
                 "images_per_s": timing.batch / median if measured else None,
                 "speed_ratio": None,
@@ -83,12 +86,14 @@ def best_rows(rows: Sequence[Row]) -> list[Row]:
 
 def bench_table(rows: Sequence[Row], baseline: str) -> str:
     """The rows for a reader."""
-    header = ["implementation", "layout", "batch", "ms", "20 - 80 %", "images/s"]
+    on_gpu = any("enqueue_s" in row for row in rows)
+    header = ["implementation", "layout", "batch", "ms", "20 - 80 %"]
+    header += [*(["ms to enqueue"] if on_gpu else []), "images/s"]
     header += [f"speed, {baseline} 1", "peak MiB", f"memory, {baseline} 1"]
     cells = []
     for row in rows:
         times = [row["median_s"], row["p20_s"], row["p80_s"]]
-        median, low, high = (_number(t and 1e3 * t, 1) for t in times)
+        median, low, high = (_number(_milliseconds(t), 1) for t in times)
         cells.append(
             (
                 COMPETITORS[row["competitor"]].label,
@@ -96,6 +101,7 @@ def bench_table(rows: Sequence[Row], baseline: str) -> str:
                 row["batch"],
                 row["failure"] if row["median_s"] is None else median,
                 f"{low} - {high}",
+                *([_number(_milliseconds(row["enqueue_s"]), 1)] if on_gpu else []),
                 _number(row["images_per_s"], 1),
                 _number(row["speed_ratio"], 2, "x"),
                 _number(row["peak_mib"], 0),
@@ -112,6 +118,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
 
 
 def _number(value: object, digits: int, unit: str = "") -> str:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast.benchmarking.competitors import Entry, compiled
-from densenet_fast.benchmarking.steps import Disagreement, Run, compiled_agrees, step
+from densenet_fast.benchmarking.steps import Disagreement, Run, compiled_agrees, enqueue
 from densenet_fast.progress import progress
 
 __all__ = ["Timing", "measure_times"]
@@ -22,12 +23,19 @@ WARM_UPS = {"cpu": 1, "cuda": 3}
 
 @dataclass
 class Timing:
-    """Seconds of each step of an entry on ``batch`` images; ``failure`` says why there are none."""
+    """Seconds of each step of an entry on ``batch`` images, and on a GPU those until it was enqueued; ``failure`` says
+    why there are none."""
 
     entry: Entry
     batch: int
     seconds: list[float] = field(default_factory=list)
     failure: str = ""
+    enqueued: list[float] = field(default_factory=list)
+
+    @property
+    def enqueue_seconds(self) -> float | None:
+        """The median."""
+        return median(self.enqueued) if self.enqueued else None
 
     def quantile(self, q: float) -> float:
         """Linear between the two nearest."""
@@ -41,7 +49,7 @@ class _Contestant:
     """A competitor with its model and its images."""
 
     def __init__(self, timing: Timing, size: int, dtype: torch.dtype, train: bool, device: torch.device) -> None:
-        self.timing, self.dtype, self.train = timing, dtype, train
+        self.timing, self.dtype, self.train, self.device = timing, dtype, train, device
         self.model: nn.Module = timing.entry.model(device, train)
         self.parameters = list(self.model.parameters())
         self.images: Tensor = timing.entry.images(timing.batch, size, device)
@@ -49,16 +57,31 @@ class _Contestant:
         if timing.entry.compiled:
             self.run = compiled(self.model)
             compiled_agrees(timing.entry, self.model, self.run, self.images, dtype, train)
-        self.estimate = [self.turn() for _ in range(WARM_UPS[device.type])][-1]
+        self.estimate = [self.turn()[1] for _ in range(WARM_UPS[device.type])][-1]
 
-    def turn(self) -> float:
-        """Seconds of one step."""
+    def turn(self) -> tuple[float, float]:
+        """Seconds of one step, until it is enqueued and until it is done."""
+        self.wait()
         start = time.perf_counter()
-        step(self.run, self.images, self.dtype, self.train, self.parameters)
+        enqueue(self.run, self.images, self.dtype, self.train, self.parameters)
+        enqueued = time.perf_counter() - start
+        self.wait()
         seconds = time.perf_counter() - start
         for parameter in self.parameters:
             parameter.grad = None  # the others need the room
-        return seconds
+        return enqueued, seconds
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def take_turn(self) -> None:
+        """A step that counts."""
+        enqueued, seconds = self.turn()
+        self.timing.seconds.append(seconds)
+        if self.device.type == "cuda":
+            self.timing.enqueued.append(enqueued)
 
 
 def measure_times(
@@ -89,7 +112,7 @@ def measure_times(
             due = max(LEAST_REPEATS, int(min(repeats, share / contestant.estimate)))
             if i < due and not contestant.timing.failure:
                 with _failures_noted(contestant.timing):
-                    contestant.timing.seconds.append(contestant.turn())
+                    contestant.take_turn()
     return timings
 
 

@@ -63,7 +63,7 @@ class Fused(Converted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reason, operands = self._found(args, kwargs)
-        calls.note(self, reason)
+        calls.note(self, reason, operands)
         if reason is not None:
             return super().forward(*args, **kwargs)
         return run(self, args[0], operands=operands, contiguous=not is_channels_last(args[0]), kept=_keeps_output(self))
@@ -94,7 +94,7 @@ class FusedSequential(Converted):
                 contiguous = not is_channels_last(input)
             following = _operands(follower, input)
             fused = following is not None
-            calls.note(module, None)
+            calls.note(module, None, operands)
             read_only = fused or (isinstance(follower, _BatchNorm) and not fusion.has_hooks(follower))
             kept = _keeps_output(module) and not read_only
             input = run(module, input, operands=operands, contiguous=contiguous and not fused, kept=kept)

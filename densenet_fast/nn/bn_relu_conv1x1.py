@@ -36,7 +36,7 @@ class _Fusible(nn.Sequential):
         reason, operands = fusion.call_obstacle(input, self.spatial_dims), None
         if reason is None:
             reason, operands = self.found()
-        calls.note(self, reason)
+        calls.note(self, reason, operands)
         return fusion.run(self._alone, input, operands) if reason is None else super().forward(input)
 
     def _alone(self, x: Tensor, operands: ConvOperands) -> Tensor:

@@ -6,21 +6,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from densenet_fast.operands import Operands
+
 
 class Call(NamedTuple):
     """One call of a part."""
 
     reason: str | None
     """Why it ran on stock layers; None if it ran fused."""
+    operands: Operands | None
+    """Of its op, which know whether it was planned; None if it ran on stock layers."""
 
 
 _last: WeakKeyDictionary[nn.Module, dict[str, Call]] = WeakKeyDictionary()
 
 
-def note(module: nn.Module, reason: str | None, part: str = "") -> None:
-    """Remembers that ``module``, or the ``part`` of it so named, ran fused or, for a ``reason``, on stock layers."""
+def note(module: nn.Module, reason: str | None, operands: Operands | None, part: str = "") -> None:
+    """Remembers that ``module``, or the ``part`` of it so named, ran fused with ``operands`` or, for a ``reason``, on
+    stock layers."""
     if not torch.compiler.is_compiling():
-        _last.setdefault(module, {})[part] = Call(reason)
+        _last.setdefault(module, {})[part] = Call(reason, operands)
 
 
 def last(module: nn.Module, part: str = "") -> Call | None:

@@ -149,7 +149,7 @@ class DenseBlock(reference.DenseBlock):
         reason, operands = fusion.call_obstacle(x, self.spatial_dims), None
         if reason is None:
             reason, operands = self.found()
-        calls.note(self, reason)
+        calls.note(self, reason, operands)
         return fusion.run(self._alone, x, operands) if reason is None else self.one_by_one(x)
 
     def _alone(self, x: Tensor, operands: BlockOperands) -> Tensor:

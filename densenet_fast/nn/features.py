@@ -97,7 +97,7 @@ class Part(Step):
 
     def note(self, reason: str | None) -> None:
         if reason is None:  # else the module is called, and says so itself
-            calls.note(self.module, None)
+            calls.note(self.module, None, self.found.operands)
 
 
 class Stem(Step):
@@ -123,7 +123,7 @@ class Stem(Step):
         return functional.run_bn_relu_maxpool(x, self.operands, describe)
 
     def note(self, reason: str | None) -> None:
-        calls.note(self.features, reason, "Stem")
+        calls.note(self.features, reason, self.operands, "Stem")
 
 
 class Head(Step):
@@ -148,7 +148,7 @@ class Head(Step):
         return reference.average(rectified(self.norm(x)))
 
     def note(self, reason: str | None) -> None:
-        calls.note(self.model, reason, "Head")
+        calls.note(self.model, reason, self.operands, "Head")
 
 
 class Features(nn.Sequential):
@@ -174,7 +174,7 @@ class Features(nn.Sequential):
         steps: list[Step] = []
         stem, operands = _stem_memory(self)
         if "norm0" in self._modules:
-            calls.note(self, stem, "Stem")
+            calls.note(self, stem, None, "Stem")
         for name, module in self._modules.items():
             if stem is None and name in STEM:
                 if name == "norm0":
@@ -219,7 +219,7 @@ class Features(nn.Sequential):
         if reason is None:
             return self.through(input, self.steps())
         if "norm0" in self._modules:
-            calls.note(self, reason, "Stem")
+            calls.note(self, reason, None, "Stem")
         return super().forward(input)
 
 

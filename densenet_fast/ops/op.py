@@ -109,9 +109,12 @@ def with_autograd(
     apply = super(torch.autograd.Function, Direct).apply
     """Without what torch.func needs: no transform sees these calls."""
 
+    arguments = op.custom_op._opoverload._schema.arguments[4:]
+    tensor_lists = [str(argument.type) == "List[Tensor]" for argument in arguments]
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.channels_last = is_channels_last(inputs[0])
-        ctx.constants = [[None] * len(c) if _holds_tensors(c) else None for c in inputs[4:]]
+        ctx.constants = [[None] * len(c) if listed else None for c, listed in zip(inputs[4:], tensor_lists)]
         save(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -152,7 +155,3 @@ def _is_batched(grad: Tensor) -> bool:
 
 def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return (*outputs[:-1], *outputs[-1]) if isinstance(outputs[-1], list) else outputs
-
-
-def _holds_tensors(constant: Any) -> bool:
-    return isinstance(constant, list) and any(isinstance(c, Tensor) for c in constant)

@@ -168,6 +168,7 @@ def speed(name: str, rows: Sequence[Record]) -> Section:
             continue
         peak = f"{r['peak_mib']:8.0f} MiB {r['memory_ratio']:.2f}" if r["peak_mib"] != "" else ""
         times = f"{1e3 * r['median_s']:8.2f} ms {r['images_per_s']:8.0f} images/s {r['speed_ratio']:5.2f}x"
+        times += f" enqueued in {1e3 * r['enqueue_s']:.2f} ms" if "enqueue_s" in r else ""
         lines.append(f"batch {r['batch']:4.0f}  {r['competitor']:16} {times} {peak}")
     return Section(f"{name.upper()}, channels_last, bfloat16; torchvision 1", lines)
 
