@@ -16,10 +16,15 @@ from densenet_fast.backends import plan
 from densenet_fast.backends.recording import replaced, tensors_in
 from densenet_fast.backends.symbolic import Unplannable
 from densenet_fast.backends.triton import launch
+from densenet_fast.nn import DenseBlock
 from densenet_fast.ops import planned
+from helpers import randomise
 
 FORWARD = ["dense_block", "bn_relu_conv1x1", "dense_block", "bn_relu_global_avgpool"]
 """The bodies of a network of two blocks with the stem for small images, in order."""
+
+BLOCK = ["dense_block", "dense_block_backward"]
+"""Those of a training step of a block."""
 
 
 class Bodies:
@@ -116,3 +121,18 @@ def training_step(model: torch.nn.Module, x: torch.Tensor) -> list[Any]:
     out = model(x)
     out.backward(cotangent(out))
     return [out, *gradients(model, x), *map(torch.clone, model.buffers())]
+
+
+def steps(x: torch.Tensor) -> Callable[[torch.nn.Module], list[Any]]:
+    """:func:`training_step` on x."""
+    return lambda model: training_step(model, x)
+
+
+def block(layers: int = 1, **options: Any) -> torch.nn.Module:
+    """A dense block of 5 channels, bottlenecks of 6 and 3 new channels a layer."""
+    return randomise(DenseBlock(layers, 5, growth_rate=3, **{"bn_size": 2, **options}))
+
+
+def maps(height: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a block reads."""
+    return torch.randn(2, 5, height, 3).to(dtype)
