@@ -139,6 +139,6 @@ def test_statistics_of_several_processes_are_walked(tmp_path):
         inputs = (x, None, None, [*norm.stage()[:6]], [1e-5], name)
         with plans() as bodies:
             head(*inputs)
-        assert bodies.walked == [("bn_relu_global_avgpool", "it calls aten.cat.default")]
+        assert bodies.walked == [("bn_relu_global_avgpool", "it calls aten.new_full.default")]
     finally:
         torch.distributed.destroy_process_group()

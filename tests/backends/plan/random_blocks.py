@@ -9,7 +9,7 @@ import time
 import torch
 
 from backends.plan.bodies import equal
-from backends.plan.walks import BLOCK, plans, tf32
+from backends.plan.walks import plans, tf32
 from densenet_fast import functional
 from densenet_fast.functional import BatchNorm, BatchStatistics, BNReLUConv
 
@@ -73,11 +73,18 @@ class Block:
         return BNReLUConv(norm, self.leaf(weight), self.leaf(self.normal(new)) if self.bias else None)
 
     def reasons(self) -> set[str]:
-        """Why its backward pass may be walked: it sums to the gradient of a bias, adds to gradients where there is no
-        bottleneck, or stores a weight's gradient with strides that a dimension of one leaves open."""
+        """Why its bodies may be walked: the backward pass sums to the gradient of a bias, or adds to gradients where
+        there is no bottleneck, or stores a weight's gradient with strides that a dimension of one leaves open; the
+        second normalisation of a layer has a weight and the first has none, or the other way round."""
         sizes = [size for layer in self.layers for unit in layer for size in unit.weight.shape[:2]]
-        found = {"it calls aten.sum.dim_IntList": self.bias, "it calls aten.add.out": not self.bottleneck}
-        return {reason for reason, so in {**found, "it calls aten.copy_.default": 1 in sizes}.items() if so}
+        mixed = any(len({unit.norm.weight is None for unit in layer}) == 2 for layer in self.layers)
+        reasons = {
+            "aten.sum.dim_IntList": self.bias,
+            "aten.add.out": not self.bottleneck,
+            "aten.copy_.default": 1 in sizes,
+            "aten.mul.Tensor": mixed,
+        }
+        return {f"it calls {operation}" for operation, possible in reasons.items() if possible}
 
     def run(self) -> list[torch.Tensor | None]:
         """The features, their statistics if returned, all gradients and the running statistics."""
@@ -102,7 +109,7 @@ class Block:
 
 
 def test_random_blocks():
-    """All bodies are planned, but for backward passes that do what :meth:`Block.reasons` says."""
+    """All bodies are planned, but for those that do what :meth:`Block.reasons` says."""
     everything = os.environ.get("DENSENET_FAST_ALL_BLOCKS") == "1"
     seeds = random.Random(0).sample(range(BLOCKS), BLOCKS)
     start, count, planned = time.process_time(), 0, 0
@@ -116,11 +123,7 @@ def test_random_blocks():
                 made = block.run()
             for i, (one, other) in enumerate(zip(made, expected, strict=True)):
                 assert equal(one, other), f"block {seed}: {i} of {len(made)}"
-            walked = [] if not bodies.walked else [BLOCK[1]]
-            assert [name for name, _ in bodies.walked] == walked and bodies.reasons() <= block.reasons(), (
-                seed,
-                bodies.walked,
-            )
+            assert bodies.reasons() <= block.reasons(), f"block {seed}: {bodies.walked}"
             count, planned = count + 1, planned + len(bodies.planned)
     assert planned > count
     print(f"{count} blocks, {planned} planned bodies, {time.process_time() - start:.0f} s of CPU time")
