@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
+from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_image, to_matrix
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
@@ -103,7 +103,7 @@ def with_autograd(
             tensors = [False] * ctx.tensors
             for place, need in zip(ctx.places, given):
                 tensors[place] = need
-            grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
+            grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], _channels_adjacent(grads[0]), *grads[1:])
             return None, None, _in_format(grad_x, ctx), *statistics, *(rest[place] for place in ctx.places)
 
     apply = super(torch.autograd.Function, Direct).apply
@@ -137,6 +137,14 @@ def with_autograd(
             return apply(inputs, places, x, mean, var, *(tensors[i] for i in places))
 
     return call
+
+
+def _channels_adjacent(grad: Tensor | None) -> Tensor | None:
+    """An incoming gradient with adjacent channels, as all bodies read it: copied here, where a plan does not see it.
+    Not where it is differentiated itself, or is a batch."""
+    if grad is None or grad.stride(1) == 1 or torch.is_grad_enabled() or _is_batched(grad):
+        return grad
+    return to_image(to_matrix(grad), (grad.shape[0], *grad.shape[2:]))
 
 
 def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
