@@ -69,9 +69,9 @@ def test_features_are_normalised_as_torchvisions(calls):
 @pytest.mark.parametrize("hooked", [False, True])
 def test_the_stem_reads_what_the_first_convolution_makes_in_place(hooked, monkeypatch):
     """A hook on the convolution sees the memory format of the images all the same."""
-    model, read, seen, run = small(num_init_features=16), [], [], functional.bn_relu_maxpool
+    model, read, seen, run = small(num_init_features=16), [], [], functional.run_bn_relu_maxpool
     monkeypatch.setattr(
-        functional, "bn_relu_maxpool", lambda x, *a, **kw: (read.append(is_channels_last(x)), run(x, *a, **kw))[1]
+        functional, "run_bn_relu_maxpool", lambda x, *a, **kw: (read.append(is_channels_last(x)), run(x, *a, **kw))[1]
     )
     if hooked:
         model.features.conv0.register_forward_hook(lambda m, i, o: seen.append(is_channels_last(o)))

@@ -22,6 +22,7 @@
 #else
 extern "C" int cudaGetFuncBySymbol(void** function, const void* symbol);
 extern "C" const char* cudaGetErrorString(int error);
+extern "C" int cudaSetDevice(int device);
 #endif
 
 namespace densenet_fast::cuda {
@@ -69,8 +70,8 @@ struct Output {
   Tensor allocate(int device) const {
     AtenTensorHandle made;
     const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    dtype, type, device < 0 ? 0 : device, &made));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, type, device < 0 ? 0 : device, &made));
     return Tensor(made);
   }
 };
@@ -221,12 +222,12 @@ const void* function_of(const void* symbol, const std::string& name) {
 #endif
 }
 
-// Keeps a plan for tensors like `inputs` and `outputs` and an arena of bytes, which its relocations number in this order; the
-// arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of all
-// launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
+// Keeps a plan for tensors like `inputs` and `outputs` and an arena of bytes, which its relocations number in this
+// order; the arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of
+// all launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
 // block, shared bytes, bytes of parameters, arguments, relocations).
-int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t arena, Tensor launches, Tensor arguments, Tensor relocations,
-             Tensor parameters, std::string names) {
+int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t arena, Tensor launches, Tensor arguments,
+             Tensor relocations, Tensor parameters, std::string names) {
   STD_TORCH_CHECK(!inputs.empty(), "cuda_plan: inputs: expected at least one tensor");
   STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Byte && parameters.is_contiguous(),
                   "cuda_plan: parameters: expected contiguous bytes");
@@ -285,6 +286,11 @@ bool fit(const Plan& plan, const std::vector<Tensor>& inputs) {
 
 void launch_all(const Plan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
                 const Tensor& arena, int64_t stream) {
+#ifndef DENSENET_FAST_EMULATED
+  // A thread that has called nothing of the runtime yet has no context, which the driver's functions need.
+  const int error = plan.device < 0 ? 0 : cudaSetDevice(plan.device);
+  STD_TORCH_CHECK(error == 0, "densenet_fast: device ", plan.device, ": ", cudaGetErrorString(error));
+#endif
   std::vector<uint64_t> buffers;
   buffers.reserve(plan.buffers);
   for (const Tensor& t : inputs) buffers.push_back(address_of(t));

@@ -86,7 +86,7 @@ class Plan:
         outputs = kernels.cuda_call(self._handle, tensors, stream)
         if not outputs:
             return None
-        return self._whole(outputs) if self._whole else self._returned([*tensors, *outputs])
+        return self._returned(tensors, outputs)
 
     def interpret(self, inputs: Sequence[Any], poison: bool = False) -> Any:
         """The same on CPU tensors, launch by launch: in Triton's interpreter or by Triton's own launcher, and in the
@@ -99,7 +99,7 @@ class Plan:
             if poison:
                 self._poison_dead(memory, i)
             self.launch(i, tensors, outputs, memory)
-        return self._returned([*tensors, *outputs])
+        return self._returned(tensors, outputs)
 
     def launch(self, i: int, tensors: list[Tensor], outputs: list[Tensor], memory: Tensor) -> None:
         """Makes launch ``i`` by itself, without this plan's replay."""
@@ -115,8 +115,10 @@ class Plan:
         outputs = [torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device=self.device) for o in self.outputs]
         return outputs, torch.empty(self.arena_bytes, dtype=torch.uint8, device=self.device)
 
-    def _returned(self, buffers: list[Tensor]) -> Any:
-        return replaced(self.result, lambda view: view.of(buffers), View)
+    def _returned(self, tensors: list[Tensor], outputs: list[Tensor]) -> Any:
+        if self._whole:
+            return self._whole(outputs)
+        return replaced(self.result, lambda view: view.of([*tensors, *outputs]), View)
 
     def _poison_dead(self, memory: Tensor, i: int) -> None:
         dead = torch.ones(self.arena_bytes, dtype=torch.bool)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
+from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_image, to_matrix
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
@@ -103,15 +103,18 @@ def with_autograd(
             tensors = [False] * ctx.tensors
             for place, need in zip(ctx.places, given):
                 tensors[place] = need
-            grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
+            grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], _channels_adjacent(grads[0]), *grads[1:])
             return None, None, _in_format(grad_x, ctx), *statistics, *(rest[place] for place in ctx.places)
 
     apply = super(torch.autograd.Function, Direct).apply
     """Without what torch.func needs: no transform sees these calls."""
 
+    arguments = op.custom_op._opoverload._schema.arguments[4:]
+    tensor_lists = [str(argument.type) == "List[Tensor]" for argument in arguments]
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.channels_last = is_channels_last(inputs[0])
-        ctx.constants = [[None] * len(c) if _holds_tensors(c) else None for c in inputs[4:]]
+        ctx.constants = [[None] * len(c) if listed else None for c, listed in zip(inputs[4:], tensor_lists)]
         save(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -136,6 +139,14 @@ def with_autograd(
     return call
 
 
+def _channels_adjacent(grad: Tensor | None) -> Tensor | None:
+    """An incoming gradient with adjacent channels, as all bodies read it: copied here, where a plan does not see it.
+    Not where it is differentiated itself, or is a batch."""
+    if grad is None or grad.stride(1) == 1 or torch.is_grad_enabled() or _is_batched(grad):
+        return grad
+    return to_image(to_matrix(grad), (grad.shape[0], *grad.shape[2:]))
+
+
 def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
     """The gradient of x in the memory format of x."""
     if grad_x is None or (ctx.channels_last and _is_batched(grad_x)):
@@ -152,7 +163,3 @@ def _is_batched(grad: Tensor) -> bool:
 
 def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return (*outputs[:-1], *outputs[-1]) if isinstance(outputs[-1], list) else outputs
-
-
-def _holds_tensors(constant: Any) -> bool:
-    return isinstance(constant, list) and any(isinstance(c, Tensor) for c in constant)

@@ -33,9 +33,10 @@ def run(file, **environment):
 
 
 @needs_nvcc
-def test_interpreted():
+@pytest.mark.parametrize("file", ["interpreted.py", "networks.py", "stale.py", "random_blocks.py"])
+def test_interpreted(file):
     pytest.importorskip("triton", reason="Triton is not installed")
-    run("interpreted.py", TRITON_INTERPRET="1")
+    run(file, TRITON_INTERPRET="1")
 
 
 @needs_nvcc

@@ -61,7 +61,8 @@ def faults(item, got, dtype, generation, shape):
         yield f"{len(got.hazards)} registers of unfinished products are used: {got.hazards[0]}"
     if got.races:
         yield f"{len(got.races)} races: {got.races[0]}"
-    rectifies = "scale" in item.kernel.arg_names and item.constants.get("WEIGHT", True)
+    constants = item.constants
+    rectifies = "norm_bias" in item.kernel.arg_names and constants.get("WEIGHT", True) and not constants.get("PLAIN")
     if rectifies and not got.keeps_nan:
         yield "the ReLU hides a NaN"
     if "PRECISION" not in item.constants or dtype == torch.float32:
