@@ -278,8 +278,8 @@ def _triton_call(item: Launch, recording: Recording, checked: set[int]) -> Call 
 
 
 def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list[Tensor]], tuple[Any, ...]] | None:
-    """What makes a flat ``result``, of tensors and lists of them, from the ``outputs`` numbered behind ``inputs``; None
-    where a tensor is not a whole output."""
+    """What makes a flat ``result``, a tuple of tensors and lists of them, from the ``outputs`` numbered behind
+    ``inputs``; None where it is of another form or a tensor is not a whole output."""
 
     def place(value: Any) -> int | None:
         if value is None:
@@ -291,6 +291,8 @@ def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list
             raise LookupError
         return value.buffer - inputs
 
+    if type(result) is not tuple:
+        return None
     try:
         places = [list(map(place, v)) if isinstance(v, list) else place(v) for v in result]
     except LookupError:

@@ -60,6 +60,16 @@ def test_results_that_share_memory_share_it():
     assert len(made.outputs) < len(list(tensors_in(made.interpret(inputs_of(*LAYERS[0], torch.float32)))))
 
 
+@pytest.mark.parametrize("form", [list, tuple, lambda made: made[0], lambda made: (made[0], [None, *made[1:]], None)])
+def test_results_keep_their_form(form):
+    def body(x):
+        return form(native(x, None))
+
+    x = torch.randn(6, 5)
+    made = plan.make(body, [x], CPU)
+    assert equal(made.interpret([x]), body(x)) and equal(made.run([x]), body(x))
+
+
 def test_a_repeated_input_stays_one():
     def body(x, y):
         return (native(x, None) if x is y else native(y, None)[::-1])[0]
