@@ -152,9 +152,9 @@ def _told(call: calls.Call | None, device: torch.device) -> str:
         return ""
     if call.reason is not None:
         return f"stock: {call.reason}"
-    if device.type != planned.DEVICE or call.operands is None:
+    if device.type != planned.DEVICE or call.outcome is None:
         return "fused"
-    return "fused, planned" if call.operands.walked is None else f"fused, walked: {call.operands.walked}"
+    return "fused, planned" if call.outcome.walked is None else f"fused, walked: {call.outcome.walked}"
 
 
 def _join(*names: str) -> str:

@@ -57,6 +57,12 @@ class BNReLUConv(NamedTuple):
         return self.norm.stage(self.weight, self.bias)
 
 
+class Outcome:
+    """Of the last call of an op: ``walked`` is why it was not planned, None if it was."""
+
+    walked: str | None = "it was not called yet"
+
+
 class Operands:
     """The normalisations of one op, those of them that ``read`` its input, their stages, and where each one's
     statistics stand in the op's packed vectors."""
@@ -77,8 +83,7 @@ class Operands:
         alone = [norm.num_batches_tracked for norm, _ in training if norm.running_mean is None]
         self.counters = [batches for batches in alone if batches is not None]
         """Numbers of batches without averages over them, which a call counts up."""
-        self.walked: str | None = "it was not called yet"
-        """Why the last call's op was not planned; None if it was."""
+        self.outcome = Outcome()
         self._by_batch = any(not norm.frozen for norm in norms)
         self._groups = {norm.group for norm in norms if not norm.frozen}
         self._admitted: set[tuple[object, ...]] = set()

@@ -60,6 +60,14 @@ class Reader(NamedTuple):
             self.bias.copy_(d)
 
 
+def read(sums: tuple[Tensor, Tensor] | None, affine: Affine, reader: Reader | None) -> tuple[Tensor, Tensor] | None:
+    """Gives the sums to the ``reader``, if there is one; what a backward kernel returns for them."""
+    if reader is None or sums is None:
+        return sums
+    reader.read(sums, affine)
+    return None
+
+
 class Statistics(NamedTuple):
     """Where a kernel writes the statistics of what it stored, [columns] each, adjacent, in the accumulation dtype:
     mean, biased variance and rstd = rsqrt(var + eps)."""

@@ -22,6 +22,7 @@ from densenet_fast.backends.affine import (
     accumulation_dtype,
     bn_relu,
     normalise,
+    read,
 )
 from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool, max_unpool, pool, unpool
 
@@ -273,14 +274,6 @@ def bn_relu_global_avgpool_backward(
     pixels = x.shape[0] // grid[0]
     scaled, sums = _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
     return scaled, read(sums, affine, reader)
-
-
-def read(sums: Sums | None, affine: Affine, reader: Reader | None) -> Sums | None:
-    """Gives the sums to the ``reader``, if there is one; what a backward kernel returns for them."""
-    if reader is None or sums is None:
-        return sums
-    reader.read(sums, affine)
-    return None
 
 
 def prepare(jobs: Sequence[Job]) -> None:

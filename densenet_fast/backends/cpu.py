@@ -16,8 +16,9 @@ from densenet_fast.backends.affine import (
     Statistics,
     ThroughStatistics,
     Unfinished,
+    read,
 )
-from densenet_fast.backends.aten import TAPS_FIRST, prepare, read, update_running_statistics
+from densenet_fast.backends.aten import TAPS_FIRST, prepare, update_running_statistics
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 

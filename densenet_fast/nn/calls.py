@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from densenet_fast.operands import Operands
+from densenet_fast.operands import Operands, Outcome
 
 
 class Call(NamedTuple):
@@ -14,8 +14,8 @@ class Call(NamedTuple):
 
     reason: str | None
     """Why it ran on stock layers; None if it ran fused."""
-    operands: Operands | None
-    """Of its op, which know whether it was planned; None if it ran on stock layers."""
+    outcome: Outcome | None
+    """Whether its op was planned; None if it ran on stock layers."""
 
 
 _last: WeakKeyDictionary[nn.Module, dict[str, Call]] = WeakKeyDictionary()
@@ -25,7 +25,7 @@ def note(module: nn.Module, reason: str | None, operands: Operands | None, part:
     """Remembers that ``module``, or the ``part`` of it so named, ran fused with ``operands`` or, for a ``reason``, on
     stock layers."""
     if not torch.compiler.is_compiling():
-        _last.setdefault(module, {})[part] = Call(reason, operands)
+        _last.setdefault(module, {})[part] = Call(reason, None if operands is None else operands.outcome)
 
 
 def last(module: nn.Module, part: str = "") -> Call | None:

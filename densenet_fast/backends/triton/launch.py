@@ -7,6 +7,7 @@ Nothing here waits for the device, so launches can be captured in a CUDA graph.
 import contextlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -125,17 +126,33 @@ def compiled(item: Launch) -> Any:
 
 
 def compile_all(launches: Iterable[Launch], device: torch.device, ignore_errors: bool = False) -> None:
-    """Compiles what ``launches`` need for ``device`` and is not compiled yet: in parallel, with a progress bar where it
-    takes more than a second."""
+    """Compiles what ``launches`` need for ``device`` and is not compiled yet, in parallel from Python 3.12 on, with a
+    progress bar where it takes more than a second."""
     import triton
 
-    variants = {item.variant: item for item in launches if math.prod(item.grid)}
+    variants = {item.variant: item for item in launches if math.prod(item.grid)}.values()
+    told = "densenet_fast: compiling kernels, once"
     pool = ThreadPoolExecutor(max(1, min(len(variants), os.cpu_count() or 1)))
-    with current(device), pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
-        kernels = [compiled(item) for item in variants.values()]
-        for kernel in progress(kernels, "densenet_fast: compiling kernels, once", delay=1):
-            if hasattr(kernel, "future"):
-                wait([kernel.future])
+    if sys.version_info < (3, 12):  # whose parser fails at random in several threads: python/cpython issue 106905
+        with current(device):
+            for item in progress(variants, told, delay=1):
+                with contextlib.suppress(Exception) if ignore_errors else contextlib.nullcontext():
+                    _finished(compiled(item))
+        return
+    # An error that Triton's mode raised itself would leave it active.
+    with current(device), pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        kernels = [compiled(item) for item in variants]
+        for kernel in progress(kernels, told, delay=1):
+            _finished(kernel)
+    for kernel in kernels:
+        if hasattr(kernel, "future") and not ignore_errors:
+            kernel.result()
+
+
+def _finished(kernel: Any) -> None:
+    """Waits for a kernel that is being compiled."""
+    if hasattr(kernel, "future"):
+        wait([kernel.future])
 
 
 def units(stride: int) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def test_the_library_needs_nothing_of_cuda_and_shows_none_of_its_runtime():
 def test_without_a_gpu_another_backend_serves_and_it_is_said_why():
     assert cuda.unavailable() == ("no CUDA device" if not torch.cuda.is_available() else None)
     assert not cuda.supports(torch.device("cpu"), torch.float32)
-    with pytest.raises(NotImplementedError, match="cuda_bn_relu_global_avgpool"):
+    with pytest.raises(RuntimeError, match="bn_relu_global_avgpool: x: expected tensors on a GPU"):
         torch.ops.densenet_fast.cuda_bn_relu_global_avgpool(torch.ones(4, 3), *torch.ones(3, 3), None, 1, 0)
 
 
