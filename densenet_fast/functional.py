@@ -350,7 +350,8 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
 def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """After an op on x: running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the
     statistics of x and what was made of it, which stand in the packed ``mean`` and ``var``."""
-    operands.outcome.walked = planned.last()
+    if not torch.compiler.is_compiling():
+        operands.outcome.walked = planned.last()
     for batches in operands.counters:
         batches.add_(1)
     if not operands.running:

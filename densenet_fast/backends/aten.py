@@ -306,8 +306,8 @@ def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Ten
     counters = [r.batches for r in running if r.batches is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    count = torch.as_tensor(count, dtype=torch.float64)
-    var = var * (count / (count - 1)).to(var.dtype)
+    unbiased = count / (count - 1) if isinstance(count, Tensor) or count != 1 else torch.inf
+    var = var * (unbiased.to(var.dtype) if isinstance(unbiased, Tensor) else unbiased)
     by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for r in running:
         columns, momentum = slice(r.start, r.start + r.mean.numel()), r.momentum or 0.0
