@@ -93,7 +93,7 @@ TABLE: dict[str, Rows] = {
     "bn_relu_pool_conv1x1_backward": {
         (90, "half"): ((ANY, Tile(64, 32, 64, 4, 3)),),
         (80, "half"): ((32, Tile(32, 32, 64, 4, 3)), (ANY, Tile(64, 64, 64, 8, 3))),
-        (90, "tf32"): ((ANY, Tile(64, 64, 32, 8, 3)),),
+        (90, "tf32"): ((ANY, Tile(64, 32, 32, 8, 3)),),
         (80, "tf32"): ((ANY, Tile(64, 64, 32, 8, 2)),),
         (90, "ieee"): ((ANY, Tile(64, 32, 16, 8, 2)),),
         (80, "ieee"): ((ANY, Tile(64, 32, 16, 8, 2)),),

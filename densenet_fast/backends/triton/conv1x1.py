@@ -131,7 +131,7 @@ def _partials(
     (rows, channels), width = x.shape, grad.shape[1]
     device = config.device_of(x.device)
     tile = config.tile("bn_relu_conv1x1_backward", device, x.dtype, width)
-    block, columns = config.fit(max(width, 32), tile.inner), config.fit(channels, tile.columns)
+    block, columns = config.fit(max(width, 64), tile.inner), config.fit(channels, tile.columns)
     wide, column_tiles = width > block, tiles_of(channels, columns)
     ranges, range_rows = config.ranges(device, rows, tile.rows, column_tiles)
     weight_rows = width if need_weight else 0
