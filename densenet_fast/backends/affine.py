@@ -119,7 +119,8 @@ class ThroughStatistics(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Columns of a gradient matrix that are completed as soon as P and Q are known: by what, and where to."""
+    """Columns of a gradient matrix that are completed as soon as P and Q are known: by what, and where to. The reader's
+    ``before`` and ``after`` must then be different memory."""
 
     columns: slice
     through: ThroughStatistics

@@ -130,7 +130,8 @@ def _partials(
     needed C of sum D and C of sum D * (x - mean). Without an affine, the product of grad and x itself."""
     (rows, channels), width = x.shape, grad.shape[1]
     device = config.device_of(x.device)
-    tile = config.tile("bn_relu_conv1x1_backward", device, x.dtype, width)
+    few = width if affine is not None else min(width, 128)  # one kernel for the plain products of all widths
+    tile = config.tile("bn_relu_conv1x1_backward", device, x.dtype, few)
     block, columns = config.fit(max(width, 64), tile.inner), config.fit(channels, tile.columns)
     wide, column_tiles = width > block, tiles_of(channels, columns)
     ranges, range_rows = config.ranges(device, rows, tile.rows, column_tiles)
