@@ -346,7 +346,6 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
     return dropout_mask(x.new_empty(x.shape[0], channels, *drawn), p).expand(-1, -1, *spatial)
 
 
-@torch.no_grad()
 def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """After an op on x: running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the
     statistics of x and what was made of it, which stand in the packed ``mean`` and ``var``."""
@@ -354,11 +353,11 @@ def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var:
         operands.outcome.walked = planned.last()
     for batches in operands.counters:
         batches.add_(1)
-    if not operands.running:
-        return
-    traced = seen_by_dispatcher([mean, [r.mean for r in operands.running]])
-    backend = aten if traced else select(x.device, x.dtype)
-    backend.update_running_statistics(operands.running, mean, var, rows_of(count, x.numel() // x.shape[1]))
+    if operands.running:
+        traced = seen_by_dispatcher([mean, operands.running.means])
+        backend = aten if traced else select(x.device, x.dtype)
+        with torch.no_grad():
+            backend.update_running_statistics(operands.running, mean, var, rows_of(count, x.numel() // x.shape[1]))
 
 
 class _Link(torch.autograd.Function):
@@ -375,13 +374,17 @@ class _Link(torch.autograd.Function):
         return grad
 
 
+_linked = super(torch.autograd.Function, _Link).apply
+"""Without what torch.func needs: operands are refused under its transforms."""
+
+
 @functools.cache
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
 def _link(x: Tensor) -> Tensor | None:
-    return None if torch.compiler.is_compiling() else _Link.apply(x)
+    return None if torch.compiler.is_compiling() else _linked(x)
 
 
 def _autocast(x: Tensor, statistics: BatchStatistics | None) -> tuple[Tensor, BatchStatistics | None]:

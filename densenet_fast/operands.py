@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densenet_fast.backends.affine import Running, accumulation_dtype
-from densenet_fast.ops.stage import STAGE_TENSORS, Stage, autocast_dtype
+from densenet_fast.backends.affine import Running, RunningStatistics, accumulation_dtype
+from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 
 
 class BatchNorm(NamedTuple):
@@ -68,17 +68,17 @@ class Operands:
     statistics stand in the op's packed vectors."""
 
     def __init__(self, norms: list[BatchNorm], read: list[BatchNorm], stages: list[Stage], ranges: list[slice]) -> None:
-        self.norms, self.stages, self.ranges = norms, stages, ranges
+        self.norms, self.stages, self.ranges = norms, Stages(stages), ranges
         self.reads_statistics = any(not norm.frozen for norm in read)
         """Whether it normalises its input by the batch's statistics."""
         self.reader = next((norm for norm in read if not norm.frozen), norms[0])
         """What normalises its input, by the batch's statistics if any normalisation does."""
         training = [(norm, columns.start or 0) for norm, columns in zip(norms, ranges) if norm.training]
-        self.running = [
+        self.running = RunningStatistics(
             Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, start)
             for norm, start in training
             if norm.running_mean is not None
-        ]
+        )
         """What a call updates, by columns of the packed vectors."""
         alone = [norm.num_batches_tracked for norm, _ in training if norm.running_mean is None]
         self.counters = [batches for batches in alone if batches is not None]
@@ -96,10 +96,7 @@ class Operands:
 
     def differentiable(self, x: Tensor) -> bool:
         """Whether autograd follows an op on x."""
-        return torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(t is not None and t.requires_grad for stage in self.stages for t in stage[:STAGE_TENSORS])
-        )
+        return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.followed().places))
 
     def admit(self, x: Tensor) -> None:
         """As :meth:`check`, but for inputs of a kind that was admitted before only what is not of the kind; for callers

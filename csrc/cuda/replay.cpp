@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <tuple>
 #include <unordered_map>
@@ -34,96 +35,132 @@ using torch::stable::accelerator::DeviceGuard;
 
 uint64_t address_of(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()); }
 
-// All of a tensor that a plan depends on
-struct Signature {
-  ScalarType dtype;
-  int device;  // -1 for a CPU
-  uint64_t alignment;
-  std::vector<int64_t> sizes, strides;
+int32_t dtype_of(const Tensor& t) {  // as torch numbers them
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
 
-  explicit Signature(const Tensor& t)
-      : dtype(t.scalar_type()),
-        device(t.is_cuda() ? t.get_device_index() : -1),
-        alignment(address_of(t) % 16),
-        sizes(t.sizes().begin(), t.sizes().end()),
-        strides(t.strides().begin(), t.strides().end()) {}
+int device_of(const Tensor& t) { return t.is_cuda() ? t.get_device_index() : -1; }  // -1 for a CPU
 
-  bool fits(const Tensor& t) const {
-    const auto other_sizes = t.sizes(), other_strides = t.strides();
-    return t.scalar_type() == dtype && (t.is_cuda() ? t.get_device_index() : -1) == device &&
-           address_of(t) % 16 == alignment &&
-           std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()) &&
-           std::equal(strides.begin(), strides.end(), other_strides.begin(), other_strides.end());
-  }
+// Uninitialised
+Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int device) {
+  AtenTensorHandle made;
+  const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, type, device < 0 ? 0 : device, &made));
+  return Tensor(made);
+}
+
+// All of a tensor that a plan depends on but its sizes and strides, which stand with those of others
+struct Form {
+  int32_t dtype, device, alignment, dims;
 };
 
-// How an output is allocated: uninitialised, like one that has no memory
-struct Output {
-  int32_t dtype;  // as torch numbers them
-  std::vector<int64_t> sizes, strides;
-
-  explicit Output(const Tensor& like)
-      : sizes(like.sizes().begin(), like.sizes().end()), strides(like.strides().begin(), like.strides().end()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+// Of several tensors, in order. What a call looks at stands together: few of a plan's thousands of numbers would still
+// be in a cache.
+class Forms {
+ public:
+  void add(const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    forms_.push_back({dtype_of(t), device_of(t), alignment(address_of(t)), static_cast<int32_t>(t.dim())});
+    numbers_.insert(numbers_.end(), sizes.begin(), sizes.end());
+    numbers_.insert(numbers_.end(), strides.begin(), strides.end());
   }
 
-  Tensor allocate(int device) const {
-    AtenTensorHandle made;
-    const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, type, device < 0 ? 0 : device, &made));
-    return Tensor(made);
+  size_t size() const { return forms_.size(); }
+
+  // Appends the tensors' addresses; whether they are all as these
+  bool fit(const std::vector<Tensor>& tensors, std::vector<uint64_t>& addresses) const {
+    if (tensors.size() != size()) return false;
+    const int64_t* number = numbers_.data();
+    for (size_t i = 0; i < size(); ++i) {
+      const Tensor& t = tensors[i];
+      const Form& f = forms_[i];
+      addresses.push_back(address_of(t));
+      if (t.dim() != f.dims || dtype_of(t) != f.dtype || device_of(t) != f.device ||
+          alignment(addresses.back()) != f.alignment || !std::equal(number, number + f.dims, t.sizes().begin()) ||
+          !std::equal(number + f.dims, number + 2 * f.dims, t.strides().begin()))
+        return false;
+      number += 2 * f.dims;
+    }
+    return true;
   }
+
+  // Appends uninitialised tensors on a device that are as these are elsewhere
+  void allocate(int device, std::vector<Tensor>& made) const {
+    const int64_t* number = numbers_.data();
+    for (const Form& f : forms_) {
+      made.push_back(new_tensor(f.dims, number, number + f.dims, f.dtype, device));
+      number += 2 * f.dims;
+    }
+  }
+
+ private:
+  static int32_t alignment(uint64_t address) { return static_cast<int32_t>(address % 16); }
+
+  std::vector<Form> forms_;
+  std::vector<int64_t> numbers_;
 };
 
 struct Relocation {
-  int64_t at, buffer, offset;
+  int32_t at, buffer;
+  int64_t offset;
 };
 
 struct Step {
-  std::string name;
-  bool emulated = false;
-  Recorded launch;                 // of a function of the driver, or of the host's where it is emulated
-  std::vector<int64_t> arguments;  // where in the parameters each argument starts
-  std::vector<Relocation> relocations;
+  const void* function;  // the driver's, or the host's where it is emulated
+  unsigned grid[3], block[3];
+  size_t shared;
+  bool emulated;
+  std::span<const unsigned char> parameters;
+  std::span<const int32_t> arguments;  // where in the parameters each argument starts
+  std::span<const Relocation> relocations;
 };
 
 struct Plan {
   int device;
-  std::vector<Signature> inputs;
-  std::vector<Output> outputs;
   int64_t arena;    // bytes
   int64_t buffers;  // inputs, outputs, and the arena
+  Forms inputs, outputs;
   std::vector<Step> steps;
+  std::vector<std::string> names;  // of the steps' kernels
+  std::vector<unsigned char> parameters;
+  std::vector<int32_t> arguments;
+  std::vector<Relocation> relocations;
+};
+
+// What a launch needs while it is made
+struct Scratch {
+  std::vector<unsigned char> bytes;
+  std::vector<void*> arguments;
 };
 
 // What went wrong, or empty
-std::string run(const Step& step, const std::vector<uint64_t>& buffers, void* stream) {
-  thread_local std::vector<unsigned char> bytes;
-  thread_local std::vector<void*> arguments;
-  bytes = step.launch.parameters;
+std::string run(const Step& step, const std::vector<uint64_t>& buffers, void* stream, Scratch& scratch) {
+  auto& [bytes, arguments] = scratch;
+  bytes.assign(step.parameters.begin(), step.parameters.end());
   for (const Relocation& r : step.relocations) {
     const uint64_t address = buffers[r.buffer] + r.offset;
     std::memcpy(bytes.data() + r.at, &address, sizeof(address));
   }
+  const auto& [function, grid, block, shared, emulated, _1, _2, _3] = step;
 #ifdef DENSENET_FAST_EMULATED
-  if (step.emulated && recorder != nullptr) {
-    recorder->push_back(step.launch);
-    recorder->back().parameters = bytes;
+  if (emulated && recorder != nullptr) {
+    recorder->push_back({function, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, bytes});
     return "";
   }
-  if (step.emulated) {
+  if (emulated) {
     static std::mutex one_at_a_time;
     const std::lock_guard lock(one_at_a_time);
-    const char* error = run_emulated(step.launch, bytes.data());
+    const char* error = run_grid(function, grid, block, shared, bytes.data());
     return error ? error : "";
   }
 #endif
   arguments.clear();
-  for (const int64_t at : step.arguments) arguments.push_back(bytes.data() + at);
-  const Recorded& r = step.launch;
+  for (const int32_t at : step.arguments) arguments.push_back(bytes.data() + at);
   const Driver& driver = Driver::get();
-  const int error = driver.launch(const_cast<void*>(r.function), r.grid, r.block, r.shared, stream, arguments.data());
+  const int error = driver.launch(const_cast<void*>(function), grid, block, shared, stream, arguments.data());
   return error == 0 ? "" : driver.message(error);
 }
 
@@ -222,6 +259,20 @@ const void* function_of(const void* symbol, const std::string& name) {
 #endif
 }
 
+int32_t small(int64_t number) {
+  STD_TORCH_CHECK(std::in_range<int32_t>(number), "cuda_plan: ", number, " is too large");
+  return static_cast<int32_t>(number);
+}
+
+// The first `count` of those that are left
+template <typename T>
+std::span<T> taken(std::span<T>& left, int64_t count, const char* name) {
+  STD_TORCH_CHECK(0 <= count && std::cmp_less_equal(count, left.size()), "cuda_plan: ", name, ": too few");
+  const std::span<T> found = left.first(static_cast<size_t>(count));
+  left = left.subspan(static_cast<size_t>(count));
+  return found;
+}
+
 // Keeps a plan for tensors like `inputs` and `outputs` and an arena of bytes, which its relocations number in this
 // order; the arguments' offsets, relocations (offset in the parameters, buffer, offset in the buffer) and parameters of
 // all launches stand one behind another, their names a line each. A launch is (whether of this library, function, grid,
@@ -231,74 +282,78 @@ int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t ar
   STD_TORCH_CHECK(!inputs.empty(), "cuda_plan: inputs: expected at least one tensor");
   STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Byte && parameters.is_contiguous(),
                   "cuda_plan: parameters: expected contiguous bytes");
-  Plan made{inputs[0].is_cuda() ? inputs[0].get_device_index() : -1, {}, {}, arena, 0, {}};
+  Plan made{device_of(inputs[0]), arena, static_cast<int64_t>(inputs.size() + outputs.size()) + 1};
   std::optional<DeviceGuard> guard;
   if (made.device >= 0) guard.emplace(made.device);
-  for (const Tensor& t : inputs) made.inputs.emplace_back(t);
-  for (const Tensor& t : outputs) made.outputs.emplace_back(t);
-  made.buffers = static_cast<int64_t>(inputs.size() + outputs.size()) + 1;
+  for (const Tensor& t : inputs) made.inputs.add(t);
+  for (const Tensor& t : outputs) made.outputs.add(t);
   Table launch(launches, 12, "launches"), argument(arguments, 1, "arguments"),
       relocation(relocations, 3, "relocations");
   const auto* byte = static_cast<const unsigned char*>(parameters.data_ptr());
-  const unsigned char* end = byte + parameters.numel();
+  made.parameters.assign(byte, byte + parameters.numel());
+  made.arguments.resize(arguments.numel());
+  made.relocations.resize(relocations.numel() / 3);
+  std::span<unsigned char> bytes_left(made.parameters);
+  std::span<int32_t> arguments_left(made.arguments);
+  std::span<Relocation> relocations_left(made.relocations);
   std::istringstream lines(names);
   while (!launch.finished()) {
-    Step step;
-    std::getline(lines, step.name);
+    Step step{};
+    std::string& name = made.names.emplace_back();
+    std::getline(lines, name);
     const bool own = launch.next() != 0;
-    Recorded& r = step.launch;
-    r.function = reinterpret_cast<const void*>(static_cast<uintptr_t>(launch.next()));
-    for (unsigned& size : r.grid) size = static_cast<unsigned>(launch.next());
-    for (unsigned& size : r.block) size = static_cast<unsigned>(launch.next());
-    r.shared = static_cast<size_t>(launch.next());
-    const int64_t bytes = launch.next();
-    STD_TORCH_CHECK(bytes <= end - byte, "cuda_plan: parameters: too few bytes");
-    r.parameters.assign(byte, byte + bytes);
-    byte += bytes;
-    step.arguments.resize(static_cast<size_t>(launch.next()));
-    for (int64_t& at : step.arguments) {
-      at = argument.next();
+    step.function = reinterpret_cast<const void*>(static_cast<uintptr_t>(launch.next()));
+    for (unsigned& size : step.grid) size = static_cast<unsigned>(launch.next());
+    for (unsigned& size : step.block) size = static_cast<unsigned>(launch.next());
+    step.shared = static_cast<size_t>(launch.next());
+    step.parameters = taken(bytes_left, launch.next(), "parameters");
+    const auto bytes = static_cast<int64_t>(step.parameters.size());
+    const std::span<int32_t> starts = taken(arguments_left, launch.next(), "arguments");
+    for (int32_t& at : starts) {
+      at = small(argument.next());
       STD_TORCH_CHECK(0 <= at && at < bytes, "cuda_plan: arguments: ", at, " of ", bytes, " bytes");
     }
-    step.relocations.resize(static_cast<size_t>(launch.next()));
-    for (Relocation& each : step.relocations) {
-      each = {relocation.next(), relocation.next(), relocation.next()};
+    const std::span<Relocation> moves = taken(relocations_left, launch.next(), "relocations");
+    for (Relocation& each : moves) {
+      each = {small(relocation.next()), small(relocation.next()), relocation.next()};
       STD_TORCH_CHECK(0 <= each.at && each.at + 8 <= bytes && 0 <= each.buffer && each.buffer < made.buffers,
                       "cuda_plan: relocations: ", each.at, " of ", bytes, " bytes, buffer ", each.buffer);
     }
+    step.arguments = starts, step.relocations = moves;
 #ifdef DENSENET_FAST_EMULATED
     step.emulated = own;
 #endif
-    if (own) r.function = function_of(r.function, step.name);
+    if (own) step.function = function_of(step.function, name);
     if (!step.emulated)
       STD_TORCH_CHECK(Driver::get().missing().empty(),
                       "densenet_fast: launches cannot be replayed: ", Driver::get().missing());
-    made.steps.push_back(std::move(step));
+    made.steps.push_back(step);
   }
   return plans().add(std::move(made));
 }
 
-bool fit(const Plan& plan, const std::vector<Tensor>& inputs) {
-  return inputs.size() == plan.inputs.size() &&
-         std::equal(inputs.begin(), inputs.end(), plan.inputs.begin(),
-                    [](const Tensor& t, const Signature& planned) { return planned.fits(t); });
+// The inputs' addresses, with room for those of all buffers; none where an input is not as planned
+std::vector<uint64_t> addresses(const Plan& plan, const std::vector<Tensor>& inputs) {
+  std::vector<uint64_t> found;
+  found.reserve(plan.buffers);
+  if (!plan.inputs.fit(inputs, found)) found.clear();
+  return found;
 }
 
-void launch_all(const Plan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+// With the addresses of the inputs in `buffers`
+void launch_all(const Plan& plan, std::vector<uint64_t> buffers, const std::vector<Tensor>& outputs,
                 const Tensor& arena, int64_t stream) {
 #ifndef DENSENET_FAST_EMULATED
   // A thread that has called nothing of the runtime yet has no context, which the driver's functions need.
   const int error = plan.device < 0 ? 0 : cudaSetDevice(plan.device);
   STD_TORCH_CHECK(error == 0, "densenet_fast: device ", plan.device, ": ", cudaGetErrorString(error));
 #endif
-  std::vector<uint64_t> buffers;
-  buffers.reserve(plan.buffers);
-  for (const Tensor& t : inputs) buffers.push_back(address_of(t));
   for (const Tensor& t : outputs) buffers.push_back(address_of(t));
   buffers.push_back(address_of(arena));
-  for (const Step& step : plan.steps) {
-    const std::string error = run(step, buffers, reinterpret_cast<void*>(stream));
-    STD_TORCH_CHECK(error.empty(), "densenet_fast: the kernel ", step.name, ": ", error);
+  Scratch scratch;
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
+    const std::string error = run(plan.steps[i], buffers, reinterpret_cast<void*>(stream), scratch);
+    STD_TORCH_CHECK(error.empty(), "densenet_fast: the kernel ", plan.names[i], ": ", error);
   }
 }
 
@@ -307,25 +362,28 @@ void launch_all(const Plan& plan, const std::vector<Tensor>& inputs, const std::
 std::vector<Tensor> call(int64_t key, std::vector<Tensor> inputs, int64_t stream) {
   const std::shared_ptr<const Plan> plan = plans().find(key);
   std::vector<Tensor> outputs;
-  if (!fit(*plan, inputs)) return outputs;
+  std::vector<uint64_t> buffers = addresses(*plan, inputs);
+  if (buffers.empty()) return outputs;
   std::optional<DeviceGuard> guard;
   if (plan->device >= 0) guard.emplace(plan->device);
   outputs.reserve(plan->outputs.size());
-  for (const Output& each : plan->outputs) outputs.push_back(each.allocate(plan->device));
-  const Tensor arena = torch::stable::new_empty(inputs[0], {plan->arena}, ScalarType::Byte);
-  launch_all(*plan, inputs, outputs, arena, stream);
+  plan->outputs.allocate(plan->device, outputs);
+  const int64_t one = 1;
+  const Tensor arena = new_tensor(1, &plan->arena, &one, aoti_torch_dtype_uint8(), plan->device);
+  launch_all(*plan, std::move(buffers), outputs, arena, stream);
   return outputs;
 }
 
 // The same with given outputs and arena; whether the inputs are as planned
 bool replay(int64_t key, std::vector<Tensor> inputs, std::vector<Tensor> outputs, Tensor arena, int64_t stream) {
   const std::shared_ptr<const Plan> plan = plans().find(key);
-  if (!fit(*plan, inputs)) return false;
+  std::vector<uint64_t> buffers = addresses(*plan, inputs);
+  if (buffers.empty()) return false;
   STD_TORCH_CHECK(outputs.size() == plan->outputs.size(), "cuda_replay: outputs: expected ", plan->outputs.size(),
                   ", got ", outputs.size());
   std::optional<DeviceGuard> guard;
   if (plan->device >= 0) guard.emplace(plan->device);
-  launch_all(*plan, inputs, outputs, arena, stream);
+  launch_all(*plan, std::move(buffers), outputs, arena, stream);
   return true;
 }
 
@@ -339,7 +397,7 @@ int64_t signature(std::vector<Tensor> inputs) {
     hash ^= hash >> 29;
   };
   for (const Tensor& t : inputs) {
-    mix(static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint32_t>(t.is_cuda() ? t.get_device_index() : -1));
+    mix(static_cast<uint64_t>(dtype_of(t)) << 32 | static_cast<uint32_t>(device_of(t)));
     mix(address_of(t) % 16);
     for (const int64_t size : t.sizes()) mix(size);
     for (const int64_t stride : t.strides()) mix(stride);

@@ -1,5 +1,7 @@
 """The vectors between kernels: statistics, what normalises by them, what leads the gradient back through them."""
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +103,18 @@ class Running(NamedTuple):
     batches: Tensor | None
     momentum: float | None
     start: int
+
+
+class RunningStatistics(tuple[Running, ...]):
+    """Those that one call updates; also by what they are: ``counters`` are the ``batches`` of those that are
+    ``counted``, the momentum is NaN for a cumulative average."""
+
+    def __init__(self, running: Iterable[Running]) -> None:
+        self.means, self.vars = [r.mean for r in self], [r.var for r in self]
+        self.counted = [i for i, r in enumerate(self) if r.batches is not None]
+        self.counters = [self[i].batches for i in self.counted]
+        self.momenta = [math.nan if r.momentum is None else r.momentum for r in self]
+        self.starts = [r.start for r in self]
 
 
 NO_STATISTICS = (None, None, None, 0.0)

@@ -8,7 +8,6 @@ Where the library was built to emulate a GPU (tests/backends/cuda), the same ker
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +20,7 @@ from densenet_fast.backends.affine import (
     Job,
     Reader,
     Running,
+    RunningStatistics,
     Statistics,
     ThroughStatistics,
 )
@@ -155,15 +155,15 @@ def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Ten
     """One launch for 64 normalisations."""
     if not running:
         return
-    counted = [i for i, r in enumerate(running) if r.batches is not None]
+    given = running if isinstance(running, RunningStatistics) else RunningStatistics(running)
     count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
     kernels.cuda_update_running_statistics(
-        [r.mean for r in running],
-        [r.var for r in running],
-        [running[i].batches for i in counted],
-        counted,
-        [math.nan if r.momentum is None else r.momentum for r in running],
-        [r.start for r in running],
+        given.means,
+        given.vars,
+        given.counters,
+        given.counted,
+        given.momenta,
+        given.starts,
         mean,
         var,
         count,

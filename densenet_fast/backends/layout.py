@@ -12,12 +12,15 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def is_channels_last(x: Tensor) -> bool:
     """Whether torch's convolutions and normalisations take ``x`` for channels last, also where it is a part of a larger
     tensor. Where sizes of one leave it open the strides decide, as in c10's ``is_channels_last_strides``."""
-    if x.dim() not in CHANNELS_LAST or x.stride(1) == 0:
+    if x.dim() not in CHANNELS_LAST:
+        return False
+    shape, strides = x.shape, x.stride()
+    if strides[1] == 0:
         return False
     least = 0
-    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
-        size, stride = x.shape[dim], x.stride(dim)
-        if size == 0 or stride < least or (dim == 0 and least == x.stride(1)):
+    for dim in (1, *range(len(shape) - 1, 1, -1), 0):
+        size, stride = shape[dim], strides[dim]
+        if size == 0 or stride < least or (dim == 0 and least == strides[1]):
             return False
         least = stride * size
     return True

@@ -9,6 +9,8 @@ A replay calls none of the hooks that Triton has for launches.
 """
 
 import functools
+import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,9 +28,9 @@ from densenet_fast.backends.triton.parameters import parameters
 
 kernels = torch.ops.densenet_fast
 
-NoneType = type(None)
-TENSORS = {Tensor, torch.nn.Parameter, NoneType}
-COMPOUND = {Tensor, torch.nn.Parameter, list, tuple}
+PLAIN = {Tensor, torch.nn.Parameter}
+TENSORS = {*PLAIN, type(None)}
+COMPOUND = {*PLAIN, list, tuple}
 
 LIMIT = 256
 """Of plans and of signatures without one that are kept; the oldest goes first."""
@@ -155,6 +157,8 @@ def make(body: Callable[..., Any], inputs: Sequence[Any], device: torch.device) 
 _plans: dict[tuple[Any, ...], Plan | Unplannable] = {}
 _met: set[tuple[Any, ...]] = set()
 """The signatures of calls without a plan so far."""
+_latest: dict[tuple[Any, ...], Plan] = {}
+"""The plan that served last, by all of a call but its tensors."""
 _making = threading.Lock()
 
 
@@ -166,7 +170,12 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unp
     """What ``body(*inputs)`` returns, by its plan, or why there is none. For inputs of a kind that was not met before
     there is none: to make a plan takes longer than a walk, and images of ever new sizes would not be worth it."""
     tensors, constants = parted(inputs)
-    key = name, constants, signature(tensors)
+    kind = name, constants, settings(tensors[0])
+    latest = _latest.get(kind)
+    result = None if latest is None else latest.replay(tensors)
+    if result is not None:
+        return result
+    key = *kind, kernels.cuda_signature(tensors)
     if key not in _plans and key not in _met:
         if len(_met) >= 4 * LIMIT:
             _met.clear()
@@ -175,6 +184,9 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unp
     found = _find(key, body, inputs, tensors)
     if not isinstance(found, Plan):
         return found
+    if len(_latest) >= LIMIT:
+        _latest.clear()
+    _latest[kind] = found
     result = found.replay(tensors)
     return CHANGED if result is None else result
 
@@ -187,7 +199,7 @@ def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan |
     if unavailable() is not None:
         return Unplannable(unavailable())
     tensors, constants = parted(inputs)
-    return _find((name, constants, signature(tensors)), body, inputs, tensors)
+    return _find((name, constants, settings(tensors[0]), kernels.cuda_signature(tensors)), body, inputs, tensors)
 
 
 def _find(
@@ -207,13 +219,23 @@ def _find(
         return _plans[key]
 
 
-def signature(tensors: list[Tensor]) -> tuple[Any, ...]:
-    """All of tensors, and of the settings, that a plan depends on. Tensors that differ may share one: a replay looks at
-    them again."""
-    identities = list(map(id, tensors))
-    repeated = () if len(set(identities)) == len(tensors) else tuple(map(identities.index, identities))
-    settings = config.device_of(tensors[0].device), config.precision(torch.float32)
-    return repeated, settings, kernels.cuda_signature(tensors)
+def settings(x: Tensor) -> tuple[Any, ...]:
+    """What a plan depends on beside an op's inputs, of which ``x``, a feature map, is the first."""
+    return config.device_of(x.device), config.precision(x.dtype)
+
+
+class Fixed(list[Any]):
+    """A list among an op's inputs that nobody changes: what a call finds out about it is kept."""
+
+    @functools.cached_property
+    def kinds(self) -> set[type]:
+        """The types of its values."""
+        return {*map(type, self)}
+
+    @functools.cached_property
+    def parted(self) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
+        """As :func:`parted` has it."""
+        return _parted(self)
 
 
 def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -221,21 +243,25 @@ def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     tensors: list[Tensor] = []
     constants: list[Any] = []
     for value in inputs:
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind in PLAIN:
             tensors.append(value)
             constants.append(Ellipsis)
-        elif not isinstance(value, list | tuple):
-            constants.append((type(value), value))
-        elif (kinds := set(map(type, value))) <= TENSORS:
-            tensors += [t for t in value if t is not None]
-            constants.append([t is None for t in value] if NoneType in kinds else len(value))
-        elif not kinds & COMPOUND:
-            constants.append((tuple(map(type, value)), tuple(value)))
-        else:
-            inner, others = parted(value)
+        elif kind is Fixed or kind is list or kind is tuple:
+            inner, others = value.parted if kind is Fixed else _parted(value)
             tensors += inner
             constants.append(others)
-    return tensors, tuple(tuple(c) if isinstance(c, list) else c for c in constants)
+        else:
+            constants.append((kind, value))
+    return tensors, tuple(constants)
+
+
+def _parted(values: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
+    kinds = {*map(type, values)}
+    if kinds <= TENSORS:
+        given = tuple(map(operator.is_not, values, itertools.repeat(None)))
+        return [*itertools.compress(values, given)], given
+    return parted(values) if kinds & COMPOUND else ((), (tuple(map(type, values)), tuple(values)))
 
 
 def calls(recording: Recording, device: torch.device) -> list[Call | None]:

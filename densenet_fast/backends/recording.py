@@ -64,18 +64,14 @@ class Recording:
         self.steps: list[Launch | Native] = []
         """The launches, on symbolic tensors."""
         self.memory = Memory()
-        stand_ins: dict[int, Tensor] = {}
 
         def stand_in(t: Tensor) -> Tensor:
             if t.device != device or t.layout != torch.strided:
                 raise Unplannable(f"an input is on {t.device}, {t.layout}")
-            if id(t) not in stand_ins:
-                stand_ins[id(t)] = self.memory.allocate(t, t.data_ptr() % 16)
-            return stand_ins[id(t)]
+            return self.memory.allocate(t, t.data_ptr() % 16)
 
         given = replaced(list(inputs), stand_in)
-        first = {id(t): i for i, t in reversed([*enumerate(tensors_in(inputs))])}
-        kept = [first[key] for key in stand_ins]
+        count = len([*tensors_in(inputs)])
         with (
             config.assume(config.device_of(device)),
             nvidia.standing_in(device),
@@ -84,21 +80,22 @@ class Recording:
             Symbolic(self.memory, self._recorded),
         ):
             result = body(*given)
-        own = self.memory.allocations[: len(kept)]
+        own = self.memory.allocations[:count]
         self.outputs = list(dict.fromkeys(self._allocation(t) for t in tensors_in(result)))
         """What the tensors of the result are views of."""
         if not set(own).isdisjoint(self.outputs):
             raise Unplannable("a result is an input or a view of one")
-        temporary = [a for a in self.memory.allocations[len(kept) :] if a not in self.outputs]
+        temporary = [a for a in self.memory.allocations[count:] if a not in self.outputs]
         self.lifetimes = self._lifetimes(temporary)
         self.offsets, self.arena_bytes = layout(self.lifetimes)
         """Where the arena's allocations stand in it."""
-        count = len([*tensors_in(inputs)])
-        self._places = {a: (i, 0) for a, i in zip(own, kept)}
+        self._places = {a: (i, 0) for i, a in enumerate(own)}
         self._places |= {a: (count + i, 0) for i, a in enumerate(self.outputs)}
         self._places |= {a: (count + len(self.outputs), at) for a, at in zip(temporary, self.offsets)}
         self.result = replaced(result, self.view)
         """What the body returned, each tensor as a :class:`View`."""
+        for t in tensors_in(result):
+            self._allocation(t).take_form_of(t)
 
     def view(self, t: Tensor) -> View:
         """Where a symbolic tensor stands."""

@@ -47,6 +47,11 @@ class Allocation:
         self.address, self.size = address, extent(like)
         self.shape, self.stride, self.dtype = like.shape, like.stride(), like.dtype
 
+    def take_form_of(self, t: Tensor) -> None:
+        """Takes shape and strides of ``t``, no view and with the same memory, if that is all of this."""
+        if t.dtype == self.dtype and extent(t) == self.size and not t._is_view():
+            self.shape, self.stride = t.shape, t.stride()
+
 
 class Memory:
     """The allocations, in order of their addresses."""

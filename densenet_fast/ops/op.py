@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_image, to_matrix
+from densenet_fast.backends.plan import Fixed
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
-from densenet_fast.ops.stage import Stage, flatten, present, without_autocast
+from densenet_fast.ops.stage import Followed, Stage, Stages, present, without_autocast
 
-PLAIN = (Tensor, nn.Parameter)
+KNOWN = {Tensor, nn.Parameter, type(None), bool, int, float, str, Fixed, list}
+LISTS = {list, Fixed}
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
 
@@ -64,14 +66,16 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(v, Tensor) and type(v) not in PLAIN for v in inputs)
-        or any(_holds_others(v) for v in inputs if isinstance(v, list))
+        or _holds_others(inputs)
     )
 
 
-def _holds_others(values: list[Any]) -> bool:
-    """Whether a list holds a subclass of Tensor."""
-    return any(kind not in PLAIN and issubclass(kind, Tensor) for kind in set(map(type, values)))
+def _holds_others(values: Sequence[Any]) -> bool:
+    """Whether a subclass of Tensor is among ``values`` and those of lists among them."""
+    kinds = values.kinds if type(values) is Fixed else {*map(type, values)}
+    if not kinds <= KNOWN and any(issubclass(kind, Tensor) for kind in kinds - KNOWN):
+        return True
+    return not LISTS.isdisjoint(kinds) and any([_holds_others(v) for v in values if type(v) in LISTS])
 
 
 def with_autograd(
@@ -86,13 +90,13 @@ def with_autograd(
     """
 
     class Direct(torch.autograd.Function):
-        """The op's body with autograd. ``inputs`` are the op's; x, mean and var follow and those of its tensors that
-        ``places`` says, for autograd to see."""
+        """The op's body with autograd. ``inputs`` are the op's; x, mean and var and those of its tensors that are
+        ``followed`` come again, for autograd to see."""
 
         @staticmethod
-        def forward(ctx: Any, inputs: tuple[Any, ...], places: list[int], *_: Tensor | None) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, inputs: tuple[Any, ...], followed: Followed, *_: Tensor | None) -> tuple[Tensor, ...]:
             outputs = planned.run(op.name, op.body, inputs)
-            ctx.places, ctx.tensors = places, len(inputs[3])
+            ctx.followed = followed
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
             return _flat(outputs)
@@ -100,11 +104,15 @@ def with_autograd(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             _, _, x, mean, _, *given = ctx.needs_input_grad
-            tensors = [False] * ctx.tensors
-            for place, need in zip(ctx.places, given):
-                tensors[place] = need
-            grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], _channels_adjacent(grads[0]), *grads[1:])
-            return None, None, _in_format(grad_x, ctx), *statistics, *(rest[place] for place in ctx.places)
+            needs = ctx.followed.needs(x, mean, given)
+            grad_x, *statistics, rest = gradients(ctx, needs, _channels_adjacent(grads[0]), *grads[1:])
+            return (
+                None,
+                None,
+                _in_format(grad_x, ctx),
+                *statistics,
+                *[rest[place] if need else None for place, need in zip(ctx.followed.places, given)],
+            )
 
     apply = super(torch.autograd.Function, Direct).apply
     """Without what torch.func needs: no transform sees these calls."""
@@ -119,22 +127,23 @@ def with_autograd(
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         x, mean, _, tensors, *_ = ctx.needs_input_grad
-        grad_x, *rest = gradients(ctx, [x, mean, *tensors], *grads)
-        return _in_format(grad_x, ctx), *rest, *ctx.constants
+        grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
+        rest = [g if need else None for g, need in zip(rest, tensors)]
+        return _in_format(grad_x, ctx), *statistics, rest, *ctx.constants
 
     op.custom_op.register_autograd(backward, setup_context=setup_context)
 
     def call(
         x: Tensor, mean: Tensor | None, var: Tensor | None, stages: Sequence[Stage], *constants: Any
     ) -> tuple[Tensor, ...]:
-        tensors, eps = flatten(stages)
-        inputs = (x, mean, var, tensors, eps, *constants)
+        stages = stages if isinstance(stages, Stages) else Stages(stages)
+        inputs = (x, mean, var, stages.tensors, stages.eps, *constants)
         if seen_by_dispatcher(inputs):
-            return _flat(op.custom_op(x, mean, var, present(tensors, x), eps, *constants))
+            return _flat(op.custom_op(x, mean, var, present(stages.tensors, x), stages.eps, *constants))
         compile_ahead(call, x, mean, var, stages, *constants)
-        places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+        followed = stages.followed()
         with _named(op.name):
-            return apply(inputs, places, x, mean, var, *(tensors[i] for i in places))
+            return apply(inputs, followed, x, mean, var, *followed.tensors)
 
     return call
 

@@ -5,11 +5,14 @@ That is the backward pass of dropout, of convolutions with biases and of dense l
 that normalise together; convolutions by torch, as in 1 and 3 dimensions; float64; copies of what is not laid out as the
 kernels read it, such as a contiguous input of a transition that a caller made."""
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from densenet_fast.backends import cuda, cuda_kernels, plan, select, triton
+import torch
+
+from densenet_fast.backends import cuda, plan, select, triton
 from densenet_fast.backends.symbolic import Unplannable
 from densenet_fast.backends.triton import launch
 
@@ -43,8 +46,14 @@ def obstacle(x: Any) -> str | None:
         return f"the input is on {x.device.type}"
     if launch.is_recording() or launch.is_planning():
         return "launches are recorded"
-    if select(x.device, x.dtype) is not cuda or not cuda_kernels.serve(x):
+    return unserved(x.device, x.dtype)
+
+
+@functools.cache
+def unserved(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why not both kinds of kernels serve tensors of ``dtype`` on ``device``, or None."""
+    if select(device, dtype) is not cuda:
         return "the compiled kernels for GPUs do not serve it"
-    if triton.unavailable() is not None or not triton.supports(x.device, x.dtype):
-        return triton.unavailable() or f"Triton's kernels do not serve {x.dtype} on {x.device}"
+    if triton.unavailable() is not None or not triton.supports(device, dtype):
+        return triton.unavailable() or f"Triton's kernels do not serve {dtype} on {device}"
     return None

@@ -159,8 +159,7 @@ def with_autograd(
         inputs = (grad, x, *kept, tensors, ctx.eps, *ctx.options, ctx.group, needs)
         grad_x, grads = backward_op(*inputs)
         grad_mean, grad_var = grads[len(tensors) :] or (None, None)
-        grads = [g if need else None for g, need in zip(grads, needs[2:])]
-        return grad_x if needs[0] else None, grad_mean, grad_var, grads
+        return grad_x if needs[0] else None, grad_mean, grad_var, grads[: len(tensors)]
 
     register_vmap(backward_op.custom_op)
     return op_with_autograd(op, save, gradients)

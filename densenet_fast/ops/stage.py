@@ -5,7 +5,8 @@ P and Q the gradients with respect to mu and v, D the gradient behind the ReLU's
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, accumulation_dtype
 from densenet_fast.backends.layout import as_output
+from densenet_fast.backends.plan import Fixed
 
 Pair = tuple[Tensor, Tensor]
 
 STAGE_TENSORS = 6
 """Tensors of a stage in a flat list."""
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 class Stage(NamedTuple):
@@ -120,9 +124,42 @@ class Prepared:
         return made
 
 
-def flatten(stages: Sequence[Stage]) -> tuple[list[Tensor | None], list[float]]:
-    """The tensors of ``stages`` in a list, and their epsilons."""
-    return [t for stage in stages for t in stage[:STAGE_TENSORS]], [stage.eps for stage in stages]
+class Followed:
+    """Which tensors of some stages autograd follows: their ``places`` in the flat list of ``count``, and they."""
+
+    def __init__(self, places: list[int], tensors: list[Tensor], count: int) -> None:
+        self.places, self.tensors, self.count = places, tensors, count
+        self._needs: dict[tuple[bool, ...], list[bool]] = {}
+
+    def needs(self, x: bool, mean: bool, given: Sequence[bool]) -> list[bool]:
+        """Whether a gradient is needed: of x, of mean and var, and of each in the flat list, of which that is
+        ``given`` for those that are followed."""
+        key = x, mean, *given
+        if key not in self._needs:
+            tensors = [False] * self.count
+            for place, need in zip(self.places, given):
+                tensors[place] = need
+            self._needs[key] = Fixed([x, mean, *tensors])
+        return self._needs[key]
+
+
+class Stages(tuple[Stage, ...]):
+    """The stages of one op; ``tensors`` is the flat list of theirs, None where one is absent, ``eps`` their epsilons."""
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self.tensors = Fixed(t for stage in self for t in stage[:STAGE_TENSORS])
+        self.eps = Fixed(stage.eps for stage in self)
+        self._places = [i for i, t in enumerate(self.tensors) if t is not None]
+        self._present = [self.tensors[i] for i in self._places]
+        self._last: tuple[list[bool], Followed] | None = None
+
+    def followed(self) -> Followed:
+        """Those that require a gradient now."""
+        flags, last = [*map(_requires_grad, self._present)], self._last
+        if last is None or last[0] != flags:
+            places = [i for i, flag in zip(self._places, flags) if flag]
+            last = self._last = flags, Followed(places, [self.tensors[i] for i in places], len(self.tensors))
+        return last[1]
 
 
 def present(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -221,9 +258,11 @@ def _process_group(name: str) -> dist.ProcessGroup:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in on ``device``, None where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 Parameters = ParamSpec("Parameters")

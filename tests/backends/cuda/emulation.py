@@ -50,7 +50,8 @@ def build(sanitize: bool = False) -> Path:
         if source.suffix not in (".cu", ".cpp"):
             continue
         objects.append(work / f"{source.stem}.o")
-        command = [find_nvcc(), "-x", "c++", "-O1", "-Xcompiler", host_flags, *FLAGS]
+        optimised = "-O1" if source.suffix == ".cu" else "-O2"
+        command = [find_nvcc(), "-x", "c++", optimised, "-Xcompiler", host_flags, *FLAGS]
         command += ["-isystem", home / "include", *INCLUDE, "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
     link = [os.environ.get("CXX", "c++"), "-shared", *objects, "-o", work / "library.so", f"-L{home / 'lib'}"]

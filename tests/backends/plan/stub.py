@@ -115,9 +115,11 @@ def as_gpu(generation) -> Iterator:
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
     for owner, name, value in changed:
         setattr(owner, name, value)
+    planned.unserved.cache_clear()
     try:
         with stub_gpu(generation) as device:
             yield device
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+        planned.unserved.cache_clear()
