@@ -99,7 +99,7 @@ def with_autograd(
             ctx.followed = followed
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
-            return _flat(outputs)
+            return outputs[:-1] if isinstance(outputs[-1], list) else outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -173,9 +173,4 @@ const char* launch(void (*kernel)(Params), dim3 grid, dim3 threads, size_t share
   return run_grid(pointer, {grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z}, shared_bytes, &params);
 }
 
-// A recorded launch, on other parameters of the same size
-inline const char* run_emulated(const Recorded& recorded, const unsigned char* parameters) {
-  return run_grid(recorded.function, recorded.grid, recorded.block, recorded.shared, parameters);
-}
-
 }  // namespace densenet_fast::cuda
