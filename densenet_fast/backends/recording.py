@@ -53,7 +53,7 @@ class View(NamedTuple):
 class Recording:
     """``body(*inputs)`` on symbolic tensors that stand in for ``inputs`` on ``device``.
 
-    Buffers are numbered: the tensors among the inputs, then what the result's tensors are views of (``outputs``), and
+    Buffers are numbered: the tensors among the inputs, one each also where two are the same, then what the result's tensors are views of (``outputs``), and
     last the arena, which holds the rest.
 
     Raises:

@@ -139,7 +139,7 @@ def with_autograd(
         stages = stages if isinstance(stages, Stages) else Stages(stages)
         inputs = (x, mean, var, stages.tensors, stages.eps, *constants)
         if seen_by_dispatcher(inputs):
-            return _flat(op.custom_op(x, mean, var, present(stages.tensors, x), stages.eps, *constants))
+            return _flat(op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *constants))
         compile_ahead(call, x, mean, var, stages, *constants)
         followed = stages.followed()
         with _named(op.name):

@@ -144,7 +144,7 @@ class Followed:
 
 
 class Stages(tuple[Stage, ...]):
-    """The stages of one op; ``tensors`` is the flat list of theirs, None where one is absent, ``eps`` their epsilons."""
+    """The stages of one op, ``tensors`` the flat list of theirs, None where one is absent, and ``eps`` theirs."""
 
     def __init__(self, stages: Iterable[Stage]) -> None:
         self.tensors = Fixed(t for stage in self for t in stage[:STAGE_TENSORS])
