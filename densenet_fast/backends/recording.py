@@ -53,8 +53,8 @@ class View(NamedTuple):
 class Recording:
     """``body(*inputs)`` on symbolic tensors that stand in for ``inputs`` on ``device``.
 
-    Buffers are numbered: the tensors among the inputs, one each also where two are the same, then what the result's tensors are views of (``outputs``), and
-    last the arena, which holds the rest.
+    Buffers are numbered: the tensors among the inputs, also where two are the same, then what the result's tensors are
+    views of (``outputs``), and last the arena, which holds the rest.
 
     Raises:
         Unplannable: the body does more than to allocate, take views and launch kernels, or returns an input.
