@@ -354,7 +354,7 @@ def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var:
     for batches in operands.counters:
         batches.add_(1)
     if operands.running:
-        traced = seen_by_dispatcher([mean, operands.running.means])
+        traced = seen_by_dispatcher([mean, operands.running.vectors])
         backend = aten if traced else select(x.device, x.dtype)
         with torch.no_grad():
             backend.update_running_statistics(operands.running, mean, var, rows_of(count, x.numel() // x.shape[1]))

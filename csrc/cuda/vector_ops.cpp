@@ -1,5 +1,6 @@
 // The ops for the small work on vectors and weights: schemas, and from lists of tensors to launches of up to 64 jobs.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "arguments.h"
@@ -109,15 +110,16 @@ void prepare_(Tensors sources, Tensors copies, Tensors variances, Tensors rstds,
 }
 
 // running = running + momentum * (batch - running) for each normalisation, its batch statistics from its start on in
-// mean and var [packed]; the running statistics that `counted` names have the counters. A normalisation that comes
-// again waits for the next launch.
-void update_running_statistics_(Tensors means, Tensors vars, Tensors counters, std::vector<int64_t> counted,
-                                std::vector<double> momenta, std::vector<int64_t> starts, Tensor mean, Tensor var,
-                                std::optional<Tensor> count, double rows, int64_t stream) {
+// mean and var [packed]. `vectors` are the addresses of running means and variances by turns, `counters` of counters,
+// and each row of the table (start, columns, mean's type, var's type, momentum's bits, whether it has a counter). A
+// normalisation that comes again waits for the next launch.
+void update_running_statistics_(std::vector<int64_t> vectors, std::vector<int64_t> counters, Tensor table, Tensor mean,
+                                Tensor var, std::optional<Tensor> count, double rows, int64_t stream) {
   const char* kernel = "update_running_statistics";
-  const size_t n = means.size();
-  STD_TORCH_CHECK(vars.size() == n && momenta.size() == n && starts.size() == n && counted.size() == counters.size(),
-                  kernel, ": expected one mean, var, momentum and start for each normalisation");
+  const size_t n = vectors.size() / 2;
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == static_cast<int64_t>(n) && table.size(1) == 6 &&
+                      table.scalar_type() == ScalarType::Long && table.is_contiguous() && !table.is_cuda(),
+                  kernel, ": table: expected contiguous int64 [", n, ", 6] on the CPU, got ", shape(table));
   if (n == 0) return;
   Arguments arguments(kernel, mean, stream);
   UpdateRunning p{};
@@ -125,30 +127,24 @@ void update_running_statistics_(Tensors means, Tensors vars, Tensors counters, s
   p.var = arguments.vector(var, "var", mean.numel());
   p.count_tensor = arguments.count(count);
   p.count = rows;
-  std::vector<int64_t*> batches(n, nullptr);
-  for (size_t i = 0; i < counters.size(); ++i) {
-    arguments.check_device(counters[i], "batches");
-    STD_TORCH_CHECK(counters[i].numel() == 1 && counters[i].scalar_type() == ScalarType::Long, kernel,
-                    ": batches: expected one int64 value, got ", shape(counters[i]));
-    STD_TORCH_CHECK(0 <= counted[i] && counted[i] < static_cast<int64_t>(n), kernel,
-                    ": counted: expected the number of a normalisation, got ", counted[i]);
-    batches[counted[i]] = static_cast<int64_t*>(counters[i].data_ptr());
-  }
   int made = 0;
   const auto launch = [&] {
     if (made > 0) arguments.launched(update_running_statistics(p, made, arguments.type(), arguments.stream()));
     made = 0;
   };
-  for (size_t i = 0; i < n; ++i) {
-    const int64_t cols = means[i].numel();
-    Running r{arguments.any_vector(means[i], "running mean", cols), arguments.any_vector(vars[i], "running var", cols),
-              batches[i], momenta[i]};
-    r.mean_type = type_of(means[i], kernel, "running mean");
-    r.var_type = type_of(vars[i], kernel, "running var");
-    STD_TORCH_CHECK(0 <= starts[i] && starts[i] + cols <= mean.numel(), kernel, ": start: expected ", cols,
-                    " columns from it on in ", shape(mean), ", got ", starts[i]);
-    r.start = small(starts[i], kernel, "start");
+  const auto* row = static_cast<const int64_t*>(table.data_ptr());
+  auto counter = counters.begin();
+  for (size_t i = 0; i < n; ++i, row += 6) {
+    const auto [start, cols, mean_type, var_type, momentum, counted] = *reinterpret_cast<const int64_t (*)[6]>(row);
+    STD_TORCH_CHECK(0 <= start && 0 <= cols && start + cols <= mean.numel(), kernel, ": start: expected ", cols,
+                    " columns from it on in ", shape(mean), ", got ", start);
+    STD_TORCH_CHECK(!counted || counter != counters.end(), kernel, ": counters: too few");
+    Running r{reinterpret_cast<void*>(vectors[2 * i]), reinterpret_cast<void*>(vectors[2 * i + 1]),
+              counted ? reinterpret_cast<int64_t*>(*counter++) : nullptr, std::bit_cast<double>(momentum)};
+    r.start = small(start, kernel, "start");
     r.cols = small(cols, kernel, "running mean");
+    r.mean_type = static_cast<Type>(mean_type);
+    r.var_type = static_cast<Type>(var_type);
     const bool again = std::any_of(p.running, p.running + made, [&](const Running& other) {
       return other.mean == r.mean || (r.batches != nullptr && other.batches == r.batches);
     });
@@ -166,8 +162,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cuda_prepare(Tensor[] sources, Tensor(a!)[] copies, Tensor[] variances, Tensor(b!)[] rstds, float[] eps, "
       "Tensor(c!)[] zeros, int stream) -> ()");
   m.def(
-      "cuda_update_running_statistics(Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counters, int[] counted, "
-      "float[] momenta, int[] starts, Tensor mean, Tensor var, Tensor? count, float rows, int stream) -> ()");
+      "cuda_update_running_statistics(int[] vectors, int[] counters, Tensor table, Tensor mean, Tensor var, "
+      "Tensor? count, float rows, int stream) -> ()");
 }
 
 namespace {

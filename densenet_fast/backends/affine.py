@@ -1,6 +1,8 @@
 """The vectors between kernels: statistics, what normalises by them, what leads the gradient back through them."""
 
+import functools
 import math
+import struct
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -106,16 +108,42 @@ class Running(NamedTuple):
 
 
 class RunningStatistics(tuple[Running, ...]):
-    """Those that one call updates; also by what they are: ``counters`` are the ``batches`` of those that are
-    ``counted``, the momentum is NaN for a cumulative average."""
+    """Those that one call updates. ``vectors`` are the means and variances by turns, ``counters`` the ``batches`` of
+    those that have one."""
 
     def __init__(self, running: Iterable[Running]) -> None:
-        self.means, self.vars = [r.mean for r in self], [r.var for r in self]
-        self.counted = [i for i, r in enumerate(self) if r.batches is not None]
-        self.counters = [self[i].batches for i in self.counted]
-        self.momenta = [math.nan if r.momentum is None else r.momentum for r in self]
-        self.starts = [r.start for r in self]
+        self.vectors = [t for r in self for t in (r.mean, r.var)]
+        self.counters = [r.batches for r in self if r.batches is not None]
 
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """All but addresses, for the compiled kernels: int64 [n, 6] on the CPU, of each the start, the columns, the
+        places of the mean's and the variance's dtype in ``DTYPES``, the bits of the momentum, which is NaN for a
+        cumulative average, and whether it has a counter.
+
+        Raises:
+            RuntimeError: a vector or a counter has another form than :class:`Running` says.
+        """
+        return torch.tensor([_row(r) for r in self], dtype=torch.int64, device="cpu")
+
+
+def _row(running: Running) -> list[int]:
+    mean, var, batches, momentum, start = running
+    columns, kernel = mean.numel(), "update_running_statistics"
+    for name, vector in (("mean", mean), ("var", var)):
+        if vector.dtype not in DTYPES:
+            expected = "float32, float64, float16 or bfloat16"
+            raise RuntimeError(f"{kernel}: running {name}: expected {expected}, got {vector.dtype}")
+        if vector.shape != (columns,):
+            raise RuntimeError(f"{kernel}: running {name}: expected [{columns}], got {list(vector.shape)}")
+    if batches is not None and (batches.numel(), batches.dtype) != (1, torch.int64):
+        raise RuntimeError(f"{kernel}: batches: expected one int64 value, got {list(batches.shape)}, {batches.dtype}")
+    (bits,) = struct.unpack("<q", struct.pack("<d", math.nan if momentum is None else momentum))
+    return [start, columns, DTYPES.index(mean.dtype), DTYPES.index(var.dtype), bits, int(batches is not None)]
+
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""What vectors may have, in the order of ``Type`` in csrc/cuda/kernels.h."""
 
 NO_STATISTICS = (None, None, None, 0.0)
 """What the compiled kernels take in the place of statistics that are not asked for."""

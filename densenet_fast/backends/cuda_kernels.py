@@ -8,6 +8,7 @@ Where the library was built to emulate a GPU (tests/backends/cuda), the same ker
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from densenet_fast.backends import extension, nvidia
 from densenet_fast.backends.affine import (
+    DTYPES,
     NO_STATISTICS,
     Affine,
     Job,
@@ -27,10 +29,11 @@ from densenet_fast.backends.affine import (
 
 Sums = tuple[Tensor, Tensor]
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MINIMUM_CAPABILITY = (7, 5)
 
 kernels = torch.ops.densenet_fast
+
+_dtype = operator.attrgetter("dtype")
 
 
 def emulated() -> bool:
@@ -152,18 +155,22 @@ def prepare(jobs: Sequence[Job]) -> None:
 
 
 def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-    """One launch for 64 normalisations."""
+    """One launch for 64 normalisations. What it changes is given by address, for hundreds of tensors would take longer
+    to hand over than to update."""
     if not running:
         return
     given = running if isinstance(running, RunningStatistics) else RunningStatistics(running)
+    table, vectors, counters = given.table, given.vectors, given.counters
+    if not all(map(Tensor.is_contiguous, vectors)):
+        raise RuntimeError("update_running_statistics: running mean and var: expected contiguous values")
+    if not {*map(_dtype, counters)} <= {torch.int64}:
+        raise RuntimeError("update_running_statistics: batches: expected int64 values")
+    torch.autograd.graph.increment_version([*vectors, *counters])
     count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
     kernels.cuda_update_running_statistics(
-        given.means,
-        given.vars,
-        given.counters,
-        given.counted,
-        given.momenta,
-        given.starts,
+        [*map(Tensor.data_ptr, vectors)],
+        [*map(Tensor.data_ptr, counters)],
+        table,
         mean,
         var,
         count,

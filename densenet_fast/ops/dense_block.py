@@ -281,7 +281,7 @@ class BlockGradients:
         """The gradients of x [N, C0, *spatial] and of the stages' tensors, as far as ``needs`` says so."""
         plan, need_x = self.plan, needs[0]
         self.gradients = [
-            StageGradients(stage, needs[2 + j * STAGE_TENSORS : 2 + (j + 1) * STAGE_TENSORS])
+            StageGradients(stage, needs[1 + j * STAGE_TENSORS : 1 + (j + 1) * STAGE_TENSORS])
             for j, stage in enumerate(plan.stages)
         ]
         per_layer = len(plan.layers[0])
@@ -429,8 +429,7 @@ def _backward(
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stages' tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
-    says so.
+    """The gradients of x and of the stages' tensors, empty where ``needs`` (x's, then one per tensor) says so.
 
     ``grad_mean`` and ``grad_var`` are those of the packed statistics, None where nobody read them; ``bottlenecks`` are
     those of the layers of which they were ``saved``; ``in_channels`` is C0, the rest as in the forward pass.
@@ -439,7 +438,7 @@ def _backward(
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
     backend = select(features.device, features.dtype)
     trained = [j % STAGE_TENSORS in (0, 1, 4) and t is not None and t.numel() > 0 for j, t in enumerate(tensors)]
-    if all(need or not asked for need, asked in zip(needs, (True, False, *trained))) and plan.walked_by(
+    if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
         backend, features.dtype, group, saved
     ):
         image = empty_image(features, plan.grid, in_channels)
@@ -481,7 +480,7 @@ def _(
 ) -> tuple[Tensor, list[Tensor]]:
     grid = (features.shape[0], *features.shape[2:])
     grad_x = empty_image(features, grid, in_channels) if needs[0] else features.new_empty(0)
-    return grad_x, [torch.empty_like(t) if need else features.new_empty(0) for t, need in zip(tensors, needs[2:])]
+    return grad_x, [torch.empty_like(t) if need else features.new_empty(0) for t, need in zip(tensors, needs[1:])]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
@@ -510,7 +509,7 @@ def _gradients(
             grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
         saved = (features, mean, var, count, bottlenecks, ctx.saved, tensors)
         options = (ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.in_channels, ctx.group)
-        grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options, needs)
+        grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options, [needs[0], *needs[2:]])
     return grad_x if needs[0] else None, None, None, gradients
 
 

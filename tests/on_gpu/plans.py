@@ -10,7 +10,7 @@ from torch import Tensor
 
 from densenet_fast.backends import cuda_kernels as backend
 from densenet_fast.backends import plan
-from densenet_fast.backends.affine import Affine, Job, Running, ThroughStatistics, empty_statistics
+from densenet_fast.backends.affine import Affine, Job, ThroughStatistics, empty_statistics
 from densenet_fast.backends.layout import to_image
 from densenet_fast.backends.recording import tensors_in
 from densenet_fast.benchmarking.steps import enqueue
@@ -68,11 +68,10 @@ def every_kernel(
     by_maxima, sums = backend.bn_relu_maxpool_backward(maxima, argmax, x, affine, grid)
     means = backend.bn_relu_global_avgpool(x, affine, grid)
     by_means, more_sums = backend.bn_relu_global_avgpool_backward(of_images, x, affine, grid)
-    half, inverse, zero, *running = torch.empty_like(weight, dtype=x.dtype), *(torch.empty_like(mean) for _ in range(4))
-    copies = [Job("copy", target, source) for target, source in zip((half, *running), (weight, mean, rstd))]
+    half, inverse, zero = torch.empty_like(weight, dtype=x.dtype), *(torch.empty_like(mean) for _ in range(2))
+    copies = [Job("copy", half, weight)]
     backend.prepare([*copies, Job("rstd", inverse, own.var, 1e-3), Job("zero", zero)])
-    backend.update_running_statistics([Running(*running, None, 0.1, 0)], own.mean, own.var, rows)
-    vectors = [half, inverse, zero, *running, *own[:3], *new[:3], *pooled[:3], *sums, *more_sums]
+    vectors = [half, inverse, zero, *own[:3], *new[:3], *pooled[:3], *sums, *more_sums]
     return [dropped, completed, maxima, argmax, by_maxima, means, by_means], vectors
 
 

@@ -45,14 +45,23 @@ _installed = contextlib.ExitStack()
 def planning() -> Iterator[None]:
     """Bodies on CPU tensors are planned, and plans replayed launch by launch, where all kernels run on CPUs: emulated
     and interpreted."""
-    replay = mock.patch.object(plan.Plan, "replay", plan.Plan.interpret)
+    replay = mock.patch.object(plan.Plan, "replay", _interpreted)
     with mock.patch.object(planned, "DEVICE", "cpu"), replay:
         yield
 
 
+_kinds: dict[plan.Plan, int] = {}
+"""Of tensors, for which each plan was made and replayed first."""
+
+
+def _interpreted(made: plan.Plan, tensors: list[torch.Tensor]) -> Any | None:
+    kind = torch.ops.densenet_fast.cuda_signature(tensors)
+    return made.interpret(tensors) if _kinds.setdefault(made, kind) == kind else None
+
+
 def forget_devices() -> None:
     """What was found out about them."""
-    for known in (triton.unavailable, cuda_kernels.unavailable, nvidia.obstacle):
+    for known in (triton.unavailable, cuda_kernels.unavailable, nvidia.obstacle, planned.unserved):
         known.cache_clear()
 
 

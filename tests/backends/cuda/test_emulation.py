@@ -121,10 +121,10 @@ int main() {
               r.block[0], r.block[1], r.shared, r.parameters.size());
   params.value = 0;
   for (const Recorded& each : launches)
-    if (run_emulated(each, each.parameters.data()) != nullptr) return 1;
+    if (run_grid(each.function, each.grid, each.block, each.shared, each.parameters.data()) != nullptr) return 1;
   std::printf("%g %g %g\\n", out[0], out[7], doubles[4]);
   params = {again, 30};
-  run_emulated(r, reinterpret_cast<unsigned char*>(&params));
+  run_grid(r.function, r.grid, r.block, r.shared, &params);
   std::printf("%g %g\\n", again[7], out[7]);
 }
 """

@@ -23,7 +23,7 @@ from backends.cuda.on_device import (
 )
 from densenet_fast.backends import aten
 from densenet_fast.backends import cuda_kernels as kernels
-from densenet_fast.backends.affine import Affine, Job, Reader, Running, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Job, Reader, Running, RunningStatistics, accumulation_dtype
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 
@@ -394,8 +394,8 @@ def test_wrong_running_statistics_raise():
     right = Running(vector.clone(), vector.clone(), torch.tensor(0), 0.1, 0)
     bad = [
         ({"mean": vector.long()}, "running mean: expected float32, float64, float16 or bfloat16"),
-        ({"mean": torch.zeros(8)[::2]}, "running mean: expected 4 contiguous values"),
-        ({"var": vector[:3]}, r"running var: expected 4 contiguous values, got \[3\]"),
+        ({"mean": torch.zeros(8)[::2]}, "running mean and var: expected contiguous values"),
+        ({"var": vector[:3]}, r"running var: expected \[4\], got \[3\]"),
         ({"batches": torch.tensor(0.0)}, "batches: expected one int64 value"),
         ({"start": 1}, r"start: expected 4 columns from it on in \[4\], got 1"),
         ({"start": -1}, "start: expected 4 columns from it on"),
@@ -427,14 +427,28 @@ def test_equal_inputs_give_equal_bits():
 
 
 def test_schemas_name_what_is_changed():
-    ops, vectors = torch.ops.densenet_fast, torch.rand(6, 8).unbind()
-    counters = [torch.tensor(3)]
-    calls = [
-        (ops.cuda_prepare, ([vectors[0]], [vectors[1]], [vectors[2]], [vectors[3]], [EPS], [vectors[4]], 0)),
-        (
-            ops.cuda_update_running_statistics,
-            ([vectors[0]], [vectors[1]], counters, [0], [0.1], [0], *vectors[2:4], None, 5.0, 0),
-        ),
-    ]
-    for op, arguments in calls:
-        torch.library.opcheck(op, arguments, test_utils="test_schema")
+    vectors = torch.rand(5, 8).unbind()
+    arguments = ([vectors[0]], [vectors[1]], [vectors[2]], [vectors[3]], [EPS], [vectors[4]], 0)
+    torch.library.opcheck(torch.ops.densenet_fast.cuda_prepare, arguments, test_utils="test_schema")
+
+
+def test_autograd_sees_that_running_statistics_change():
+    running = Running(torch.zeros(4), torch.ones(4), torch.tensor(0), 0.1, 0)
+    before = [t._version for t in running[:3]]
+    kernels.update_running_statistics([running], torch.zeros(4), torch.ones(4), 5)
+    assert [t._version - v for t, v in zip(running[:3], before)] == [1, 1, 1]
+
+
+def test_addresses_are_looked_up_at_every_call():
+    running = RunningStatistics([Running(torch.zeros(4), torch.ones(4), torch.tensor(0), 1.0, 0)])
+    for mean in torch.rand(2, 4):
+        kernels.update_running_statistics(running, mean, torch.ones(4), 5)
+        assert running[0].mean.equal(mean)
+        for t in (running[0].mean, running[0].batches):
+            t.data = t.data.clone()
+    running[0].batches.data = torch.zeros(())
+    with pytest.raises(RuntimeError, match="batches: expected int64"):
+        kernels.update_running_statistics(running, mean, torch.ones(4), 5)
+    running[0].mean.data = torch.zeros(8)[::2]
+    with pytest.raises(RuntimeError, match="expected contiguous"):
+        kernels.update_running_statistics(running, mean, torch.ones(4), 5)

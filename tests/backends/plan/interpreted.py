@@ -81,6 +81,16 @@ def test_a_repeated_input_may_be_two():
     assert plan.cached("repeated", body, [x, x]) is plan.cached("repeated", body, [x, y])
 
 
+def test_kinds_of_calls_by_turns():
+    def body(x):
+        return native(x, None)
+
+    for rows, is_first in [(6, True), (6, False), (9, True), (6, False), (9, False), (9, False), (6, False)]:
+        x = torch.randn(rows, 5)
+        made = plan.run("by turns", body, [x])
+        assert made is plan.FIRST if is_first else equal(made, body(x))
+
+
 X = torch.randn(6, 5)
 
 
