@@ -124,10 +124,10 @@ class RunningStatistics(tuple[Running, ...]):
         Raises:
             RuntimeError: a vector or a counter has another form than :class:`Running` says.
         """
-        return torch.tensor([_row(r) for r in self], dtype=torch.int64, device="cpu")
+        return torch.frombuffer(bytearray().join(map(_row, self)), dtype=torch.int64).view(-1, 6)
 
 
-def _row(running: Running) -> list[int]:
+def _row(running: Running) -> bytes:
     mean, var, batches, momentum, start = running
     columns, kernel = mean.numel(), "update_running_statistics"
     for name, vector in (("mean", mean), ("var", var)):
@@ -138,8 +138,8 @@ def _row(running: Running) -> list[int]:
             raise RuntimeError(f"{kernel}: running {name}: expected [{columns}], got {list(vector.shape)}")
     if batches is not None and (batches.numel(), batches.dtype) != (1, torch.int64):
         raise RuntimeError(f"{kernel}: batches: expected one int64 value, got {list(batches.shape)}, {batches.dtype}")
-    (bits,) = struct.unpack("<q", struct.pack("<d", math.nan if momentum is None else momentum))
-    return [start, columns, DTYPES.index(mean.dtype), DTYPES.index(var.dtype), bits, int(batches is not None)]
+    types, momentum = map(DTYPES.index, (mean.dtype, var.dtype)), math.nan if momentum is None else momentum
+    return struct.pack("=4qdq", start, columns, *types, momentum, batches is not None)
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

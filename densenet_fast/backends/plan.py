@@ -158,7 +158,7 @@ _plans: dict[tuple[Any, ...], Plan | Unplannable] = {}
 _met: set[tuple[Any, ...]] = set()
 """The signatures of calls without a plan so far."""
 _latest: dict[tuple[Any, ...], Plan] = {}
-"""The plan that served last, by all of a call but its tensors."""
+"""The plan that served last, by all of a call but its tensors, of which the first tells a network's parts apart."""
 _making = threading.Lock()
 
 
@@ -171,7 +171,8 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unp
     there is none: to make a plan takes longer than a walk, and images of ever new sizes would not be worth it."""
     tensors, constants = parted(inputs)
     kind = name, constants, settings(tensors[0])
-    latest = _latest.get(kind)
+    alike = *kind, tensors[0].shape
+    latest = _latest.get(alike)
     result = None if latest is None else latest.replay(tensors)
     if result is not None:
         return result
@@ -186,7 +187,7 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unp
         return found
     if len(_latest) >= LIMIT:
         _latest.clear()
-    _latest[kind] = found
+    _latest[alike] = found
     result = found.replay(tensors)
     return CHANGED if result is None else result
 

@@ -44,8 +44,15 @@ def planned(sizes, dtype):
     return plan.make(layer, inputs, CPU), inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("sizes", [((2, 5, 7), 33, 20, 12), ((1, 16, 8), 64, 128, 32)], ids=str)
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [
+        (((2, 5, 7), 33, 20, 12), torch.float16),
+        (((1, 16, 8), 64, 128, 32), torch.bfloat16),
+        (((2, 5, 7), 33, 20, 12), torch.float32),
+    ],
+    ids=str,
+)
 def test_a_replay_launches_what_tritons_launcher_does(sizes, dtype, gpu, tf32):
     """On the same memory: the same functions, grids, blocks, shared memory and parameters, byte by byte, in order."""
     made, inputs = planned(sizes, dtype)
