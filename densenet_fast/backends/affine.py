@@ -122,8 +122,10 @@ class RunningStatistics(tuple[Running, ...]):
         cumulative average, and whether it has a counter.
 
         Raises:
-            RuntimeError: a vector or a counter has another form than :class:`Running` says.
+            RuntimeError: a vector or a counter has another form than :class:`Running` says, or another device.
         """
+        if len({t.device for t in (*self.vectors, *self.counters)}) > 1:
+            raise RuntimeError("update_running_statistics: expected all tensors on one device")
         return torch.frombuffer(bytearray().join(map(_row, self)), dtype=torch.int64).view(-1, 6)
 
 

@@ -33,7 +33,7 @@ MINIMUM_CAPABILITY = (7, 5)
 
 kernels = torch.ops.densenet_fast
 
-_dtype = operator.attrgetter("dtype")
+_dtype, _device = map(operator.attrgetter, ("dtype", "device"))
 
 
 def emulated() -> bool:
@@ -165,6 +165,8 @@ def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Ten
         raise RuntimeError("update_running_statistics: running mean and var: expected contiguous values")
     if not {*map(_dtype, counters)} <= {torch.int64}:
         raise RuntimeError("update_running_statistics: batches: expected int64 values")
+    if not {vectors[0].device, *map(_device, counters)} <= {mean.device}:  # of all vectors, says the table
+        raise RuntimeError(f"update_running_statistics: expected all tensors on {mean.device}")
     torch.autograd.graph.increment_version([*vectors, *counters])
     count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
     kernels.cuda_update_running_statistics(

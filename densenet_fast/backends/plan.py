@@ -30,7 +30,7 @@ kernels = torch.ops.densenet_fast
 
 PLAIN = {Tensor, torch.nn.Parameter}
 TENSORS = {*PLAIN, type(None)}
-COMPOUND = {*PLAIN, list, tuple}
+LISTS = (list, tuple)
 
 LIMIT = 256
 """Of plans and of signatures without one that are kept; the oldest goes first."""
@@ -248,7 +248,7 @@ def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
         if kind in PLAIN:
             tensors.append(value)
             constants.append(Ellipsis)
-        elif kind is Fixed or kind is list or kind is tuple:
+        elif issubclass(kind, LISTS):
             inner, others = value.parted if kind is Fixed else _parted(value)
             tensors += inner
             constants.append(others)
@@ -262,7 +262,9 @@ def _parted(values: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
     if kinds <= TENSORS:
         given = tuple(map(operator.is_not, values, itertools.repeat(None)))
         return [*itertools.compress(values, given)], given
-    return parted(values) if kinds & COMPOUND else ((), (tuple(map(type, values)), tuple(values)))
+    if any(issubclass(kind, (Tensor, *LISTS)) for kind in kinds):
+        return parted(values)
+    return (), (tuple(map(type, values)), tuple(values))
 
 
 def calls(recording: Recording, device: torch.device) -> list[Call | None]:

@@ -135,12 +135,15 @@ class Followed:
         """Whether a gradient is needed: of x, of mean and var, and of each in the flat list, of which that is
         ``given`` for those that are followed."""
         key = x, mean, *given
-        if key not in self._needs:
+        found = self._needs.get(key)
+        if found is None:
             tensors = [False] * self.count
             for place, need in zip(self.places, given):
                 tensors[place] = need
-            self._needs[key] = Fixed([x, mean, *tensors])
-        return self._needs[key]
+            if len(self._needs) >= 16:
+                self._needs.clear()
+            found = self._needs[key] = Fixed([x, mean, *tensors])
+        return found
 
 
 class Stages(tuple[Stage, ...]):

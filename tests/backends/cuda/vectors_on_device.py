@@ -403,6 +403,9 @@ def test_wrong_running_statistics_raise():
     for fields, message in bad:
         with pytest.raises(RuntimeError, match=f"update_running_statistics: {message}"):
             kernels.update_running_statistics([right._replace(**fields)], vector, vector, 5)
+    for fields in ({"mean": vector.to("meta")}, {"batches": torch.tensor(0, device="meta")}):
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            kernels.update_running_statistics([right._replace(**fields)], vector, vector, 5)
     for mean, var, count, message in [
         (vector.double(), vector, 5, "var: expected 4 contiguous float64"),
         (vector, vector[:3], 5, "var: expected 4"),
@@ -449,6 +452,7 @@ def test_addresses_are_looked_up_at_every_call():
     running[0].batches.data = torch.zeros(())
     with pytest.raises(RuntimeError, match="batches: expected int64"):
         kernels.update_running_statistics(running, mean, torch.ones(4), 5)
+    running[0].batches.data = torch.tensor(0)
     running[0].mean.data = torch.zeros(8)[::2]
     with pytest.raises(RuntimeError, match="expected contiguous"):
         kernels.update_running_statistics(running, mean, torch.ones(4), 5)
