@@ -17,7 +17,7 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.backends import aten, select
-from densenet_fast.backends.affine import accumulation_dtype
+from densenet_fast.backends.affine import Update, accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, Operands, check
 from densenet_fast.ops import planned, stock
@@ -102,11 +102,15 @@ def run_bn_relu_conv1x1(x: Tensor, operands: ConvOperands) -> Tensor:
 
 
 def run_bn_relu_conv1x1_avgpool(
-    x: Tensor, operands: ConvOperands, statistics: BatchStatistics | None = None, describe: bool = False
+    x: Tensor,
+    operands: ConvOperands,
+    statistics: BatchStatistics | None = None,
+    describe: bool = False,
+    updates: "Updates | None" = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     """:func:`bn_relu_conv1x1_avgpool`, with its result's statistics if it is to be described."""
     _check_poolable(x)
-    return _bn_relu_conv1x1(x, operands, operands.admit, True, statistics, describe)
+    return _bn_relu_conv1x1(x, operands, operands.admit, True, statistics, describe, updates)
 
 
 def _check_poolable(x: Tensor) -> None:
@@ -120,6 +124,7 @@ def _bn_relu_conv1x1(
     pool: bool,
     statistics: BatchStatistics | None,
     describe: bool,
+    updates: "Updates | None" = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
     check_input(x)
@@ -129,7 +134,7 @@ def _bn_relu_conv1x1(
     if _beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
         outputs = _on_stock(convolve, x, *operands.stages, None, None)
-    _update_running_statistics(x, operands, *outputs[1:4])
+    _update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0], BatchStatistics(*outputs[4:6]) if describe else None
 
 
@@ -159,19 +164,23 @@ def bn_relu_maxpool(
     return (out, own) if return_statistics else out
 
 
-def run_bn_relu_maxpool(x: Tensor, operands: NormOperands, describe: bool) -> tuple[Tensor, BatchStatistics | None]:
+def run_bn_relu_maxpool(
+    x: Tensor, operands: NormOperands, describe: bool, updates: "Updates | None" = None
+) -> tuple[Tensor, BatchStatistics | None]:
     """:func:`bn_relu_maxpool`, with its result's statistics if it is to be described."""
     operands.admit(x)
-    return _bn_relu_maxpool(x, operands, describe)
+    return _bn_relu_maxpool(x, operands, describe, updates)
 
 
-def _bn_relu_maxpool(x: Tensor, operands: NormOperands, describe: bool) -> tuple[Tensor, BatchStatistics | None]:
+def _bn_relu_maxpool(
+    x: Tensor, operands: NormOperands, describe: bool, updates: "Updates | None" = None
+) -> tuple[Tensor, BatchStatistics | None]:
     group = operands.group()
     outputs = ops.bn_relu_maxpool(x, None, None, operands.stages, describe, group)
     if _beyond_range(x, outputs[2], group):
         out, *own = _on_stock(stock.bn_relu_maxpool, x, *operands.stages, None, None)
         outputs = (out, *own[:3], None, *own[3:])
-    _update_running_statistics(x, operands, *outputs[1:4])
+    _update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0], BatchStatistics(*outputs[5:7]) if describe else None
 
 
@@ -187,19 +196,23 @@ def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStati
     return _bn_relu_global_avgpool(x, operands, statistics)
 
 
-def run_bn_relu_global_avgpool(x: Tensor, operands: NormOperands, statistics: BatchStatistics | None) -> Tensor:
+def run_bn_relu_global_avgpool(
+    x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: "Updates | None" = None
+) -> Tensor:
     """:func:`bn_relu_global_avgpool`."""
     operands.admit(x)
-    return _bn_relu_global_avgpool(x, operands, statistics)
+    return _bn_relu_global_avgpool(x, operands, statistics, updates)
 
 
-def _bn_relu_global_avgpool(x: Tensor, operands: NormOperands, statistics: BatchStatistics | None) -> Tensor:
+def _bn_relu_global_avgpool(
+    x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: "Updates | None" = None
+) -> Tensor:
     group = operands.group()
     known = _known(x, operands.reader, statistics, group)
     outputs = ops.bn_relu_global_avgpool(x, *known, operands.stages, group)
     if _beyond_range(x, outputs[2], group):
         outputs = _on_stock(stock.bn_relu_global_avgpool, x, *operands.stages, None, None)
-    _update_running_statistics(x, operands, *outputs[1:4])
+    _update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0]
 
 
@@ -245,10 +258,14 @@ def dense_block(
 
 
 def run_dense_block(
-    x: Tensor, operands: BlockOperands, statistics: BatchStatistics | None = None, describe: bool = False
+    x: Tensor,
+    operands: BlockOperands,
+    statistics: BatchStatistics | None = None,
+    describe: bool = False,
+    updates: "Updates | None" = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     """:func:`dense_block`, with its result's statistics if it is to be described."""
-    return _dense_block(x, operands, operands.admit, statistics, describe)
+    return _dense_block(x, operands, operands.admit, statistics, describe, updates)
 
 
 def _dense_block(
@@ -257,6 +274,7 @@ def _dense_block(
     check_input: Callable[[Tensor], None],
     statistics: BatchStatistics | None,
     describe: bool,
+    updates: "Updates | None" = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
     check_input(x)
@@ -270,7 +288,7 @@ def _dense_block(
         masks,
         rates,
         operands.bottleneck,
-        [differentiable and not flag for flag in operands.recomputed],
+        operands.saved[not differentiable],
         describe,
         group,
         _link(x) if differentiable and x.requires_grad else None,
@@ -284,7 +302,7 @@ def _dense_block(
         features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
         mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
-    _update_running_statistics(x, operands, mean, var, count)
+    _update_running_statistics(x, operands, mean, var, count, updates)
     return features, BatchStatistics(*described, group) if describe else None
 
 
@@ -346,18 +364,49 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
     return dropout_mask(x.new_empty(x.shape[0], channels, *drawn), p).expand(-1, -1, *spatial)
 
 
-def _update_running_statistics(x: Tensor, operands: Operands, mean: Tensor, var: Tensor, count: Tensor) -> None:
+class Updates:
+    """Updates of running statistics that wait, to be made by one call: a call takes longer than a normalisation."""
+
+    def __init__(self) -> None:
+        self._like: tuple[torch.device, torch.dtype] | None = None
+        self._waiting: list[Update] = []
+
+    def add(self, x: Tensor, update: Update) -> None:
+        """One that belongs to an op on x."""
+        like = x.device, x.dtype
+        if like != self._like:
+            self.make()
+            self._like = like
+        self._waiting.append(update)
+
+    def make(self) -> None:
+        """Makes those that wait, in their order."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            _make(*self._like, waiting)
+
+
+def _update_running_statistics(
+    x: Tensor, operands: Operands, mean: Tensor, var: Tensor, count: Tensor, updates: Updates | None
+) -> None:
     """After an op on x: running = (1 - momentum) * running + momentum * batch, with the unbiased variance, for the
-    statistics of x and what was made of it, which stand in the packed ``mean`` and ``var``."""
+    statistics of x and what was made of it, which stand in the packed ``mean`` and ``var``. With ``updates`` it waits
+    there."""
     if not torch.compiler.is_compiling():
         operands.outcome.walked = planned.last()
     for batches in operands.counters:
         batches.add_(1)
     if operands.running:
-        traced = seen_by_dispatcher([mean, operands.running.vectors])
-        backend = aten if traced else select(x.device, x.dtype)
-        with torch.no_grad():
-            backend.update_running_statistics(operands.running, mean, var, rows_of(count, x.numel() // x.shape[1]))
+        update = Update(operands.running, mean, var, rows_of(count, x.numel() // x.shape[1]))
+        if updates is None:
+            _make(x.device, x.dtype, [update])
+        else:
+            updates.add(x, update)
+
+
+def _make(device: torch.device, dtype: torch.dtype, updates: list[Update]) -> None:
+    traced = seen_by_dispatcher([value for u in updates for value in (u.mean, u.running.vectors)])
+    (aten if traced else select(device, dtype)).update_running_statistics(updates)
 
 
 class _Link(torch.autograd.Function):

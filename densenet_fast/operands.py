@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast.backends.affine import Running, RunningStatistics, accumulation_dtype
+from densenet_fast.backends.inputs import Fixed
 from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 
 
@@ -176,10 +177,12 @@ class BlockOperands(Operands):
         _check_kinds(units)
         self.layers, self.bottleneck, self.drop_channels = layers, sizes == {2}, drop_channels
         self.growths = [layer[-1].weight.shape[0] for layer in layers]
-        self.drop_rates = [0.0] * len(layers) if drop_rates is None else [float(p) for p in drop_rates]
+        self.drop_rates = Fixed([0.0] * len(layers) if drop_rates is None else map(float, drop_rates))
         self.drops = any(self.drop_rates)
         whole = isinstance(memory_efficient, bool)
         self.recomputed = [memory_efficient] * len(layers) if whole else list(memory_efficient)
+        self.saved = Fixed(not flag for flag in self.recomputed), Fixed(False for _ in self.recomputed)
+        """Of which layers the bottleneck is kept for a backward pass, where there is to be one, and where not."""
         norms, read = [unit.norm for unit in units], [layer[0].norm for layer in layers]
         super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers))
 

@@ -15,6 +15,7 @@ from densenet_fast import info
 ROOT = Path(densenet_fast.__file__).parent
 TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
 LEVELS = [
+    ["backends.inputs"],
     ["version", "reference", "table", "thirdparty", "memory", "progress", "backends.affine", "backends.layout"],
     ["backends.arena"],
     ["backends.symbolic", "backends.spatial", "backends.extension", "backends.nvidia"],

@@ -175,14 +175,18 @@ struct Running {
   double momentum;   // NaN: 1 / batches
   int32_t start, cols;
   Type mean_type, var_type;
+  unsigned char batch;
 };
-constexpr int kRunning = 64;
-// batches += 1; running += momentum * (batch - running), var unbiased, with the statistics of columns start... of
-// `mean` and `var`, of the accumulation type, over `count` rows
-struct UpdateRunning {
+// The statistics of a batch, of the accumulation type
+struct Batch {
   const void *mean, *var;
-  const double* count_tensor;  // on the device; or null:
+  const double* count_tensor;  // rows, on the device; or null:
   double count;
+};
+constexpr int kRunning = 64, kBatches = 16;
+// batches += 1; running += momentum * (batch - running), var unbiased, with columns start... of its batch
+struct UpdateRunning {
+  Batch batches[kBatches];
   Running running[kRunning];
 };
 static_assert(sizeof(UpdateRunning) < 4096, "what a kernel's parameters may hold");

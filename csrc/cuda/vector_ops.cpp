@@ -110,46 +110,54 @@ void prepare_(Tensors sources, Tensors copies, Tensors variances, Tensors rstds,
 }
 
 // running = running + momentum * (batch - running) for each normalisation, its batch statistics from its start on in
-// mean and var [packed]. `vectors` are the addresses of running means and variances by turns, `counters` of counters,
-// and each row of the table (start, columns, mean's type, var's type, momentum's bits, whether it has a counter). A
-// normalisation that comes again waits for the next launch.
-void update_running_statistics_(std::vector<int64_t> vectors, std::vector<int64_t> counters, Tensor table, Tensor mean,
-                                Tensor var, std::optional<Tensor> count, double rows, int64_t stream) {
+// the mean and var [packed] of its table. `vectors` are the addresses of running means and variances by turns,
+// `counters` of counters, and each row of a table (start, columns, mean's type, var's type, momentum's bits, whether it
+// has a counter). A normalisation that comes again waits for the next launch.
+void update_running_statistics_(std::vector<int64_t> vectors, std::vector<int64_t> counters, std::vector<Tensor> tables,
+                                std::vector<Tensor> means, std::vector<Tensor> variances,
+                                std::vector<std::optional<Tensor>> counts, std::vector<double> rows, int64_t stream) {
   const char* kernel = "update_running_statistics";
-  const size_t n = vectors.size() / 2;
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == static_cast<int64_t>(n) && table.size(1) == 6 &&
-                      table.scalar_type() == ScalarType::Long && table.is_contiguous() && !table.is_cuda(),
-                  kernel, ": table: expected contiguous int64 [", n, ", 6] on the CPU, got ", shape(table));
-  if (n == 0) return;
-  Arguments arguments(kernel, mean, stream);
+  const size_t n = tables.size();
+  STD_TORCH_CHECK(n > 0 && means.size() == n && variances.size() == n && counts.size() == n && rows.size() == n, kernel,
+                  ": expected as many means, variances, counts and rows as tables, at least one");
+  Arguments arguments(kernel, means[0], stream);
   UpdateRunning p{};
-  p.mean = arguments.vector(mean, "mean", mean.numel());
-  p.var = arguments.vector(var, "var", mean.numel());
-  p.count_tensor = arguments.count(count);
-  p.count = rows;
-  int made = 0;
+  int made = 0, batches = 0;
   const auto launch = [&] {
     if (made > 0) arguments.launched(update_running_statistics(p, made, arguments.type(), arguments.stream()));
     made = 0;
   };
-  const auto* row = static_cast<const int64_t*>(table.data_ptr());
+  auto vector = vectors.begin();
   auto counter = counters.begin();
-  for (size_t i = 0; i < n; ++i, row += 6) {
-    const auto [start, cols, mean_type, var_type, momentum, counted] = *reinterpret_cast<const int64_t (*)[6]>(row);
-    STD_TORCH_CHECK(0 <= start && 0 <= cols && start + cols <= mean.numel(), kernel, ": start: expected ", cols,
-                    " columns from it on in ", shape(mean), ", got ", start);
-    STD_TORCH_CHECK(!counted || counter != counters.end(), kernel, ": counters: too few");
-    Running r{reinterpret_cast<void*>(vectors[2 * i]), reinterpret_cast<void*>(vectors[2 * i + 1]),
-              counted ? reinterpret_cast<int64_t*>(*counter++) : nullptr, std::bit_cast<double>(momentum)};
-    r.start = small(start, kernel, "start");
-    r.cols = small(cols, kernel, "running mean");
-    r.mean_type = static_cast<Type>(mean_type);
-    r.var_type = static_cast<Type>(var_type);
-    const bool again = std::any_of(p.running, p.running + made, [&](const Running& other) {
-      return other.mean == r.mean || (r.batches != nullptr && other.batches == r.batches);
-    });
-    if (again || made == kRunning) launch();
-    p.running[made++] = r;
+  for (size_t k = 0; k < n; ++k) {
+    const Tensor &table = tables[k], &mean = means[k];
+    STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == 6 && table.scalar_type() == ScalarType::Long &&
+                        table.is_contiguous() && !table.is_cuda(),
+                    kernel, ": table: expected contiguous int64 [n, 6] on the CPU, got ", shape(table));
+    if (batches == kBatches) launch(), batches = 0;
+    p.batches[batches++] = {arguments.vector(mean, "mean", mean.numel()),
+                            arguments.vector(variances[k], "var", mean.numel()), arguments.count(counts[k]), rows[k]};
+    const auto* row = static_cast<const int64_t*>(table.data_ptr());
+    for (int64_t i = 0; i < table.size(0); ++i, row += 6) {
+      const auto [start, cols, mean_type, var_type, momentum, counted] = *reinterpret_cast<const int64_t (*)[6]>(row);
+      STD_TORCH_CHECK(0 <= start && 0 <= cols && start + cols <= mean.numel(), kernel, ": start: expected ", cols,
+                      " columns from it on in ", shape(mean), ", got ", start);
+      STD_TORCH_CHECK(vectors.end() - vector >= 2 && (!counted || counter != counters.end()), kernel,
+                      ": vectors or counters: too few");
+      Running r{reinterpret_cast<void*>(vector[0]), reinterpret_cast<void*>(vector[1]),
+                counted ? reinterpret_cast<int64_t*>(*counter++) : nullptr, std::bit_cast<double>(momentum)};
+      vector += 2;
+      r.start = small(start, kernel, "start");
+      r.cols = small(cols, kernel, "running mean");
+      r.mean_type = static_cast<Type>(mean_type);
+      r.var_type = static_cast<Type>(var_type);
+      r.batch = static_cast<unsigned char>(batches - 1);
+      const bool again = std::any_of(p.running, p.running + made, [&](const Running& other) {
+        return other.mean == r.mean || (r.batches != nullptr && other.batches == r.batches);
+      });
+      if (again || made == kRunning) launch();
+      p.running[made++] = r;
+    }
   }
   launch();
 }
@@ -162,8 +170,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cuda_prepare(Tensor[] sources, Tensor(a!)[] copies, Tensor[] variances, Tensor(b!)[] rstds, float[] eps, "
       "Tensor(c!)[] zeros, int stream) -> ()");
   m.def(
-      "cuda_update_running_statistics(int[] vectors, int[] counters, Tensor table, Tensor mean, Tensor var, "
-      "Tensor? count, float rows, int stream) -> ()");
+      "cuda_update_running_statistics(int[] vectors, int[] counters, Tensor[] tables, Tensor[] means, "
+      "Tensor[] variances, Tensor?[] counts, float[] rows, int stream) -> ()");
 }
 
 namespace {

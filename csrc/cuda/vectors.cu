@@ -75,7 +75,8 @@ __device__ inline A lerp(A from, A to, A share) {
 template <typename A>
 __global__ __launch_bounds__(kThreads, 2) void update_running_kernel(const __grid_constant__ UpdateRunning p) {
   const Running& r = p.running[blockIdx.x];
-  const double count = p.count_tensor == nullptr ? p.count : *p.count_tensor;
+  const Batch& batch = p.batches[r.batch];
+  const double count = batch.count_tensor == nullptr ? batch.count : *batch.count_tensor;
   const A unbiased = static_cast<A>(count / (count - 1));
   A momentum = static_cast<A>(r.momentum);
   const int64_t batches = r.batches == nullptr ? 0 : *r.batches + 1;
@@ -83,8 +84,8 @@ __global__ __launch_bounds__(kThreads, 2) void update_running_kernel(const __gri
   __syncthreads();
   if (threadIdx.x == 0 && r.batches != nullptr) *r.batches = batches;
   for (int col = threadIdx.x; col < r.cols; col += kThreads) {
-    const A mean = static_cast<const A*>(p.mean)[r.start + col];
-    const A var = static_cast<const A*>(p.var)[r.start + col] * unbiased;
+    const A mean = static_cast<const A*>(batch.mean)[r.start + col];
+    const A var = static_cast<const A*>(batch.var)[r.start + col] * unbiased;
     store(r.mean, r.mean_type, col, lerp(load<A>(r.mean, r.mean_type, col), mean, momentum));
     store(r.var, r.var_type, col, lerp(load<A>(r.var, r.var_type, col), var, momentum));
   }

@@ -3,11 +3,13 @@
 import functools
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from densenet_fast.backends.inputs import Fixed
 
 
 class Affine(NamedTuple):
@@ -112,7 +114,7 @@ class RunningStatistics(tuple[Running, ...]):
     those that have one."""
 
     def __init__(self, running: Iterable[Running]) -> None:
-        self.vectors = [t for r in self for t in (r.mean, r.var)]
+        self.vectors = Fixed(t for r in self for t in (r.mean, r.var))
         self.counters = [r.batches for r in self if r.batches is not None]
 
     @functools.cached_property
@@ -127,6 +129,16 @@ class RunningStatistics(tuple[Running, ...]):
         if len({t.device for t in (*self.vectors, *self.counters)}) > 1:
             raise RuntimeError("update_running_statistics: expected all tensors on one device")
         return torch.frombuffer(bytearray().join(map(_row, self)), dtype=torch.int64).view(-1, 6)
+
+
+class Update(NamedTuple):
+    """Running statistics, and the batch statistics that they are updated with: packed mean and biased variance, over
+    ``count`` rows, an int or a float64 scalar on the device."""
+
+    running: Sequence[Running]
+    mean: Tensor
+    var: Tensor
+    count: Tensor | int
 
 
 def _row(running: Running) -> bytes:

@@ -19,6 +19,7 @@ from densenet_fast.backends.affine import (
     Statistics,
     ThroughStatistics,
     Unfinished,
+    Update,
     accumulation_dtype,
     bn_relu,
     normalise,
@@ -295,13 +296,18 @@ def prepare(jobs: Sequence[Job]) -> None:
         torch._foreach_zero_([job.target for job in zeros])
 
 
-def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-    """batches += 1, and running += momentum * (batch - running) for the mean and the unbiased variance of each, with
-    the batch statistics in the packed ``mean`` and biased ``var``, over ``count`` rows: an int or a float64 scalar on
-    the device. One that comes twice, as that of several layers, is updated by each in turn."""
+def update_running_statistics(updates: Sequence[Update]) -> None:
+    """batches += 1, and running += momentum * (batch - running) for the mean and the unbiased variance of each. One
+    that comes twice, as that of several layers, is updated by each in turn."""
+    with torch.no_grad():
+        for update in updates:
+            _update_running_statistics(*update)
+
+
+def _update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:
     if len({id(r.mean) for r in running}) < len(running):
         for r in running:
-            update_running_statistics([r], mean, var, count)
+            _update_running_statistics([r], mean, var, count)
         return
     counters = [r.batches for r in running if r.batches is not None]
     if counters:

@@ -10,6 +10,7 @@ Where the library was built to emulate a GPU (tests/backends/cuda), the same ker
 import functools
 import operator
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from densenet_fast.backends.affine import (
     Affine,
     Job,
     Reader,
-    Running,
     RunningStatistics,
     Statistics,
     ThroughStatistics,
+    Update,
 )
 
 Sums = tuple[Tensor, Tensor]
@@ -36,6 +37,7 @@ kernels = torch.ops.densenet_fast
 _dtype, _device = map(operator.attrgetter, ("dtype", "device"))
 
 
+@functools.cache
 def emulated() -> bool:
     """Whether the loaded library runs the kernels on CPU tensors."""
     return _built() and hasattr(kernels, "cuda_emulated")
@@ -154,30 +156,35 @@ def prepare(jobs: Sequence[Job]) -> None:
     )
 
 
-def update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+def update_running_statistics(updates: Sequence[Update]) -> None:
     """One launch for 64 normalisations. What it changes is given by address, for hundreds of tensors would take longer
     to hand over than to update."""
-    if not running:
+    updates = [u for u in updates if u.running]
+    if not updates:
         return
-    given = running if isinstance(running, RunningStatistics) else RunningStatistics(running)
-    table, vectors, counters = given.table, given.vectors, given.counters
+    running = [r if isinstance(r, RunningStatistics) else RunningStatistics(r) for r, *_ in updates]
+    tables, device = [r.table for r in running], updates[0].mean.device
+    vectors, counters = (
+        [*chain.from_iterable(tensors)] for tensors in zip(*((r.vectors, r.counters) for r in running))
+    )
     if not all(map(Tensor.is_contiguous, vectors)):
         raise RuntimeError("update_running_statistics: running mean and var: expected contiguous values")
     if not {*map(_dtype, counters)} <= {torch.int64}:
         raise RuntimeError("update_running_statistics: batches: expected int64 values")
-    if not {vectors[0].device, *map(_device, counters)} <= {mean.device}:  # of all vectors, says the table
-        raise RuntimeError(f"update_running_statistics: expected all tensors on {mean.device}")
+    if not {*(r.vectors[0].device for r in running), *map(_device, counters)} <= {
+        device
+    }:  # all vectors, says the table
+        raise RuntimeError(f"update_running_statistics: expected all tensors on {device}")
     torch.autograd.graph.increment_version([*vectors, *counters])
-    count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
     kernels.cuda_update_running_statistics(
         [*map(Tensor.data_ptr, vectors)],
         [*map(Tensor.data_ptr, counters)],
-        table,
-        mean,
-        var,
-        count,
-        rows,
-        _stream(mean),
+        tables,
+        [u.mean for u in updates],
+        [u.var for u in updates],
+        [u.count if isinstance(u.count, Tensor) else None for u in updates],
+        [1.0 if isinstance(u.count, Tensor) else float(u.count) for u in updates],
+        _stream(updates[0].mean),
     )
 
 

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 
 import torch
 
-_this_thread = threading.local()
+
+class _ThisThread(threading.local):
+    device: torch.device | None = None
+
+
+_this_thread = _ThisThread()
 
 
 @contextlib.contextmanager
 def standing_in(device: torch.device) -> Iterator[None]:
     """Backends take this thread's CPU tensors for tensors on ``device``: nothing of theirs is computed."""
-    before, _this_thread.device = getattr(_this_thread, "device", None), device
+    before, _this_thread.device = _this_thread.device, device
     try:
         yield
     finally:
@@ -22,7 +27,7 @@ def standing_in(device: torch.device) -> Iterator[None]:
 
 def meant(device: torch.device) -> torch.device:
     """What tensors on ``device`` stand in for, or itself."""
-    found = getattr(_this_thread, "device", None)
+    found = _this_thread.device
     return found if found is not None and device.type == "cpu" else device
 
 

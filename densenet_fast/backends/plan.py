@@ -9,8 +9,6 @@ A replay calls none of the hooks that Triton has for launches.
 """
 
 import functools
-import itertools
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension
+from densenet_fast.backends.inputs import parted
 from densenet_fast.backends.recording import Native, Recording, View, replaced, tensors_in
 from densenet_fast.backends.symbolic import Allocation, Unplannable
 from densenet_fast.backends.triton import config, launch
@@ -27,10 +26,6 @@ from densenet_fast.backends.triton.launch import Launch
 from densenet_fast.backends.triton.parameters import parameters
 
 kernels = torch.ops.densenet_fast
-
-PLAIN = {Tensor, torch.nn.Parameter}
-TENSORS = {*PLAIN, type(None)}
-LISTS = (list, tuple)
 
 LIMIT = 256
 """Of plans and of signatures without one that are kept; the oldest goes first."""
@@ -225,48 +220,6 @@ def settings(x: Tensor) -> tuple[Any, ...]:
     return config.device_of(x.device), config.precision(x.dtype)
 
 
-class Fixed(list[Any]):
-    """A list among an op's inputs that nobody changes: what a call finds out about it is kept."""
-
-    @functools.cached_property
-    def kinds(self) -> set[type]:
-        """The types of its values."""
-        return {*map(type, self)}
-
-    @functools.cached_property
-    def parted(self) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
-        """As :func:`parted` has it."""
-        return _parted(self)
-
-
-def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The tensors among ``inputs``, in order, and all else, hashable: 1, 1.0 and True differ. An op has hundreds."""
-    tensors: list[Tensor] = []
-    constants: list[Any] = []
-    for value in inputs:
-        kind = type(value)
-        if kind in PLAIN:
-            tensors.append(value)
-            constants.append(Ellipsis)
-        elif issubclass(kind, LISTS):
-            inner, others = value.parted if kind is Fixed else _parted(value)
-            tensors += inner
-            constants.append(others)
-        else:
-            constants.append((kind, value))
-    return tensors, tuple(constants)
-
-
-def _parted(values: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
-    kinds = {*map(type, values)}
-    if kinds <= TENSORS:
-        given = tuple(map(operator.is_not, values, itertools.repeat(None)))
-        return [*itertools.compress(values, given)], given
-    if any(issubclass(kind, (Tensor, *LISTS)) for kind in kinds):
-        return parted(values)
-    return (), (tuple(map(type, values)), tuple(values))
-
-
 def calls(recording: Recording, device: torch.device) -> list[Call | None]:
     """The launches as the driver takes them; compiles what is not yet compiled. None of Triton's where they are
     interpreted."""
@@ -310,9 +263,9 @@ def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list
     """What makes a flat ``result``, a tuple of tensors and lists of them, from the ``outputs`` numbered behind
     ``inputs``; None where it is of another form or a tensor is not a whole output."""
 
-    def place(value: Any) -> int | None:
+    def place(value: Any) -> int:
         if value is None:
-            return None
+            return -1
         if not isinstance(value, View) or value.is_view or value.buffer is None:
             raise LookupError
         output = outputs[value.buffer - inputs]
@@ -327,11 +280,9 @@ def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list
     except LookupError:
         return None
 
-    def made(tensors: list[Tensor]) -> tuple[Any, ...]:
-        return tuple(
-            [None if i is None else tensors[i] for i in p] if isinstance(p, list) else None if p is None else tensors[p]
-            for p in places
-        )
+    def made(tensors: list[Tensor | None]) -> tuple[Any, ...]:
+        at = [*tensors, None].__getitem__
+        return tuple([[*map(at, p)] if isinstance(p, list) else at(p) for p in places])
 
     return made
 

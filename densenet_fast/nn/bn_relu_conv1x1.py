@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import functional, reference
-from densenet_fast.functional import BatchStatistics
+from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory, all_below
@@ -110,11 +110,16 @@ class Transition(_Fusible, reference.Transition):
         return _transition_memory(self)
 
     def run(
-        self, x: Tensor, operands: ConvOperands, statistics: BatchStatistics | None, describe: bool
+        self,
+        x: Tensor,
+        operands: ConvOperands,
+        statistics: BatchStatistics | None,
+        describe: bool,
+        updates: Updates | None = None,
     ) -> tuple[Tensor, BatchStatistics | None]:
         """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
         last in memory, and its statistics, if asked to describe it."""
-        return functional.run_bn_relu_conv1x1_avgpool(x, operands, statistics, describe)
+        return functional.run_bn_relu_conv1x1_avgpool(x, operands, statistics, describe, updates)
 
     def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
         return self.run(x, operands, None, describe=False)[0]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast import functional, reference
-from densenet_fast.functional import BatchStatistics
+from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import handed_out, is_channels_last
 from densenet_fast.nn.recomputation import recomputable, recomputed
@@ -134,11 +134,16 @@ class DenseBlock(reference.DenseBlock):
         return _memory(self)
 
     def run(
-        self, x: Tensor, operands: BlockOperands, statistics: BatchStatistics | None, describe: bool
+        self,
+        x: Tensor,
+        operands: BlockOperands,
+        statistics: BatchStatistics | None,
+        describe: bool,
+        updates: Updates | None = None,
     ) -> tuple[Tensor, BatchStatistics | None]:
         """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
         last in memory and kept for the backward pass, and its statistics, if asked to describe it."""
-        return functional.run_dense_block(x, operands, statistics, describe)
+        return functional.run_dense_block(x, operands, statistics, describe, updates)
 
     def forward(self, init_features: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

@@ -5,6 +5,7 @@ hook, a foreign one) gets and returns what it would within torchvision's network
 make there, and memory that it may change in place.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_fast import functional, reference
-from densenet_fast.functional import BatchStatistics
+from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.bn_relu_conv1x1 import Transition
-from densenet_fast.nn.dense_block import DenseBlock
+from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
 from densenet_fast.nn.memory_format import contiguous_gradient, handed_out, is_channels_last
-from densenet_fast.nn.snapshot import Found, Memory
+from densenet_fast.nn.snapshot import Found, Memory, all_below
 from densenet_fast.operands import NormOperands, Operands
 
 STEM = ["norm0", "relu0", "pool0"]
@@ -39,8 +40,14 @@ class Step:
             fusion.has_hooks(m) or m._modules or not type(m).__module__.startswith("torch.nn.") for m in self.modules
         )
 
-    def look_again(self) -> None:
-        """Finds out anew what may have changed since this was made."""
+    @property
+    def settled(self) -> bool:
+        """Whether it is the same step as long as its modules and those below have not changed."""
+        return not self.changes_others
+
+    def now(self) -> "Step":
+        """This with what may have changed since it was made."""
+        return self
 
     def obstacle(self, x: Tensor) -> str | None:
         """Why it cannot run fused on ``x``, or None."""
@@ -55,9 +62,10 @@ class Step:
         return before
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """Fused, from ``x`` and its statistics to the result and, if asked to describe it, its statistics if known."""
+        """Fused, from ``x`` and its statistics to the result and, if asked to describe it, its statistics if known.
+        Running statistics are updated, or wait for that in ``updates``."""
         raise NotImplementedError
 
     def stock(self, x: Tensor) -> Tensor:
@@ -73,13 +81,17 @@ class Step:
 class Part(Step):
     """A dense block or a transition that can run as one op."""
 
-    def __init__(self, module: DenseBlock | Transition, operands: Operands) -> None:
+    def __init__(self, module: DenseBlock | Transition, found: Found[Operands]) -> None:
         super().__init__(module)
-        self.module, self.found = module, Found(None, operands)
+        self.module, self.found = module, found
         self.keeps_output = isinstance(module, DenseBlock)
 
-    def look_again(self) -> None:
-        self.found = self.module.found()
+    @property
+    def settled(self) -> bool:
+        return type(self.module) in (DenseBlock, Transition)
+
+    def now(self) -> Step:
+        return Part(self.module, self.module.found())
 
     def obstacle(self, x: Tensor) -> str | None:
         return self.found.obstacle or fusion.input_obstacle(x, self.module.spatial_dims)
@@ -88,9 +100,9 @@ class Part(Step):
         return self.found.operands is not None and self.found.operands.reads_statistics
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        return self.module.run(x, self.found.operands, statistics, describe)
+        return self.module.run(x, self.found.operands, statistics, describe, updates)
 
     def channels_last(self, before: bool) -> bool:
         return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))
@@ -103,9 +115,11 @@ class Part(Step):
 class Stem(Step):
     """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if it is a plain one."""
 
+    settled = True
+
     def __init__(self, features: "Features", convolution: nn.Conv2d | None, operands: NormOperands) -> None:
         super().__init__(*([] if convolution is None else [convolution]), *_stem_modules(features))
-        self.features, self.convolution, self.operands = features, convolution, operands
+        self.features, self.convolution, self.operands = weakref.ref(features), convolution, operands
 
     def obstacle(self, x: Tensor) -> str | None:
         return fusion.input_obstacle(x, 2)
@@ -114,16 +128,16 @@ class Stem(Step):
         return before or (self.convolution is not None and is_channels_last(self.convolution.weight))
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         if self.convolution is not None:
             weight = contiguous_gradient(self.convolution.weight)
             # The images are made channels last, instead of the larger maps made from them.
             x = self.convolution._conv_forward(contiguous_gradient(x, True), weight, self.convolution.bias)
-        return functional.run_bn_relu_maxpool(x, self.operands, describe)
+        return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
 
     def note(self, reason: str | None) -> None:
-        calls.note(self.features, reason, self.operands, "Stem")
+        calls.note(self.features(), reason, self.operands, "Stem")
 
 
 class Head(Step):
@@ -140,9 +154,9 @@ class Head(Step):
         return self.operands.reads_statistics
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool
+        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        return functional.run_bn_relu_global_avgpool(x, self.operands, statistics), None
+        return functional.run_bn_relu_global_avgpool(x, self.operands, statistics, updates), None
 
     def stock(self, x: Tensor) -> Tensor:
         return reference.average(rectified(self.norm(x)))
@@ -171,37 +185,35 @@ class Features(nn.Sequential):
 
     def steps(self) -> list[Step]:
         """Its children in order, the stem as one step if it can run as one."""
-        steps: list[Step] = []
-        stem, operands = _stem_memory(self)
-        if "norm0" in self._modules:
-            calls.note(self, stem, None, "Stem")
-        for name, module in self._modules.items():
-            if stem is None and name in STEM:
-                if name == "norm0":
-                    plain = bool(steps) and _is_plain_convolution(steps[-1].modules[0])
-                    steps.append(Stem(self, steps.pop().modules[0] if plain else None, operands))
-                continue
-            found = module.found() if _is_plain_part(module) else None
-            runs = found is not None and found.obstacle is None
-            steps.append(Part(module, found.operands) if runs else Step(module))
-        return steps
+        return _steps_memory(self).operands
 
     def through(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
         """``x`` through ``steps``, which begin with the first."""
+        if torch.compiler.is_compiling():
+            return self._through(x, steps, None)
+        updates = Updates()
+        try:
+            return self._through(x, steps, updates)
+        finally:
+            updates.make()
+
+    def _through(self, x: Tensor, steps: Sequence[Step], updates: Updates | None) -> Tensor:
         channels_last, kept, statistics = is_channels_last(x), False, None
         inside = False  # whether x is made by a fused part, and channels last whatever stock's would be
         changed = False  # whether anything ran that may have changed what follows
         for step, reader in zip(steps, [*steps[1:], None]):
             if changed:
-                step.look_again()
+                step = step.now()
             reason = step.obstacle(x)
             step.note(reason)
             if reason is None:
                 describe = reader is not None and reader.reads_statistics()
                 channels_last = step.channels_last(channels_last)
-                x, statistics = step.run(x, statistics, describe)
+                x, statistics = step.run(x, statistics, describe, updates)
                 inside, kept = True, step.keeps_output
                 continue
+            if updates is not None:
+                updates.make()
             changed = changed or step.changes_others
             x = step.stock(handed_out(x, channels_last, kept) if inside else x)
             channels_last, inside, statistics = isinstance(x, Tensor) and is_channels_last(x), False, None
@@ -233,6 +245,30 @@ def _stem_examined(features: Features) -> Found[NormOperands]:
 
 
 _stem_memory = Memory(_stem_examined, _stem_modules, (Features,))
+
+
+def _examined(features: Features) -> Found[list[Step]]:
+    """The steps, with a reason if they have to be found before every call."""
+    steps: list[Step] = []
+    stem, operands = _stem_memory(features)
+    if "norm0" in features._modules:
+        calls.note(features, stem, None, "Stem")
+    for name, module in features._modules.items():
+        if stem is None and name in STEM:
+            if name == "norm0":
+                plain = bool(steps) and _is_plain_convolution(steps[-1].modules[0])
+                steps.append(Stem(features, steps.pop().modules[0] if plain else None, operands))
+            continue
+        found = module.found() if _is_plain_part(module) else None
+        runs = found is not None and found.obstacle is None
+        steps.append(Part(module, found) if runs else Step(module))
+    unsettled = [f"{type(step.modules[0]).__name__} may change" for step in steps if not step.settled]
+    if stem is not None and "norm0" in features._modules:
+        unsettled.append(stem)
+    return Found(next(iter(unsettled), None), steps)
+
+
+_steps_memory = Memory(_examined, all_below, (Features, DenseBlock, DenseLayer, Transition))
 
 
 def rectified(x: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ from densenet_fast.ops.stage import (
     global_sum,
     present,
     rows_of,
+    save_stages,
+    saved_stages,
     synchronise,
     unflatten,
 )
@@ -489,15 +491,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
     ctx.mark_non_differentiable(count, *bottlenecks)
     ctx.set_materialize_grads(False)
     ctx.in_channels = x.shape[1]
-    ctx.sizes = [len(tensors), len(masks), len(bottlenecks)]
-    ctx.save_for_backward(*described, count, link, *tensors, *masks, *bottlenecks)
+    stages = save_stages(ctx, tensors)
+    ctx.sizes = [len(stages), len(masks), len(bottlenecks)]
+    ctx.save_for_backward(*described, count, link, *stages, *masks, *bottlenecks)
 
 
 def _gradients(
     ctx: Any, needs: list[bool], grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any
 ) -> Gradients:
     features, mean, var, count, link, *rest = ctx.saved_tensors
-    tensors, masks, bottlenecks = (rest[sum(ctx.sizes[:i]) :][:n] for i, n in enumerate(ctx.sizes))
+    stages, masks, bottlenecks = (rest[sum(ctx.sizes[:i]) :][:n] for i, n in enumerate(ctx.sizes))
+    tensors = saved_stages(ctx, stages)
     if grad is None and grad_mean is None and grad_var is None:
         return None, None, None, [None] * len(tensors)
     grads = (grad, grad_mean, grad_var)

@@ -10,16 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from densenet_fast.backends.inputs import holds_others
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_image, to_matrix
-from densenet_fast.backends.plan import Fixed
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.stage import Followed, Stage, Stages, present, without_autocast
-
-KNOWN = {Tensor, nn.Parameter, type(None), bool, int, float, str, Fixed, list}
-LISTS = {list, Fixed}
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
 
@@ -66,16 +63,8 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or _holds_others(inputs)
+        or holds_others(inputs)
     )
-
-
-def _holds_others(values: Sequence[Any]) -> bool:
-    """Whether a subclass of Tensor is among ``values`` and those of lists among them."""
-    kinds = values.kinds if type(values) is Fixed else {*map(type, values)}
-    if not kinds <= KNOWN and any(issubclass(kind, Tensor) for kind in kinds - KNOWN):
-        return True
-    return not LISTS.isdisjoint(kinds) and any([_holds_others(v) for v in values if type(v) in LISTS])
 
 
 def with_autograd(
@@ -103,15 +92,14 @@ def with_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            _, _, x, mean, _, *given = ctx.needs_input_grad
-            needs = ctx.followed.needs(x, mean, given)
+            needs = ctx.followed.needs(ctx.needs_input_grad[2:])
             grad_x, *statistics, rest = gradients(ctx, needs, _channels_adjacent(grads[0]), *grads[1:])
             return (
                 None,
                 None,
                 _in_format(grad_x, ctx),
                 *statistics,
-                *[rest[place] if need else None for place, need in zip(ctx.followed.places, given)],
+                *ctx.followed.chosen(rest),
             )
 
     apply = super(torch.autograd.Function, Direct).apply
@@ -139,7 +127,8 @@ def with_autograd(
         stages = stages if isinstance(stages, Stages) else Stages(stages)
         inputs = (x, mean, var, stages.tensors, stages.eps, *constants)
         if seen_by_dispatcher(inputs):
-            return _flat(op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *constants))
+            plain = [[*c] if isinstance(c, list) else c for c in constants]
+            return _flat(op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *plain))
         compile_ahead(call, x, mean, var, stages, *constants)
         followed = stages.followed()
         with _named(op.name):

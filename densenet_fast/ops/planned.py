@@ -19,7 +19,12 @@ from densenet_fast.backends.triton import launch
 DEVICE = "cuda"
 """The type of the devices on which bodies are planned."""
 
-_this_thread = threading.local()
+
+class _ThisThread(threading.local):
+    reason: str | None = "no op was called"
+
+
+_this_thread = _ThisThread()
 
 
 def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
@@ -37,7 +42,7 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
 
 def last() -> str | None:
     """Why the body that this thread ran last was not planned, None if it was."""
-    return getattr(_this_thread, "reason", "no op was called")
+    return _this_thread.reason
 
 
 def obstacle(x: Any) -> str | None:

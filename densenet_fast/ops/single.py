@@ -29,6 +29,8 @@ from densenet_fast.ops.stage import (
     global_count,
     global_sum,
     rows_of,
+    save_stages,
+    saved_stages,
     synchronise,
     unflatten,
 )
@@ -140,11 +142,11 @@ def with_autograd(
         ctx.saved = len(outputs[saved])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mean, var, *outputs[saved], *tensors)
+        ctx.save_for_backward(x, mean, var, *outputs[saved], *save_stages(ctx, tensors))
 
     def gradients(ctx: Any, needs: list[bool], grad: Tensor | None, *_: None) -> Gradients:
         x, mean, var, *rest = ctx.saved_tensors
-        kept, tensors = rest[: ctx.saved], rest[ctx.saved :]
+        kept, tensors = rest[: ctx.saved], saved_stages(ctx, rest[ctx.saved :])
         if grad is None:
             return None, None, None, [None] * len(tensors)
         if stock.needed_in_backward(grad):

@@ -6,17 +6,17 @@ P and Q the gradients with respect to mu and v, D the gradient behind the ReLU's
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, accumulation_dtype
+from densenet_fast.backends.inputs import Fixed
 from densenet_fast.backends.layout import as_output
-from densenet_fast.backends.plan import Fixed
 
 Pair = tuple[Tensor, Tensor]
 
@@ -131,19 +131,23 @@ class Followed:
         self.places, self.tensors, self.count = places, tensors, count
         self._needs: dict[tuple[bool, ...], list[bool]] = {}
 
-    def needs(self, x: bool, mean: bool, given: Sequence[bool]) -> list[bool]:
-        """Whether a gradient is needed: of x, of mean and var, and of each in the flat list, of which that is
-        ``given`` for those that are followed."""
-        key = x, mean, *given
-        found = self._needs.get(key)
+    def needs(self, given: tuple[bool, ...]) -> list[bool]:
+        """Whether a gradient is needed: of x, of mean and var, and of each in the flat list; from what is ``given``:
+        of x, of mean, of var, and of those that are followed."""
+        found = self._needs.get(given)
         if found is None:
+            x, mean, _, *followed = given
             tensors = [False] * self.count
-            for place, need in zip(self.places, given):
+            for place, need in zip(self.places, followed):
                 tensors[place] = need
             if len(self._needs) >= 16:
                 self._needs.clear()
-            found = self._needs[key] = Fixed([x, mean, *tensors])
+            found = self._needs[given] = Fixed([x, mean, *tensors])
         return found
+
+    def chosen(self, tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+        """Of one in the flat list for each, those for the ones that are followed."""
+        return map(tensors.__getitem__, self.places)
 
 
 class Stages(tuple[Stage, ...]):
@@ -175,6 +179,17 @@ def unflatten(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> list[St
     """The stages of flattened ``tensors``, of which those that are absent are None or empty."""
     tensors = [None if t is None or t.numel() == 0 else t for t in tensors]
     return [Stage(*tensors[i * STAGE_TENSORS : (i + 1) * STAGE_TENSORS], e) for i, e in enumerate(eps)]
+
+
+def save_stages(ctx: Any, tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """What ``ctx`` has to save for :func:`saved_stages` to return ``tensors``, an op's flat list."""
+    ctx.stages = tensors if type(tensors) is Fixed else None
+    return tensors if ctx.stages is None else ctx.stages.saved()
+
+
+def saved_stages(ctx: Any, saved: list[Tensor | None]) -> list[Tensor | None]:
+    """An op's flat list from what was ``saved`` of it."""
+    return saved if ctx.stages is None else ctx.stages.restored(saved)
 
 
 class StageGradients:

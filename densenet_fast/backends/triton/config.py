@@ -121,7 +121,12 @@ PROGRAMS_PER_PROCESSOR = 2
 TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
-_this_thread = threading.local()
+
+class _ThisThread(threading.local):
+    assumed: Device | None = None
+
+
+_this_thread = _ThisThread()
 
 
 def interpreted() -> bool:
@@ -132,7 +137,7 @@ def interpreted() -> bool:
 @contextlib.contextmanager
 def assume(device: Device) -> Iterator[None]:
     """Configures this thread's launches for ``device``, whatever the tensors are on: for compiling ahead and audits."""
-    before, _this_thread.assumed = assumed(), device
+    before, _this_thread.assumed = _this_thread.assumed, device
     try:
         yield
     finally:
@@ -141,7 +146,7 @@ def assume(device: Device) -> Iterator[None]:
 
 def assumed() -> Device | None:
     """The device of the ``with`` block of :func:`assume` that this thread is in."""
-    return getattr(_this_thread, "assumed", None)
+    return _this_thread.assumed
 
 
 def device_of(device: torch.device) -> Device:

@@ -55,7 +55,14 @@ class Launch(NamedTuple):
 
 
 _recordings: list[list[Launch]] = []
-_this_thread = threading.local()
+
+
+class _ThisThread(threading.local):
+    plan: Callable[[Launch], None] | None = None
+    """What takes this thread's launches instead of the device."""
+
+
+_this_thread = _ThisThread()
 
 
 @contextlib.contextmanager
@@ -74,7 +81,7 @@ def planning(append: Callable[[Launch], None] | None = None) -> Iterator[list[La
     """Collects this thread's launches of the ``with`` block and runs none: results stay uninitialised. With ``append``
     they go there instead."""
     launches: list[Launch] = []
-    before, _this_thread.plan = _plan(), append or launches.append
+    before, _this_thread.plan = _this_thread.plan, append or launches.append
     try:
         yield launches
     finally:
@@ -83,7 +90,7 @@ def planning(append: Callable[[Launch], None] | None = None) -> Iterator[list[La
 
 def is_planning() -> bool:
     """Whether this thread's launches are collected and not run."""
-    return _plan() is not None
+    return _this_thread.plan is not None
 
 
 def is_recording() -> bool:
@@ -91,14 +98,10 @@ def is_recording() -> bool:
     return bool(_recordings)
 
 
-def _plan() -> Callable[[Launch], None] | None:
-    return getattr(_this_thread, "plan", None)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, tile: Tile, **constants: Any) -> None:
     """Launches ``kernel`` on the device of its first argument, a tensor."""
     item = Launch(kernel, grid, arguments, constants, tile)
-    plan = _plan()
+    plan = _this_thread.plan
     if plan is not None:
         plan(item)
         return

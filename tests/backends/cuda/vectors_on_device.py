@@ -3,6 +3,7 @@
 Run as ``on_device.py`` is; the truth is ``aten``'s.
 """
 
+import copy
 import itertools
 import math
 
@@ -23,7 +24,7 @@ from backends.cuda.on_device import (
 )
 from densenet_fast.backends import aten
 from densenet_fast.backends import cuda_kernels as kernels
-from densenet_fast.backends.affine import Affine, Job, Reader, Running, RunningStatistics, accumulation_dtype
+from densenet_fast.backends.affine import Affine, Job, Reader, Running, RunningStatistics, Update, accumulation_dtype
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 
@@ -290,7 +291,7 @@ def test_zeros_of_every_layout(dtype):
 def test_nothing_to_do(module):
     module.prepare([])
     module.prepare([Job("copy", torch.empty(0), torch.empty(0)), Job("zero", torch.empty(3, 0))])
-    module.update_running_statistics([], torch.zeros(3), torch.zeros(3), 5)
+    module.update_running_statistics([Update([], torch.zeros(3), torch.zeros(3), 5)])
     with pytest.raises(ValueError, match=r"kind: expected copy, rstd or zero, got \['sqrt'\]"):
         module.prepare([Job("sqrt", torch.zeros(3), torch.zeros(3))])
 
@@ -342,8 +343,8 @@ def test_running_statistics_are_atens(dtype, counted):
         mean, var = torch.randn(packed).to(wide), torch.rand(packed).to(wide)
         mean[step], var[50 + step] = torch.nan, torch.inf
         count = torch.tensor(35.0, dtype=torch.float64) if counted else 35
-        kernels.update_running_statistics(ours, mean, var, count)
-        aten.update_running_statistics(theirs, mean, var, count)
+        kernels.update_running_statistics([Update(ours, mean, var, count)])
+        aten.update_running_statistics([Update(theirs, mean, var, count)])
         for a, b in zip(ours, theirs):
             assert a.batches is None or a.batches.equal(b.batches)
             for got, expected in ((a.mean, b.mean), (a.var, b.var)):
@@ -361,7 +362,9 @@ def test_running_statistics_are_those_of_stock_batch_norm():
             batch = x * (step + 1) + step
             module(batch)
             var, mean = torch.var_mean(batch, (0, 2), correction=0)
-            kernels.update_running_statistics([ours], *(nn.functional.pad(v, (2, 1)) for v in (mean, var)), 42)
+            kernels.update_running_statistics(
+                [Update([ours], *(nn.functional.pad(v, (2, 1)) for v in (mean, var)), 42)]
+            )
         assert torch.allclose(ours.mean, module.running_mean) and torch.allclose(ours.var, module.running_var)
         assert ours.batches == module.num_batches_tracked == 3
 
@@ -372,7 +375,7 @@ def test_a_normalisation_that_comes_twice_is_updated_by_each_in_turn(module):
     for momentum in (0.25, None):
         shared = Running(torch.zeros(1), torch.zeros(1), torch.tensor(0), momentum, 0)
         other = Running(torch.zeros(1), torch.zeros(1), None, 1.0, 1)
-        module.update_running_statistics([shared, other, shared._replace(start=1)], mean, var, 4)
+        module.update_running_statistics([Update([shared, other, shared._replace(start=1)], mean, var, 4)])
         assert shared.batches == 2 and other.mean == 5
         second = 0.5 if momentum is None else momentum
         first = 1.0 if momentum is None else momentum
@@ -381,11 +384,32 @@ def test_a_normalisation_that_comes_twice_is_updated_by_each_in_turn(module):
         assert close(shared.var, first * unbiased[:1] * (1 - second) + second * unbiased[1:], 1e-6)
 
 
+def test_many_batches_in_one_call():
+    """Of 20 batches, more than one launch takes; some update nothing, and one normalisation comes in several."""
+    torch.manual_seed(0)
+    shared = Running(torch.zeros(2), torch.ones(2), torch.tensor(0), 0.5, 1)
+    updates = []
+    for i in range(20):
+        running = normalisations([torch.float32, torch.float16], MOMENTA[: i % 3], 90)
+        count = torch.tensor(30.0 + i, dtype=torch.float64) if i % 2 else 30 + i
+        updates.append(
+            Update([*running, shared] if i in (3, 4, 17) else running, torch.randn(90), torch.rand(90), count)
+        )
+    single = copy.deepcopy(updates)
+    kernels.update_running_statistics(updates)
+    for update in single:
+        aten.update_running_statistics([update])
+    assert updates[3].running[-1].batches == 3
+    for ours, theirs in zip(updates, single):
+        for a, b in zip(wide_of(ours.running), wide_of(theirs.running)):
+            assert torch.allclose(a, b, rtol=4e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("module", [kernels, aten], ids=["cuda", "aten"])
 def test_one_row_has_no_unbiased_variance(module):
     for count in (1, torch.tensor(1.0, dtype=torch.float64)):
         ours = Running(torch.zeros(2), torch.ones(2), None, 0.25, 0)
-        module.update_running_statistics([ours], torch.ones(2), torch.tensor([0.0, 2.0]), count)
+        module.update_running_statistics([Update([ours], torch.ones(2), torch.tensor([0.0, 2.0]), count)])
         assert ours.mean.eq(0.25).all() and ours.var[0].isnan() and math.isinf(ours.var[1])
 
 
@@ -402,17 +426,17 @@ def test_wrong_running_statistics_raise():
     ]
     for fields, message in bad:
         with pytest.raises(RuntimeError, match=f"update_running_statistics: {message}"):
-            kernels.update_running_statistics([right._replace(**fields)], vector, vector, 5)
+            kernels.update_running_statistics([Update([right._replace(**fields)], vector, vector, 5)])
     for fields in ({"mean": vector.to("meta")}, {"batches": torch.tensor(0, device="meta")}):
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
-            kernels.update_running_statistics([right._replace(**fields)], vector, vector, 5)
+            kernels.update_running_statistics([Update([right._replace(**fields)], vector, vector, 5)])
     for mean, var, count, message in [
         (vector.double(), vector, 5, "var: expected 4 contiguous float64"),
         (vector, vector[:3], 5, "var: expected 4"),
         (vector, vector, torch.tensor(5), "count: expected one float64 value"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            kernels.update_running_statistics([right], mean, var, count)
+            kernels.update_running_statistics([Update([right], mean, var, count)])
     assert right.batches == 0
 
 
@@ -421,7 +445,7 @@ def test_equal_inputs_give_equal_bits():
     for _ in range(10):
         torch.manual_seed(0)
         running = normalisations(DTYPES, MOMENTA, 90)
-        kernels.update_running_statistics(running, torch.randn(90), torch.rand(90), 35)
+        kernels.update_running_statistics([Update(running, torch.randn(90), torch.rand(90), 35)])
         case = Case(GRID, COLUMNS[1], torch.bfloat16)
         reader, _, _ = reader_of(case, "after", torch.bfloat16)
         passes(case)["maxpool_backward"](affine_of(case, True, False), reader)
@@ -438,21 +462,21 @@ def test_schemas_name_what_is_changed():
 def test_autograd_sees_that_running_statistics_change():
     running = Running(torch.zeros(4), torch.ones(4), torch.tensor(0), 0.1, 0)
     before = [t._version for t in running[:3]]
-    kernels.update_running_statistics([running], torch.zeros(4), torch.ones(4), 5)
+    kernels.update_running_statistics([Update([running], torch.zeros(4), torch.ones(4), 5)])
     assert [t._version - v for t, v in zip(running[:3], before)] == [1, 1, 1]
 
 
 def test_addresses_are_looked_up_at_every_call():
     running = RunningStatistics([Running(torch.zeros(4), torch.ones(4), torch.tensor(0), 1.0, 0)])
     for mean in torch.rand(2, 4):
-        kernels.update_running_statistics(running, mean, torch.ones(4), 5)
+        kernels.update_running_statistics([Update(running, mean, torch.ones(4), 5)])
         assert running[0].mean.equal(mean)
         for t in (running[0].mean, running[0].batches):
             t.data = t.data.clone()
     running[0].batches.data = torch.zeros(())
     with pytest.raises(RuntimeError, match="batches: expected int64"):
-        kernels.update_running_statistics(running, mean, torch.ones(4), 5)
+        kernels.update_running_statistics([Update(running, mean, torch.ones(4), 5)])
     running[0].batches.data = torch.tensor(0)
     running[0].mean.data = torch.zeros(8)[::2]
     with pytest.raises(RuntimeError, match="expected contiguous"):
-        kernels.update_running_statistics(running, mean, torch.ones(4), 5)
+        kernels.update_running_statistics([Update(running, mean, torch.ones(4), 5)])

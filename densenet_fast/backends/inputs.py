@@ -1,0 +1,97 @@
+"""What an op is called with: its tensors apart from all else, which decides with their forms what it does."""
+
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = {Tensor, torch.nn.Parameter}
+TENSORS = {*PLAIN, type(None)}
+
+
+class Constants(tuple[Any, ...]):
+    """A tuple of hundreds, hashed once."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class Fixed(list[Any]):
+    """A list among an op's inputs that nobody changes: what a call finds out about it is kept."""
+
+    @functools.cached_property
+    def holds_others(self) -> bool:
+        """As :func:`holds_others` has it."""
+        return holds_others([*self])
+
+    @functools.cached_property
+    def parted(self) -> tuple[Sequence[Tensor], Constants]:
+        """As :func:`parted` has it."""
+        tensors, constants = _parted(self)
+        return tensors, Constants(constants)
+
+    def saved(self) -> Sequence[Tensor]:
+        """Its tensors, to be kept for a backward pass."""
+        return self.parted[0]
+
+    def restored(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """This with the ``tensors`` that were :meth:`saved`, which may be others by now."""
+        own = self.parted[0]
+        if all(map(operator.is_, own, tensors)):
+            return self
+        left = iter(tensors)
+        return [next(left) if isinstance(value, Tensor) else value for value in self]
+
+
+LISTS = (list, tuple, Fixed)
+KNOWN = {*TENSORS, bool, int, float, str, *LISTS}
+
+
+def holds_others(values: Sequence[Any]) -> bool:
+    """Whether a subclass of Tensor is among ``values`` and those of lists among them."""
+    kinds = {*map(type, values)}
+    if not kinds <= KNOWN and any(issubclass(kind, Tensor) for kind in kinds - KNOWN):
+        return True
+    return not kinds.isdisjoint(LISTS) and any(
+        [v.holds_others if type(v) is Fixed else holds_others(v) for v in values if type(v) in LISTS]
+    )
+
+
+def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The tensors among ``inputs``, in order, and all else, hashable: 1, 1.0 and True differ. An op has hundreds."""
+    tensors: list[Tensor] = []
+    constants: list[Any] = []
+    for value in inputs:
+        kind = type(value)
+        if kind in PLAIN:
+            tensors.append(value)
+            constants.append(Ellipsis)
+        elif kind is Fixed:
+            inner, others = value.parted
+            tensors += inner
+            constants.append(others)
+        elif kind in LISTS:
+            inner, others = _parted(value)
+            tensors += inner
+            constants.append(others)
+        else:
+            constants.append((kind, value))
+    return tensors, tuple(constants)
+
+
+def _parted(values: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
+    kinds = {*map(type, values)}
+    if kinds <= TENSORS:
+        given = tuple(map(operator.is_not, values, itertools.repeat(None)))
+        return [*itertools.compress(values, given)], given
+    if not kinds.isdisjoint({*PLAIN, *LISTS}):
+        return parted(values)
+    return (), (tuple(map(type, values)), tuple(values))
