@@ -1,12 +1,13 @@
 """What every test runs under."""
 
+import importlib.util
 import os
 import shutil
 
 import pytest
 import torch
 
-from densenet_fast.backends import extension
+from densenet_fast.backends import extension, triton
 from densenet_fast.thirdparty import import_torchvision
 
 DEVICE = os.environ.get("DENSENET_FAST_TEST_DEVICE", "cpu")
@@ -16,6 +17,10 @@ import_torchvision()
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
+if triton.interpreted() and importlib.util.find_spec("triton"):
+    from backends.triton import interpreter
+
+    interpreter.take()
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 NO_LIBRARY = not extension.LIBRARY.is_file() and shutil.which(os.environ.get("CXX", "c++")) is None
