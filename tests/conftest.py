@@ -13,8 +13,8 @@ from densenet_fast.thirdparty import import_torchvision
 DEVICE = os.environ.get("DENSENET_FAST_TEST_DEVICE", "cpu")
 """Where tests make their tensors, if they do not say."""
 
-import_torchvision()
 if DEVICE != "cpu":
+    import_torchvision()
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 if triton.interpreted() and importlib.util.find_spec("triton"):
@@ -34,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:densenet_fast. slower without its cpu backend")
     if DEVICE != "cpu" and not extension.LIBRARY.is_file():
         config.addinivalue_line("filterwarnings", "ignore:densenet_fast. slower without its (cpu|cuda) backend")
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What imports torchvision can do so in its own way once it is imported in ours, which takes two seconds."""
+    if isinstance(collector, pytest.Module) and "torchvision" in collector.path.read_text():
+        import_torchvision()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
