@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -48,11 +49,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no compiled kernels: no C++ compiler was found"))
 
 
+def use_deterministic_algorithms(mode: bool) -> None:
+    """In torch's own way, which imports its compiler for two seconds, if that is imported; else the compiler is not
+    told."""
+    if "torch._dynamo" in sys.modules:
+        torch.use_deterministic_algorithms(mode, warn_only=DEVICE != "cpu")
+    else:
+        torch._C._set_deterministic_algorithms(mode, warn_only=DEVICE != "cpu")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fills uninitialised memory with NaN, so that an element nobody wrote shows; and fixes the seed."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
+    use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    use_deterministic_algorithms(False)
