@@ -43,7 +43,7 @@ def test_interpreted(file):
 @pytest.mark.skipif(shutil.which("cc") is None, reason="cc was not found")
 def test_replayed(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    run("replayed.py", **stub.environment(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    run("replayed.py", **stub.environment(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(20))
