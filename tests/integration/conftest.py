@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from densenet_fast.thirdparty import import_torchvision
+
+import_torchvision()
+
 
 @pytest.fixture
 def gpu() -> None:

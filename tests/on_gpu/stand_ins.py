@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from triton.backends.nvidia import driver
 
+from backends.triton import interpreter
 from densenet_fast.backends import cuda_kernels, nvidia, plan, triton
 from densenet_fast.benchmarking import ceilings
 from densenet_fast.ops import planned
@@ -67,6 +68,8 @@ def forget_devices() -> None:
 
 def install() -> None:
     """For the rest of this process."""
+    if triton.interpreted():
+        interpreter.take()
     _installed.enter_context(installed())
 
 

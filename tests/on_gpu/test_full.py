@@ -3,12 +3,13 @@
 import argparse
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from densenet_fast.benchmarking import command
 from on_gpu import full, steps
@@ -115,10 +116,11 @@ def test_the_worst_kernels_are_tuned(tmp_path):
     assert tuning.made(tmp_path)[-6:] == [word for name in names for word in ("--kernel", name)]
 
 
-def test_the_commands_want_a_gpu():
-    for flags in ([], ["--smoke"]):
-        command = [sys.executable, "tests/gpu.py", *flags]
-        result = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-        )
-        assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
+@pytest.mark.parametrize("flags", [[], ["--smoke"]])
+def test_the_commands_want_a_gpu(flags, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tests/gpu.py"), run_name="__main__")
+    assert ended.value.code == 1 and "no CUDA device; --dry-run" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from backends.cuda import emulation
 
 pytestmark = pytest.mark.skipif(emulation.find_nvcc() is None, reason="nvcc was not found")
 
+OF_GPUS = ["tests/backends/cuda/on_device.py", "tests/backends/cuda/vectors_on_device.py"]
 SUITES = ["tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py"]
 OWN = "statistics or append or finalise or pool_backward or maxpool or avgpool or maximum or nan"
 """The names of tests of kernels in CUDA C++, among those of all kernels."""
@@ -25,19 +26,12 @@ def run(arguments, order="forward"):
 
 
 def test_every_kernel():
-    run(["tests/backends/cuda/on_device.py"])
-
-
-def test_every_kernel_on_vectors():
-    run(["tests/backends/cuda/vectors_on_device.py"])
+    run(OF_GPUS)
 
 
 def test_every_kernel_with_threads_in_reverse_order():
-    run(["tests/backends/cuda/on_device.py", "-k", "bfloat16"], order="reverse")
-
-
-def test_every_kernel_on_vectors_with_threads_in_reverse_order():
-    run(["tests/backends/cuda/vectors_on_device.py"], order="reverse")
+    """In one dtype, and on vectors in all."""
+    run([*OF_GPUS, "-k", "bfloat16 or vectors_on_device"], order="reverse")
 
 
 def test_the_suite_of_all_backends():

@@ -25,25 +25,25 @@ HERE = Path(__file__).parent
 needs_nvcc = pytest.mark.skipif(emulation.find_nvcc() is None, reason="nvcc was not found")
 
 
-def run(file, **environment):
+def run(*files, **environment):
     environment = {**os.environ, **emulation.environment(emulation.build()), "PYTEST_ADDOPTS": "", **environment}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", HERE / file]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(HERE / file for file in files)]
     tests = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=emulation.ROOT)
     assert tests.returncode == 0 and " passed" in tests.stdout, tests.stdout[-6000:] + tests.stderr[-3000:]
 
 
 @needs_nvcc
-@pytest.mark.parametrize("file", ["interpreted.py", "networks.py", "stale.py", "random_blocks.py"])
-def test_interpreted(file):
+@pytest.mark.parametrize("files", [("interpreted.py", "networks.py"), ("stale.py", "random_blocks.py")], ids=" ".join)
+def test_interpreted(files):
     pytest.importorskip("triton", reason="Triton is not installed")
-    run(file, TRITON_INTERPRET="1")
+    run(*files, TRITON_INTERPRET="1")
 
 
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("cc") is None, reason="cc was not found")
 def test_replayed(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
-    run("replayed.py", **stub.environment(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    run("replayed.py", **stub.environment(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(20))

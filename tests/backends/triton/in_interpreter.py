@@ -7,6 +7,8 @@ configuration request; of what several neighbouring programs request, all but th
 import pytest
 import torch
 
+from backends.plan.bodies import equal
+from backends.triton import interpreter
 from backends.triton.cases import LAYERS, Layer
 from backends.triton.memory import watching
 from densenet_fast.backends import triton as backend
@@ -15,6 +17,18 @@ from densenet_fast.backends.triton import config
 
 HALF = 2
 SINGLE = 4
+
+
+def test_shortcuts_change_nothing():
+    """Every kernel's results bitwise."""
+    layer, results = Layer(*LAYERS[2], torch.float16), []
+    try:
+        for values in (interpreter.AS_IT_IS, interpreter.SHORTCUTS):
+            interpreter.take(values)
+            results.append(layer.run(backend))
+    finally:
+        interpreter.take()
+    assert results[0].keys() == results[1].keys() and equal(*(list(made.values()) for made in results))
 
 
 @pytest.mark.parametrize("sizes", LAYERS[:3], ids=str)

@@ -98,7 +98,7 @@ def test_other_versions_of_triton(version):
     ``test_compile.py``."""
     folder = ROOT / "build/triton" / version
     if not folder.exists():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"triton=={version}"]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", f"triton=={version}"]
         partial = folder.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*install, "--target", partial], capture_output=True, text=True)
         if done.returncode:

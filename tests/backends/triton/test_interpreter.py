@@ -12,6 +12,7 @@ import torch
 
 from densenet_fast import backends
 from densenet_fast.backends import aten, cuda, cuda_kernels, extension, nvidia, triton
+from densenet_fast.backends.triton import tune
 
 ROOT = Path(backends.__file__).parents[2]
 
@@ -44,11 +45,14 @@ def test_in_the_interpreter(tests):
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-3000:]
 
 
-def test_the_tuner_plans_without_a_gpu_and_else_wants_one():
-    result = run("-m", "densenet_fast.backends.triton.tune", "--dry-run")
-    assert result.returncode == 0 and '"bn_relu_conv1x1": {(90,' in result.stdout, result.stderr[-3000:]
-    result = run("-m", "densenet_fast.backends.triton.tune", CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 1 and "no CUDA device; --dry-run" in result.stderr
+def test_the_tuner_plans_without_a_gpu_and_else_wants_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        assert tune.main(["--dry-run"]) == 0 and '"bn_relu_conv1x1": {(90,' in capsys.readouterr().out
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert tune.main([]) == 1 and "no CUDA device; --dry-run" in capsys.readouterr().err
 
 
 def test_triton_is_not_imported_with_the_package():
