@@ -281,7 +281,7 @@ def _dense_block(
     rates, stages, group = operands.drop_rates, operands.stages, operands.group()
     masks = _masks(x, operands)
     differentiable = operands.differentiable(x)
-    features, mean, var, count, *_ = ops.dense_block(
+    features, *described, count, mean, var = ops.dense_block(
         x,
         *_known(x, operands.reader, statistics, group),
         stages,
@@ -293,7 +293,6 @@ def _dense_block(
         group,
         _link(x) if differentiable and x.requires_grad else None,
     )
-    described = mean[: features.shape[1]], var[: features.shape[1]]
     if _beyond_range(x, var, group):
         n = 2 if operands.bottleneck else 1
         per_layer = [stages[i : i + n] for i in range(0, len(stages), n)]

@@ -262,10 +262,8 @@ def _examined(features: Features) -> Found[list[Step]]:
         found = module.found() if _is_plain_part(module) else None
         runs = found is not None and found.obstacle is None
         steps.append(Part(module, found) if runs else Step(module))
-    unsettled = [f"{type(step.modules[0]).__name__} may change" for step in steps if not step.settled]
-    if stem is not None and "norm0" in features._modules:
-        unsettled.append(stem)
-    return Found(next(iter(unsettled), None), steps)
+    settled = all(step.settled for step in steps) and (stem is None or "norm0" not in features._modules)
+    return Found(None if settled else "what it does may change unnoticed", steps)
 
 
 _steps_memory = Memory(_examined, all_below, (Features, DenseBlock, DenseLayer, Transition))

@@ -433,8 +433,9 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stages' tensors, empty where ``needs`` (x's, then one per tensor) says so.
 
-    ``grad_mean`` and ``grad_var`` are those of the packed statistics, None where nobody read them; ``bottlenecks`` are
-    those of the layers of which they were ``saved``; ``in_channels`` is C0, the rest as in the forward pass.
+    ``grad_mean`` and ``grad_var`` are those of the features' statistics, [C_total] or packed, None where nobody read
+    them; ``bottlenecks`` are those of the layers of which they were ``saved``; ``in_channels`` is C0; all else is as in
+    the forward pass.
     """
     described = grad_mean is not None
     plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
@@ -448,7 +449,7 @@ def _backward(
         gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
         p, q = mean.new_zeros(2, *mean.shape).unbind()
         if described:
-            p.copy_(grad_mean), q.copy_(grad_var)
+            p[: plan.columns].copy_(grad_mean[: plan.columns]), q[: plan.columns].copy_(grad_var[: plan.columns])
         kept = (to_matrix(features), bottlenecks, mean, var, rows_of(count, to_matrix(features).shape[0]))
         out = (to_matrix(image), gradients, p, q, described)
         backend.dense_block_backward(to_matrix(grad), *kept, present(tensors, features), eps, plan.grid, *out)
@@ -496,6 +497,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
     ctx.save_for_backward(*described, count, link, *stages, *masks, *bottlenecks)
 
 
+def _shown(outputs: Outputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    features, mean, var, count, _ = outputs
+    columns = features.shape[1]
+    return (features, mean[:columns], var[:columns]), (count, mean, var)
+
+
 def _gradients(
     ctx: Any, needs: list[bool], grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any
 ) -> Gradients:
@@ -538,4 +545,5 @@ def _differentiable_gradients(
 
 
 register_vmap(_backward.custom_op)
-dense_block = with_autograd(_forward, _save, _gradients)
+dense_block = with_autograd(_forward, _save, _gradients, _shown)
+"""Returns (features, their mean and variance, count, mean, var), the last two as :class:`Plan` packs them."""

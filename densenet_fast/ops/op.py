@@ -7,6 +7,7 @@ for a block's hundreds of tensors, on a CPU as long as some of its kernels.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,11 +69,17 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
 
 
 def with_autograd(
-    op: Op, save: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None], gradients: Callable[..., Gradients]
+    op: Op,
+    save: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None],
+    gradients: Callable[..., Gradients],
+    shown: Callable[[tuple[Any, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """``op``, which takes ``(x, mean, var, tensors, eps, *constants)`` (a feature map, its batch statistics where they
-    are known, flattened stages, and what has no gradient) and returns tensors, of which the last may be a list, as a
-    differentiable function ``call(x, mean, var, stages, *constants)``, whose result is flat.
+    are known, flattened stages, and what has no gradient), as a differentiable function
+    ``call(x, mean, var, stages, *constants)``.
+
+    Its result is the op's, which is a tuple of tensors, or what ``shown`` makes of that: those that are differentiable,
+    and those that are not.
 
     ``save(ctx, inputs, outputs)`` keeps what ``gradients(ctx, needs, *grads)`` needs, which returns the gradients of x,
     mean and var and the tensors'; ``needs`` has an entry for x, for mean and var, and for each of the tensors.
@@ -88,7 +95,11 @@ def with_autograd(
             ctx.followed = followed
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
-            return outputs[:-1] if isinstance(outputs[-1], list) else outputs
+            if shown is None:
+                return outputs
+            differentiable, others = shown(outputs)
+            ctx.mark_non_differentiable(*others)
+            return *differentiable, *others
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -128,7 +139,8 @@ def with_autograd(
         inputs = (x, mean, var, stages.tensors, stages.eps, *constants)
         if seen_by_dispatcher(inputs):
             plain = [[*c] if isinstance(c, list) else c for c in constants]
-            return _flat(op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *plain))
+            outputs = op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *plain)
+            return outputs if shown is None else tuple(chain(*shown(outputs)))
         compile_ahead(call, x, mean, var, stages, *constants)
         followed = stages.followed()
         with _named(op.name):
@@ -157,7 +169,3 @@ def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
 def _is_batched(grad: Tensor) -> bool:
     """Whether ``grad`` is a batch of gradients, which knows no memory format."""
     return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-def _flat(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    return (*outputs[:-1], *outputs[-1]) if isinstance(outputs[-1], list) else outputs

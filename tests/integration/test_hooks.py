@@ -127,6 +127,25 @@ def test_tensor_hooks_on_every_parameter(kind):
     assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["relu0", "denseblock1", "denseblock1.denselayer2", "transition1", "norm5"])
+def test_hooks_find_running_statistics_updated_so_far(name):
+    """Also if the hook then ends the call."""
+    x, results = images(2, 3, 40, 40), []
+    for model in pair(**TINY):
+        seen = []
+
+        def end(module, inputs, model=model, seen=seen):
+            seen.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+            raise KeyboardInterrupt
+
+        model(x)
+        model.features.get_submodule(name).register_forward_pre_hook(end)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        results.append((seen, dict(model.named_buffers())))
+    assert_close(*results)
+
+
 def test_a_hook_on_a_block_or_a_parameter_leaves_the_blocks_fused():
     model, _ = pair()
     for child in (model.features.denseblock1, model.features.transition1, model.features.conv0):
