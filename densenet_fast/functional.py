@@ -46,6 +46,28 @@ class BatchStatistics(NamedTuple):
     group: str | None = None
 
 
+class Updates:
+    """Updates of running statistics that wait, to be made by one call: a call takes longer than a normalisation."""
+
+    def __init__(self) -> None:
+        self._like: tuple[torch.device, torch.dtype] | None = None
+        self._waiting: list[Update] = []
+
+    def add(self, x: Tensor, update: Update) -> None:
+        """One that belongs to an op on x."""
+        like = x.device, x.dtype
+        if like != self._like:
+            self.make()
+            self._like = like
+        self._waiting.append(update)
+
+    def make(self) -> None:
+        """Makes those that wait, in their order."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            _make(*self._like, waiting)
+
+
 def bn_relu_conv1x1(
     x: Tensor,
     norm: BatchNorm,
@@ -106,7 +128,7 @@ def run_bn_relu_conv1x1_avgpool(
     operands: ConvOperands,
     statistics: BatchStatistics | None = None,
     describe: bool = False,
-    updates: "Updates | None" = None,
+    updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     """:func:`bn_relu_conv1x1_avgpool`, with its result's statistics if it is to be described."""
     _check_poolable(x)
@@ -124,7 +146,7 @@ def _bn_relu_conv1x1(
     pool: bool,
     statistics: BatchStatistics | None,
     describe: bool,
-    updates: "Updates | None" = None,
+    updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
     check_input(x)
@@ -165,7 +187,7 @@ def bn_relu_maxpool(
 
 
 def run_bn_relu_maxpool(
-    x: Tensor, operands: NormOperands, describe: bool, updates: "Updates | None" = None
+    x: Tensor, operands: NormOperands, describe: bool, updates: Updates | None = None
 ) -> tuple[Tensor, BatchStatistics | None]:
     """:func:`bn_relu_maxpool`, with its result's statistics if it is to be described."""
     operands.admit(x)
@@ -173,7 +195,7 @@ def run_bn_relu_maxpool(
 
 
 def _bn_relu_maxpool(
-    x: Tensor, operands: NormOperands, describe: bool, updates: "Updates | None" = None
+    x: Tensor, operands: NormOperands, describe: bool, updates: Updates | None = None
 ) -> tuple[Tensor, BatchStatistics | None]:
     group = operands.group()
     outputs = ops.bn_relu_maxpool(x, None, None, operands.stages, describe, group)
@@ -197,7 +219,7 @@ def bn_relu_global_avgpool(x: Tensor, norm: BatchNorm, *, statistics: BatchStati
 
 
 def run_bn_relu_global_avgpool(
-    x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: "Updates | None" = None
+    x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: Updates | None = None
 ) -> Tensor:
     """:func:`bn_relu_global_avgpool`."""
     operands.admit(x)
@@ -205,7 +227,7 @@ def run_bn_relu_global_avgpool(
 
 
 def _bn_relu_global_avgpool(
-    x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: "Updates | None" = None
+    x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: Updates | None = None
 ) -> Tensor:
     group = operands.group()
     known = _known(x, operands.reader, statistics, group)
@@ -262,7 +284,7 @@ def run_dense_block(
     operands: BlockOperands,
     statistics: BatchStatistics | None = None,
     describe: bool = False,
-    updates: "Updates | None" = None,
+    updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     """:func:`dense_block`, with its result's statistics if it is to be described."""
     return _dense_block(x, operands, operands.admit, statistics, describe, updates)
@@ -274,7 +296,7 @@ def _dense_block(
     check_input: Callable[[Tensor], None],
     statistics: BatchStatistics | None,
     describe: bool,
-    updates: "Updates | None" = None,
+    updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
     check_input(x)
@@ -361,28 +383,6 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
     spatial = x.shape[2:]
     drawn = torch.Size([1] * len(spatial)) if whole_channels else spatial
     return dropout_mask(x.new_empty(x.shape[0], channels, *drawn), p).expand(-1, -1, *spatial)
-
-
-class Updates:
-    """Updates of running statistics that wait, to be made by one call: a call takes longer than a normalisation."""
-
-    def __init__(self) -> None:
-        self._like: tuple[torch.device, torch.dtype] | None = None
-        self._waiting: list[Update] = []
-
-    def add(self, x: Tensor, update: Update) -> None:
-        """One that belongs to an op on x."""
-        like = x.device, x.dtype
-        if like != self._like:
-            self.make()
-            self._like = like
-        self._waiting.append(update)
-
-    def make(self) -> None:
-        """Makes those that wait, in their order."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            _make(*self._like, waiting)
 
 
 def _update_running_statistics(
