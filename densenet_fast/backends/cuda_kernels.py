@@ -164,16 +164,14 @@ def update_running_statistics(updates: Sequence[Update]) -> None:
         return
     running = [r if isinstance(r, RunningStatistics) else RunningStatistics(r) for r, *_ in updates]
     tables, device = [r.table for r in running], updates[0].mean.device
-    vectors, counters = (
-        [*chain.from_iterable(tensors)] for tensors in zip(*((r.vectors, r.counters) for r in running))
-    )
+    vectors = [*chain.from_iterable(r.vectors for r in running)]
+    counters = [*chain.from_iterable(r.counters for r in running)]
     if not all(map(Tensor.is_contiguous, vectors)):
         raise RuntimeError("update_running_statistics: running mean and var: expected contiguous values")
     if not {*map(_dtype, counters)} <= {torch.int64}:
         raise RuntimeError("update_running_statistics: batches: expected int64 values")
-    if not {*(r.vectors[0].device for r in running), *map(_device, counters)} <= {
-        device
-    }:  # all vectors, says the table
+    first = (r.vectors[0] for r in running)  # whose device all vectors have, says the table
+    if {*map(_device, first), *map(_device, counters)} != {device}:
         raise RuntimeError(f"update_running_statistics: expected all tensors on {device}")
     torch.autograd.graph.increment_version([*vectors, *counters])
     kernels.cuda_update_running_statistics(

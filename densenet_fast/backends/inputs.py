@@ -44,8 +44,7 @@ class Fixed(list[Any]):
 
     def restored(self, tensors: Sequence[Tensor]) -> list[Any]:
         """This with the ``tensors`` that were :meth:`saved`, which may be others by now."""
-        own = self.parted[0]
-        if all(map(operator.is_, own, tensors)):
+        if all(map(operator.is_, self.saved(), tensors)):
             return self
         left = iter(tensors)
         return [next(left) if isinstance(value, Tensor) else value for value in self]
@@ -74,12 +73,8 @@ def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
         if kind in PLAIN:
             tensors.append(value)
             constants.append(Ellipsis)
-        elif kind is Fixed:
-            inner, others = value.parted
-            tensors += inner
-            constants.append(others)
         elif kind in LISTS:
-            inner, others = _parted(value)
+            inner, others = value.parted if kind is Fixed else _parted(value)
             tensors += inner
             constants.append(others)
         else:
