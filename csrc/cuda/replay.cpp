@@ -37,7 +37,7 @@ uint64_t address_of(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data
 
 int32_t dtype_of(const Tensor& t) {  // as torch numbers them
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   return dtype;
 }
 
@@ -47,7 +47,7 @@ int device_of(const Tensor& t) { return t.is_cuda() ? t.get_device_index() : -1;
 Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int device) {
   AtenTensorHandle made;
   const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, type, device < 0 ? 0 : device, &made));
   return Tensor(made);
 }

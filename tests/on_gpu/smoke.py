@@ -67,7 +67,7 @@ def run(
     for i, group in enumerate(checks):
         worker, ahead = ahead, runner.worker(checks[i + 1]) if i + 1 < len(checks) else None
         waited = time.monotonic() + group.wait
-        for name in group.after:
+        for name in threads.keys() & group.after:
             threads[name].join(max(0.0, min(waited, deadline) - time.monotonic()))
         print(f"{time.monotonic() - start:5.0f} s  {group.name}", flush=True)
         runner.run_noting(group, worker)
@@ -184,7 +184,9 @@ def machine(records: Sequence[Record], warmed: Sequence[Record], built: Sequence
 def main(out: Path, dry: bool, seconds: float, only: str) -> int:
     """Runs the groups whose name matches ``only``, prints the page, and returns 0 if nothing failed."""
     name = "dry" if dry else "gpu"
-    chosen = [group for group in groups(SETTINGS[name]) if re.search(only, group.name)]
-    page, records = run(out, name, seconds, background(), chosen)
+    beside, chosen = (
+        [g for g in all_of if re.search(only, g.name)] for all_of in (background(), groups(SETTINGS[name]))
+    )
+    page, records = run(out, name, seconds, beside, chosen)
     print(f"\n{page}", end="", flush=True)
     return int(any(record["state"] not in (PASSED, LEFT_OUT) for record in records))
