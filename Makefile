@@ -41,7 +41,8 @@ smoke:
 gpu:
 	$(GPU_PYTHON) tests/gpu.py $(FLAGS)
 
-# The installed library under other versions of torch, in environments of their own (some gigabytes each).
+# The library under other versions of torch, as installed and built with each, in environments of their own (some
+# gigabytes each).
 VERSIONS ?= 2.11.0 2.13.0 newest
 versions: $(INSTALLED)
 	$(RUN) tests/load_library.py $(VERSIONS)

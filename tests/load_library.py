@@ -1,4 +1,5 @@
-"""``make versions``: the installed library under other versions of torch, each in a virtual environment of its own.
+"""``make versions``: the library under other versions of torch, each in a virtual environment of its own, as it is
+installed here and as it is built with that torch's headers.
 
 python tests/load_library.py 2.11.0 newest      makes the environments, runs ``--here`` in each, and prints one table
 python tests/load_library.py --here             in the torch that this Python has: loads the library, runs kernels
@@ -48,21 +49,27 @@ def here() -> None:
     print(f"torch {torch.__version__}: loads; cpu, right: {cpu.describe()}; {kernels}")
 
 
-def in_environment(version: str, library: Path) -> str:
-    """What ``--here`` says under ``version`` of torch; raises CalledProcessError where it fails."""
+def in_environment(version: str, installed: Path) -> list[str]:
+    """What ``--here`` says under ``version`` of torch of both libraries; raises CalledProcessError where one fails."""
     home = ROOT / "build/versions" / version
     python = home / "bin/python"
     if not python.exists():
         venv.create(home, with_pip=True)
-    requirement = "torch" if version == "newest" else f"torch=={version}"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", requirement, "numpy"], check=True)
-    environment = {**os.environ, "DENSENET_FAST_LIBRARY": str(library)}
-    command = [python, __file__, "--here"]
-    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip()
+    needed = ["torch" if version == "newest" else f"torch=={version}", "numpy", "setuptools", "ninja"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", *needed], check=True)
+    build = [python, "setup.py", "--quiet", "build_ext", "--build-temp", home / "temp", "--build-lib", home / "built"]
+    subprocess.run(build, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    rows = []
+    for name, library in {"installed": installed, "built with it": home / "built/densenet_fast/_kernels.so"}.items():
+        environment = {**os.environ, "DENSENET_FAST_LIBRARY": str(library)}
+        command = [python, __file__, "--here"]
+        said = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout.strip()
+        rows.append(f"{said}; {name}")
+    return rows
 
 
 def main() -> int:
-    """Returns 0 if the library works under every version asked for."""
+    """Returns 0 if both libraries work under every version asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", help="of torch; newest is the package index's")
     parser.add_argument("--here", action="store_true", help="in this Python's torch")
@@ -74,7 +81,7 @@ def main() -> int:
     rows, failed = [], False
     for version in arguments.versions:
         try:
-            rows.append(in_environment(version, library))
+            rows += in_environment(version, library)
         except subprocess.CalledProcessError as error:
             rows.append(f"torch {version}: FAILED: {' '.join(map(str, error.cmd))}")
             failed = True

@@ -1,6 +1,7 @@
 """The compiled library: what it needs, each of its instruction sets, and life without it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,14 @@ INSTRUCTION_SETS = {
     "amx_bf16": "amx_bf16",
 }
 """And the flag by which /proc/cpuinfo shows each."""
+MACROS = {
+    "STABLE_TORCH_LIBRARY_FRAGMENT",
+    "STABLE_TORCH_LIBRARY_IMPL",
+    "STD_TORCH_CHECK",
+    "TORCH_BOX",
+    "TORCH_ERROR_CODE_CHECK",
+}
+"""That the headers of torch 2.11 define: TORCH_TARGET_VERSION hides newer functions, but no newer macros."""
 
 
 def run(code_or_arguments, **environment):
@@ -46,6 +55,12 @@ def test_library_needs_no_cpp_symbol_of_torch_and_no_python():
     names = [line.split()[-1] for line in symbols.stdout.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not [name for name in names if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "Py", "_Py"))]
+
+
+def test_sources_use_no_macro_that_the_oldest_torch_lacks():
+    sources = [path.read_text() for path in (Path(backends.__file__).parents[2] / "csrc").rglob("*.[ch]*")]
+    used = {name for text in sources for name in re.findall(r"\b[A-Z_]*TORCH_[A-Z_]+\b", text)}
+    assert "STD_TORCH_CHECK" in used and used <= MACROS
 
 
 @pytest.mark.library
