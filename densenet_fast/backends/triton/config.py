@@ -41,7 +41,7 @@ Rows = dict[tuple[int, str], tuple[tuple[int, Tile], ...]]
 
 TABLE: dict[str, Rows] = {
     "bn_relu_conv1x1": {
-        (90, "half"): ((128, Tile(128, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
+        (90, "half"): ((128, Tile(128, 128, 32, 4, 4)), (ANY, Tile(64, 256, 32, 8, 3))),
         (80, "half"): ((128, Tile(128, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 3))),
         (90, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 32, 8, 2))),
         (80, "tf32"): ((128, Tile(64, 128, 32, 8, 3)), (ANY, Tile(64, 256, 16, 8, 3))),
@@ -51,7 +51,7 @@ TABLE: dict[str, Rows] = {
     },
     # columns: channels of F per program; inner: columns of dZ
     "bn_relu_conv1x1_backward": {
-        (90, "half"): ((128, Tile(64, 64, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
+        (90, "half"): ((128, Tile(64, 32, 128, 8, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
         (80, "half"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
         (90, "tf32"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(32, 32, 256, 8, 2))),
         (80, "tf32"): ((128, Tile(32, 32, 128, 8, 2)), (ANY, Tile(16, 32, 256, 8, 2))),
@@ -67,7 +67,7 @@ TABLE: dict[str, Rows] = {
         (0, "any"): ((ANY, Tile(32, 32, 32, 1, 1)),),
     },
     "bn_relu_conv3x3_grad_input": {
-        (90, "half"): ((ANY, Tile(128, 64, 64, 8, 3)),),
+        (90, "half"): ((ANY, Tile(128, 64, 32, 4, 3)),),
         (80, "half"): ((ANY, Tile(64, 128, 64, 8, 3)),),
         (90, "tf32"): ((ANY, Tile(128, 64, 32, 8, 3)),),
         (80, "tf32"): ((ANY, Tile(128, 64, 32, 8, 3)),),
@@ -75,7 +75,7 @@ TABLE: dict[str, Rows] = {
     },
     # columns: channels of A per program; inner: of dY
     "bn_relu_conv3x3_grad_weight": {
-        (90, "half"): ((ANY, Tile(64, 128, 32, 4, 3)),),
+        (90, "half"): ((ANY, Tile(64, 64, 32, 4, 3)),),
         (80, "half"): ((ANY, Tile(64, 128, 32, 8, 3)),),
         (90, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
         (80, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
@@ -102,11 +102,11 @@ TABLE: dict[str, Rows] = {
 }
 
 BN_RELU = Tile(32, 128, 0, 4, 1)
-STATISTICS = Tile(64, 16, 0, 4, 1)
+STATISTICS = {90: Tile(256, 8, 0, 8, 1), 80: Tile(256, 8, 0, 8, 1), 0: Tile(64, 16, 0, 4, 1)}
 """rows: lanes of tiles that are combined at once."""
 SUMS = {
-    90: (Tile(128, 16, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(64, 32, 0, 4, 1)),
-    80: (Tile(128, 16, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(64, 32, 0, 4, 1)),
+    90: (Tile(256, 16, 0, 8, 1), Tile(4, 256, 0, 8, 1), Tile(64, 32, 0, 8, 1)),
+    80: (Tile(256, 16, 0, 8, 1), Tile(4, 256, 0, 8, 1), Tile(64, 32, 0, 8, 1)),
     0: (Tile(4, 1024, 0, 4, 1), Tile(4, 1024, 0, 4, 1), Tile(4, 64, 0, 4, 1)),
 }
 """rows: lanes of tiles that are added at once. First for column sums, a few columns of many tiles; then for products,

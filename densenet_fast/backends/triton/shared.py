@@ -20,7 +20,7 @@ Sums = tuple[Tensor, Tensor]
 def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statistics) -> None:
     """The statistics [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
     tiles, _, columns = partials.shape
-    tile, (n, unit) = config.STATISTICS, units(columns)
+    tile, (n, unit) = config.STATISTICS[config.device_of(partials.device).generation], units(columns)
     launch(
         kernels.combine_statistics,
         (tiles_of(columns, tile.columns),),
@@ -93,7 +93,7 @@ def sum_partials(
         parts, chunk_rows = config.chunks(device, rows, column_tiles)
         programs += parts * column_tiles
     unit, matrix_unit, other_unit = (
-        math.gcd(*n, 16) for n in ((length, n_weight, channels), (first, *lds), (n_other,))
+        math.gcd(*n, 16) for n in ((length, n_weight, channels), (first, width, *lds), (n_other,))
     )
     launch(
         kernels.sum_partials,
@@ -123,7 +123,7 @@ def sum_partials(
         tap_stride,
         channel_stride,
         first // matrix_unit,
-        width,
+        width // matrix_unit,
         rows,
         chunk_rows,
         *(ld // matrix_unit for ld in lds),

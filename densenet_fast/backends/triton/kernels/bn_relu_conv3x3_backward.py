@@ -78,17 +78,18 @@ def bn_relu_conv3x3_grad_input(
         total = tl.dot(g, w, total, input_precision=PRECISION)
 
     valid = inside_rows[:, None] & inside_columns[None, :]
+    first, local = tile.to(tl.int64) * ROWS, tl.arange(0, ROWS)[:, None]
     m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, columns, inside_columns, WEIGHTED)
-    values = tl.load(z + wide_rows[:, None] * ld_z + columns[None, :], mask=valid, other=0.0)
+    values = tl.load(z + first * ld_z + (local * ld_z + columns[None, :]), mask=valid, other=0.0)
     centred = values.to(tl.float32) - m
     normalised = centred * s + t
-    d = tl.where(valid & ~(normalised <= 0), total, 0.0)
-    store_sums(tl.sum(d, 0), tl.sum(d * centred, 0), partials + tile.to(tl.int64) * 2 * B, columns, B, inside_columns)
-    place = scaled + wide_rows[:, None] * ld_scaled + columns[None, :]
-    tl.store(place, (s * d).to(scaled.dtype.element_ty), mask=valid)
     if KEEP_A:
         rectified = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(a + wide_rows[:, None] * B + columns[None, :], rectified.to(a.dtype.element_ty), mask=valid)
+        tl.store(a + first * B + (local * B + columns[None, :]), rectified.to(a.dtype.element_ty), mask=valid)
+    d = tl.where(inside_rows[:, None] & ~(normalised <= 0), total, 0.0)
+    place = scaled + first * ld_scaled + (local * ld_scaled + columns[None, :])
+    tl.store(place, (s * d).to(scaled.dtype.element_ty), mask=valid)
+    store_sums(tl.sum(d, 0), tl.sum(d * centred, 0), partials + tile.to(tl.int64) * 2 * B, columns, B, inside_columns)
 
 
 @triton.jit(

@@ -115,8 +115,8 @@ def sum_partials(
     make; the products' gradients, by WIDE; and gradients of columns that are completed by these P and Q, by COMPLETED
     columns and chunk_rows rows, each program adding up for itself what it needs."""
     length, n_weight, C, n_other = length * UNIT, n_weight * UNIT, C * UNIT, n_other * OTHER_UNIT
-    first_column, ld_grad = first_column * MATRIX_UNIT, ld_grad * MATRIX_UNIT
-    ld_x, ld_out = ld_x * MATRIX_UNIT, ld_out * MATRIX_UNIT
+    first_column, n_columns = first_column * MATRIX_UNIT, n_columns * MATRIX_UNIT
+    ld_grad, ld_x, ld_out = ld_grad * MATRIX_UNIT, ld_x * MATRIX_UNIT, ld_out * MATRIX_UNIT
     sums_programs, weight_programs = tl.cdiv(C, COLUMNS), tl.cdiv(n_weight, WIDE)
     other_programs = tl.cdiv(n_other, WIDE)
     program = tl.program_id(0)
