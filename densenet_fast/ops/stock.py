@@ -33,7 +33,8 @@ class BatchNorm(torch.autograd.Function):
         if not torch.is_grad_enabled():
             needs = ctx.needs_input_grad[:3]
             saved = (weight, None, None, mean, rstd, True, ctx.eps, needs)
-            return *torch.ops.aten.native_batch_norm_backward(grad, x, *saved), None
+            grads = torch.ops.aten.native_batch_norm_backward(grad, x, *saved)
+            return *(g if need else None for g, need in zip(grads, needs)), None  # on GPUs, all come
         wide = accumulation_dtype(x.dtype)
         dims, count = [0, *range(2, x.dim())], x.numel() // x.shape[1]
         mean, var = batch_statistics(x)

@@ -30,12 +30,14 @@ def compare(
     ours: dict[str, Tensor],
     dtype: torch.dtype,
     rounding: float = 0.0,
+    rounded: dict[str, Tensor] | None = None,
 ) -> list[Comparison]:
     """Each result of ``ours``; allowed are twice stock's error in ``dtype`` and the rounding of one result.
 
     Args:
         truth: results in float64, those of ``theirs`` and ``ours`` in ``dtype``; NaN where nobody writes.
         rounding: relative, of operands that are rounded more than ``dtype`` says.
+        rounded: what is exact for operands rounded so; what that changes is allowed twice, too.
 
     Raises:
         AssertionError: another shape or dtype than stock's, or NaN elsewhere than in the truth.
@@ -45,8 +47,10 @@ def compare(
         stock, got = theirs[name], ours[name]
         assert got.dtype == stock.dtype and got.shape == stock.shape, (name, got.dtype, got.shape, stock.shape)
         assert got.isnan().equal(exact.isnan()), f"{name}: NaN in other places than in the truth"
-        exact, stock, got = (t.double().nan_to_num(0) for t in (exact, stock, got))
+        near = exact if rounded is None else rounded[name]
+        exact, stock, got, near = (t.double().nan_to_num(0) for t in (exact, stock, got, near))
         norm = exact.norm().item()
-        allowed = 2 * (stock - exact).norm().item() + (2 * torch.finfo(dtype).eps + rounding) * norm + 1e-6
+        conditioned = 2 * (stock - exact).norm().item() + 2 * (near - exact).norm().item()
+        allowed = conditioned + (2 * torch.finfo(dtype).eps + rounding) * norm + 1e-6
         found.append(Comparison(name, error(got, exact), error(stock, exact), allowed / max(norm, 1e-300)))
     return found

@@ -69,9 +69,9 @@ def steps(work: Path) -> list[Step]:
         tests("Triton on the device", [f"{TRITON}/on_device.py"], 90, interpreted),
         tests("CUDA C++ on the device", [f"{CUDA}/on_device.py", f"{CUDA}/vectors_on_device.py"], 75, emulated()),
         bench(work, "training", ["--train", "--batch", "32,128,256", "--memory", "faster", "--minutes", "1.6"], 140),
+        bench(work, "inference", ["--infer", "--batch", "32,128,256", "--memory", "faster", "--minutes", "0.8"], 80),
         bench(work, "floor", ["--floor", "--batch", "128", "--repeats", "10"], 60),
         bench(work, "profile", ["--profile", "--batch", "128"], 60),
-        bench(work, "inference", ["--infer", "--batch", "32,128,256", "--memory", "faster", "--minutes", "0.8"], 80),
         tests("every kernel against float64", [*KERNELS, "-k", "triton- or cuda- and not conv"], 120, interpreted),
         tests("ops, CUDA graphs", ["tests/ops", f"{WHOLE}/test_cuda_graphs.py", "-k", "not bad_input"], 150),
         Step("bandwidth of CUDA C++", bandwidth, [*bandwidth, "--dry-run"], 60, environment=emulated()),
@@ -83,7 +83,7 @@ def steps(work: Path) -> list[Step]:
             made=lambda work: [*tuner, *of(worst(work))],
         ),
         *sanitizers(),
-        bench(work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60),
+        bench(work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60, "torchvision-me"),
         bench(work, "compiled", ["--batch", "128", "--compile-limit", "150", "--minutes", "0.5"], 220, "compile"),
     ]
 
@@ -95,12 +95,12 @@ def tests(name: str, arguments: Command, seconds: float, environment: dict[str, 
     return Step(f"tests: {name}", [*command, *WORKERS], dry, seconds, "pytest", environment=environment or {})
 
 
-def bench(work: Path, name: str, flags: Command, seconds: float, rival: str = "torchvision-me") -> Step:
+def bench(work: Path, name: str, flags: Command, seconds: float, *rivals: str) -> Step:
     """A benchmark in channels_last and bfloat16, whose tables go to a folder of its name."""
     to = ["--out", str(work / name)]
     alone = name in ("floor", "profile")
     compared = [] if alone else ["--layout", "channels_last", "--against"]
-    whom, whom_dry = ([], []) if alone else ([f"torchvision,{rival}"], ["reference"])
+    whom, whom_dry = ([], []) if alone else ([",".join(["torchvision", *rivals])], ["reference"])
     memory = [] if alone or "--memory" in flags else ["--memory", "none"]
     mode = [flag for flag in flags if flag in ("--floor", "--profile", "--train", "--infer")]
     quick = [] if alone else ["--memory", "none"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from densenet_fast import functional
 from densenet_fast.functional import BNReLUConv
@@ -69,6 +70,27 @@ def test_third_derivatives(kind, options):
         return torch.autograd.grad(run(inputs[0]), inputs, cotangent, create_graph=True)
 
     assert torch.autograd.gradgradcheck(derivative, (x, *parameters), fast_mode=True)
+
+
+class EveryGradient(TorchDispatchMode):
+    """Batch normalisation's backward pass returns what is not needed, too, as it does on GPUs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            args = (*args[:-1], [True] * 3)
+        return func(*args, **(kwargs or {}))
+
+
+@each
+def test_second_derivative_where_every_gradient_comes(kind):
+    run, _ = make(kind, affine=False)
+    x = torch.randn(2, CHANNELS, 3, 4, dtype=torch.float64, requires_grad=True)
+    y = run(x)
+    (first,) = torch.autograd.grad(y, x, torch.randn_like(y), create_graph=True)
+    (expected,) = torch.autograd.grad(first, x, torch.ones_like(x), retain_graph=True)
+    with EveryGradient():
+        (got,) = torch.autograd.grad(first, x, torch.ones_like(x))
+    assert got.equal(expected)
 
 
 @each

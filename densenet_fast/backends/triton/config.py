@@ -51,7 +51,7 @@ TABLE: dict[str, Rows] = {
     },
     # columns: channels of F per program; inner: columns of dZ
     "bn_relu_conv1x1_backward": {
-        (90, "half"): ((128, Tile(64, 32, 128, 8, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
+        (90, "half"): ((128, Tile(32, 64, 128, 4, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
         (80, "half"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
         (90, "tf32"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(32, 32, 256, 8, 2))),
         (80, "tf32"): ((128, Tile(32, 32, 128, 8, 2)), (ANY, Tile(16, 32, 256, 8, 2))),
@@ -75,7 +75,7 @@ TABLE: dict[str, Rows] = {
     },
     # columns: channels of A per program; inner: of dY
     "bn_relu_conv3x3_grad_weight": {
-        (90, "half"): ((ANY, Tile(64, 64, 32, 4, 3)),),
+        (90, "half"): ((ANY, Tile(32, 128, 32, 4, 4)),),
         (80, "half"): ((ANY, Tile(64, 128, 32, 8, 3)),),
         (90, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),
         (80, "tf32"): ((ANY, Tile(32, 128, 32, 8, 3)),),

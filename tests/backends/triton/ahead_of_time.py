@@ -24,9 +24,10 @@ class Compiled(NamedTuple):
     stack: int
     spilled: int
     shared: int
-    tensor_core: bool
+    products: set[str]
     wide_copies: int
     narrow_copies: int
+    by_the_element: int
     warnings: str
     keeps_nan: bool
     hazards: list[str]
@@ -60,11 +61,10 @@ def inspect(item, compiled, generation, disassemble):
         stack=int(found["STACK"]),
         spilled=len(re.findall(r"\bSTL\b", code)),
         shared=compiled.metadata.shared,
-        tensor_core=bool(re.search(r"\bHGMMA", code)) > bool(re.search(r"\bHMMA", code))
-        if generation >= 90
-        else "HMMA" in code,
+        products=set(re.findall(r"\b(?:HGMMA|HMMA)\b", code)),
         wide_copies=wide,
         narrow_copies=len(copies) - wide,
+        by_the_element=len(re.findall(r"\b(?:ld|st)\.global(?!\S*\.v\d)\S*\.b(?:8|16)\b", ptx)),
         warnings="\n".join(line for line in verbose.splitlines() if re.search(r"\bC75\d\d\b|warning", line)),
         keeps_nan="max.NaN" in ptx,
         hazards=register_hazards(code),

@@ -157,7 +157,17 @@ class Layer:
         grads = (grad.to(parameter).reshape(like.shape) for grad, like in ((grad_w1, like1), (grad_w2, like2)))
         return gradient, dz, *grads, *outer.after, *outer[2:], *inner.after, *inner[2:]
 
+    def in_tf32(self):
+        """The same values, matrices rounded towards zero to TF32's ten bits, as products in TF32 may read them."""
+        other = self.to(torch.float32)
+        for name, value in vars(other).items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                setattr(other, name, (value.view(torch.int32) & ~0x1FFF).view(torch.float32))
+        return other
+
     def against_aten(self, backend, dtype, rounding=0.0) -> list[Comparison]:
-        """Every kernel's results beside those of ``aten`` in ``dtype``, the layer's."""
+        """Every kernel's results beside those of ``aten`` in ``dtype``, the layer's; with ``rounding``, operands of
+        products are rounded to TF32, which changes a result more where its terms cancel."""
         exact = self.to(torch.float64).run(aten)
-        return compare(exact, self.run(aten), self.run(backend), dtype, rounding)
+        rounded = self.in_tf32().to(torch.float64).run(aten) if rounding else exact
+        return compare(exact, self.run(aten), self.run(backend), dtype, rounding, rounded)
