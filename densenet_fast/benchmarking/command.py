@@ -215,7 +215,6 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     start += time.perf_counter() - checked
     end = start + 60 * options.minutes
     timed = end if options.memory == "none" else start + TIMED_SHARE * (end - start)
-    torch.backends.cudnn.benchmark = True  # each convolution by the fastest of cuDNN's algorithms, whoever asks for it
     timings = measure_times(turns, options.size, DTYPES[options.dtype], train, options.device, options.repeats, timed)
     names = list(dict.fromkeys(entry.competitor for entry, _ in turns))
     baseline = next(name for name in ("torchvision", "reference", *names) if name in names)

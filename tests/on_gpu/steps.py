@@ -68,7 +68,7 @@ def steps(work: Path) -> list[Step]:
         Step("what runs where", info, info, 30),
         tests("Triton on the device", [f"{TRITON}/on_device.py"], 90, interpreted),
         tests("CUDA C++ on the device", [f"{CUDA}/on_device.py", f"{CUDA}/vectors_on_device.py"], 75, emulated()),
-        bench(work, "training", ["--train", "--batch", "32,128,256", "--memory", "faster", "--minutes", "1.6"], 140),
+        bench(work, "training", ["--train", "--batch", "32,128,256", "--memory", "faster", "--minutes", "1.6"], 120),
         bench(work, "inference", ["--infer", "--batch", "32,128,256", "--memory", "faster", "--minutes", "0.8"], 80),
         bench(work, "floor", ["--floor", "--batch", "128", "--repeats", "10"], 60),
         bench(work, "profile", ["--profile", "--batch", "128"], 60),
