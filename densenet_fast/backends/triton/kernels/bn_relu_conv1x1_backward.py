@@ -86,6 +86,8 @@ def bn_relu_conv1x1_backward(
         wide_rows = rows.to(tl.int64)
         valid = inside_rows[:, None] & inside[None, :]
         features = tl.load(x + wide_rows[:, None] * ld_x + channels[None, :], mask=valid, other=0.0)
+        if UPDATE:
+            before = tl.load(source + wide_rows[:, None] * ld_source + channels[None, :], mask=valid, other=0.0)
         if not PLAIN:
             centred = features.to(tl.float32) - m
             normalised = centred * s + t
@@ -110,8 +112,7 @@ def bn_relu_conv1x1_backward(
             sum_d += d
             sum_dx += d * centred
             if UPDATE:
-                g = source + wide_rows[:, None] * ld_source + channels[None, :]
-                updated = tl.load(g, mask=valid, other=0.0).to(tl.float32) + s * d
+                updated = before.to(tl.float32) + s * d
                 g = grad_x + wide_rows[:, None] * ld_grad_x + channels[None, :]
                 tl.store(g, updated.to(grad_x.dtype.element_ty), mask=valid)
         if WEIGHT:
