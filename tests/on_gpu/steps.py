@@ -83,7 +83,9 @@ def steps(work: Path) -> list[Step]:
             made=lambda work: [*tuner, *of(worst(work))],
         ),
         *sanitizers(),
-        bench(work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60, "torchvision-me"),
+        bench(
+            work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60, "torchvision-me"
+        ),
         bench(work, "compiled", ["--batch", "128", "--compile-limit", "150", "--minutes", "0.5"], 220, "compile"),
     ]
 

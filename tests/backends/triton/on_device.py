@@ -162,6 +162,7 @@ def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precisi
     monkeypatch.setattr(ahead, "_known", set())
     monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
     monkeypatch.setattr(launch, "run", lambda item: None)
+    monkeypatch.setattr(functional, "_beyond_range", lambda *_: False)  # values that nothing was written to
     net = densenet_fast.DenseNet(16, (2, 1), 32, 2, memory_efficient=memory_efficient, num_classes=3, small_inputs=True)
     net, x = net.to(DEVICE), torch.randn(2, 3, 8, 6, device=DEVICE, requires_grad=True)
     with launch.recording() as launches:
@@ -215,8 +216,10 @@ WITHOUT_VALUES = {
 """Operations of torch that allocate or view and launch nothing."""
 
 
-def test_no_operation_of_torch_in_a_layer(monkeypatch):
+def test_no_operation_of_torch_in_a_layer(precision, monkeypatch):
     """Whatever works on values is done once for the block, however deep. Nothing is launched, so values are wrong."""
+    if precision == "ieee":
+        pytest.skip("the 3x3 product is the library's")
     monkeypatch.setattr(backend, "prepare", lambda jobs: None)  # one launch for all layers
     monkeypatch.setattr(launch, "run", lambda item: None)
     monkeypatch.setattr(functional, "_beyond_range", lambda *_: False)
@@ -225,7 +228,9 @@ def test_no_operation_of_torch_in_a_layer(monkeypatch):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             result = run()
         names = [(event.key.removeprefix("aten::"), event.count) for event in profile.key_averages()]
-        return result, {name: count for name, count in names if name not in WITHOUT_VALUES and "::" not in name}
+        skipped = "::", "cuda"  # other libraries' operations, and calls of CUDA's runtime
+        found = [(name, count) for name, count in names if not any(word in name for word in skipped)]
+        return result, {name: count for name, count in found if name not in WITHOUT_VALUES}
 
     def operations(depth):
         x, layers = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True), block(depth)
