@@ -16,6 +16,8 @@ PRODUCTS = {
     "cuda": ((8192, 8192, 8192), (1 << 18, 128, 1024), (1 << 16, 512, 512)),
 }
 """Rows, columns and terms of the products tried; the best counts. The long ones are shaped as a dense block's."""
+HEAD_START = 4_000_000
+"""Cycles, about two milliseconds, that a GPU waits before it begins a run, until all of its launches have arrived."""
 
 
 class Ceilings(NamedTuple):
@@ -43,8 +45,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int, flush: bool = True) -> list[float]:
-    """Of each of ``repeats`` runs after one of warming up; on a GPU its own clock's, its cache emptied before each if
-    ``flush``."""
+    """Of each of ``repeats`` runs after one of warming up; on a GPU its own clock's, without what the host needs to
+    enqueue them, its cache emptied before each if ``flush``."""
     run()
     if device.type != "cuda":
         times = []
@@ -57,7 +59,8 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int, fl
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, stop in events:
         if cache is not None:
-            cache.zero_()  # also keeps the GPU busy until the next launch has arrived
+            cache.zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         run()
         stop.record()

@@ -63,6 +63,7 @@ def steps(work: Path) -> list[Step]:
         "--csv",
         str(work / "tuning/tuning.csv"),
     ]
+    large = ["--batch", "128", "--minutes", "0.5"]
     return [
         Step("build", [*build, "gpu"], [*build, "dry"], 120),
         Step("what runs where", info, info, 30),
@@ -83,10 +84,8 @@ def steps(work: Path) -> list[Step]:
             made=lambda work: [*tuner, *of(worst(work))],
         ),
         *sanitizers(),
-        bench(
-            work, "densenet201", ["--model", "densenet201", "--batch", "128", "--minutes", "0.5"], 60, "torchvision-me"
-        ),
-        bench(work, "compiled", ["--batch", "128", "--compile-limit", "150", "--minutes", "0.5"], 220, "compile"),
+        bench(work, "densenet201", ["--model", "densenet201", *large], 60, "torchvision-me"),
+        bench(work, "compiled", [*large, "--compile-limit", "240"], 300, "compile"),
     ]
 
 
