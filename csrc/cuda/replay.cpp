@@ -47,8 +47,7 @@ int device_of(const Tensor& t) { return t.is_cuda() ? t.get_device_index() : -1;
 Tensor new_tensor(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int device) {
   AtenTensorHandle made;
   const int32_t type = device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, type, device < 0 ? 0 : device, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type, device < 0 ? 0 : device, &made));
   return Tensor(made);
 }
 
