@@ -15,8 +15,9 @@ import triton
 
 from backends.triton.absent_gpu import absent_gpu
 from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.config import Tile
 from densenet_fast.backends.triton.hazards import disassembled, register_hazards
-from densenet_fast.backends.triton.tune import Shape, Step
+from densenet_fast.backends.triton.tune import Shape, Step, row_of
 
 ROOT = Path(__file__).parents[3]
 VERSIONS = ("3.6.0", "3.9.0")
@@ -76,13 +77,15 @@ def test_a_jump_that_cannot_be_followed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name, shown", [("bn_relu_conv1x1", True), ("bn_relu_pool_conv1x1", False)])
 def test_a_product_that_is_not_waited_for(name, shown, dtype):
-    """The same kernel without ``settled`` has hazards; that of two products in a row has none found in either."""
+    """The same kernel of two warp groups without ``settled`` has hazards; that of two products in a row has none found
+    in either."""
 
     def hazards(item):
         with absent_gpu(90):
             return register_hazards(disassembled(launch.compiled(item).asm["cubin"]))
 
-    with config.assume(config.Device(90, 132)):
+    of_two_groups = row_of("bn_relu_conv1x1", (90, "half"), Tile(128, 128, 32, 8, 3))
+    with config.assume(config.Device(90, 132)), of_two_groups:
         launches = Step(Shape(32, 28, 256, 128, 32, 128), dtype, torch.device("meta")).launches()
     item = next(item for item in launches if item.name == name)
     unsettled = triton.jit(item.kernel.fn, do_not_specialize=item.kernel.do_not_specialize)

@@ -7,8 +7,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from backends.triton.absent_gpu import absent_gpu
 from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.config import Tile
 from densenet_fast.backends.triton.races import races_of, shared_memory_races
-from densenet_fast.backends.triton.tune import Shape, Step
+from densenet_fast.backends.triton.tune import Shape, Step, row_of
 
 HEAD = """
 .visible .entry kernel(
@@ -82,9 +83,11 @@ def test_arguments_are_counted():
 
 def test_a_kernel_without_one_of_its_barriers():
     """Two warp groups: the input gradient of the 3x3 convolution races without a barrier, or a wait, of its loop."""
-    with config.assume(config.Device(90, 132)), absent_gpu(90):
+    name = "bn_relu_conv3x3_grad_input"
+    of_two_groups = row_of(name, (90, "half"), Tile(128, 64, 64, 8, 3))
+    with config.assume(config.Device(90, 132)), absent_gpu(90), of_two_groups:
         launches = Step(Shape(32, 28, 256, 128, 32, 128), torch.bfloat16, torch.device("meta")).launches()
-        item = next(item for item in launches if item.name == "bn_relu_conv3x3_grad_input")
+        item = next(item for item in launches if item.name == name)
         lines = launch.compiled(item).asm["ptx"].splitlines()
     assert races_of(item, "\n".join(lines)) == []
 
