@@ -1,4 +1,5 @@
-"""The pages in docs/ and the README: every Python block runs, page by page, and every link and picture exists."""
+"""The pages in docs/ and the README: every Python block runs, page by page, and every link and picture exists. Some
+import torchvision."""
 
 import re
 import subprocess
