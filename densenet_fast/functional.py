@@ -21,6 +21,7 @@ from densenet_fast.backends.affine import Update, accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, Operands, check
 from densenet_fast.ops import planned, stock
+from densenet_fast.ops.chain import HEAD, TRANSITION
 from densenet_fast.ops.op import seen_by_dispatcher
 from densenet_fast.ops.stage import autocast_dtype, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
@@ -325,6 +326,49 @@ def _dense_block(
         described = made[4:]
     _update_running_statistics(x, operands, mean, var, count, updates)
     return features, BatchStatistics(*described, group) if describe else None
+
+
+def run_dense_block_and_reader(
+    x: Tensor,
+    operands: BlockOperands,
+    reader: ConvOperands | NormOperands,
+    statistics: BatchStatistics | None,
+    describe: bool,
+    updates: Updates | None,
+) -> tuple[Tensor, BatchStatistics | None] | None:
+    """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call; None
+    where they have to be called one after the other: where the host has nothing to spare by it, on the first call of
+    its kind, and where there is more to do than the one call does."""
+    x, statistics = _autocast(x, statistics)
+    if operands.drops or planned.obstacle(x) is not None or seen_by_dispatcher([x]):
+        return None
+    differentiable = operands.differentiable(x)
+    kind = reader, x.shape, x.dtype, x.device, torch.is_grad_enabled(), differentiable
+    if kind not in operands.chained:
+        if len(operands.chained) >= 64:
+            operands.chained.clear()
+        operands.chained.add(kind)
+        return None
+    if operands.group() is not None or reader.group() is not None:
+        return None
+    transition = isinstance(reader, ConvOperands)
+    if transition:
+        _check_poolable(x)
+    out, mean, var, count, *own = (TRANSITION if transition else HEAD)(
+        x,
+        *_known(x, operands.reader, statistics, None),
+        operands.stages,
+        operands.drop_rates,
+        operands.bottleneck,
+        operands.saved[not differentiable],
+        reader.reads_statistics,
+        _link(x) if differentiable and x.requires_grad else None,
+        reader.stages,
+        *((True, describe) if transition else ()),
+    )
+    _update_running_statistics(x, operands, mean, var, count, updates)
+    _update_running_statistics(x, reader, *own[:3], updates)
+    return out, BatchStatistics(*own[3:5]) if describe else None
 
 
 LARGEST_VARIANCE = 2.0**80

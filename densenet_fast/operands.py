@@ -183,6 +183,8 @@ class BlockOperands(Operands):
         self.recomputed = [memory_efficient] * len(layers) if whole else list(memory_efficient)
         self.saved = Fixed(not flag for flag in self.recomputed), Fixed(False for _ in self.recomputed)
         """Of which layers the bottleneck is kept for a backward pass, where there is to be one, and where not."""
+        self.chained: set[tuple[object, ...]] = set()
+        """Calls, and what read their results, that were made so far and may be made as one."""
         norms, read = [unit.norm for unit in units], [layer[0].norm for layer in layers]
         super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers))
 

@@ -68,6 +68,18 @@ class Step:
         Running statistics are updated, or wait for that in ``updates``."""
         raise NotImplementedError
 
+    def run_with(
+        self,
+        reader: "Step",
+        x: Tensor,
+        statistics: BatchStatistics | None,
+        describe: bool,
+        updates: Updates | None,
+    ) -> tuple[Tensor, BatchStatistics | None] | None:
+        """Fused, from ``x`` to the result of the ``reader`` of its own, which is described if asked for; None where
+        the two do not run as one."""
+        return None
+
     def stock(self, x: Tensor) -> Tensor:
         """Its modules in turn."""
         for module in self.modules:
@@ -103,6 +115,21 @@ class Part(Step):
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         return self.module.run(x, self.found.operands, statistics, describe, updates)
+
+    def run_with(
+        self,
+        reader: Step,
+        x: Tensor,
+        statistics: BatchStatistics | None,
+        describe: bool,
+        updates: Updates | None,
+    ) -> tuple[Tensor, BatchStatistics | None] | None:
+        if type(self.module) is not DenseBlock or not isinstance(reader, Part | Head) or reader.obstacle(x) is not None:
+            return None
+        if isinstance(reader, Part) and type(reader.module) is not Transition:
+            return None
+        operands = reader.found.operands if isinstance(reader, Part) else reader.operands
+        return functional.run_dense_block_and_reader(x, self.found.operands, operands, statistics, describe, updates)
 
     def channels_last(self, before: bool) -> bool:
         return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))
@@ -201,15 +228,21 @@ class Features(nn.Sequential):
         channels_last, kept, statistics = is_channels_last(x), False, None
         inside = False  # whether x is made by a fused part, and channels last whatever stock's would be
         changed = False  # whether anything ran that may have changed what follows
-        for step, reader in zip(steps, [*steps[1:], None]):
+        left = [*reversed(steps)]
+        while left:
+            step = left.pop()
             if changed:
                 step = step.now()
             reason = step.obstacle(x)
             step.note(reason)
             if reason is None:
-                describe = reader is not None and reader.reads_statistics()
                 channels_last = step.channels_last(channels_last)
-                x, statistics = step.run(x, statistics, describe, updates)
+                made = None if changed or updates is None else _run_with_reader(step, left, x, statistics, updates)
+                if made is not None:
+                    step = left.pop()
+                    step.note(None)
+                    channels_last = step.channels_last(channels_last)
+                x, statistics = made or step.run(x, statistics, _is_described(left), updates)
                 inside, kept = True, step.keeps_output
                 continue
             if updates is not None:
@@ -233,6 +266,18 @@ class Features(nn.Sequential):
         if "norm0" in self._modules:
             calls.note(self, reason, None, "Stem")
         return super().forward(input)
+
+
+def _is_described(left: Sequence[Step]) -> bool:
+    """Whether what comes next, the last of those that are ``left``, reads the statistics of its input."""
+    return bool(left) and left[-1].reads_statistics()
+
+
+def _run_with_reader(
+    step: Step, left: Sequence[Step], x: Tensor, statistics: BatchStatistics | None, updates: Updates
+) -> tuple[Tensor, BatchStatistics | None] | None:
+    """``step`` and what comes next in one call, if there is one for the two."""
+    return step.run_with(left[-1], x, statistics, _is_described(left[:-1]), updates) if left else None
 
 
 def _stem_modules(features: Features) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
-from densenet_fast.ops.op import define
+from densenet_fast.ops.op import Parts, define
 from densenet_fast.ops.single import (
     Input,
     fake_gradients,
@@ -130,3 +130,4 @@ def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, poo
 
 
 bn_relu_conv1x1 = with_autograd(_forward, _backward, _stock, slice(1, 4))
+parts = Parts(_forward, _backward, _stock)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.ops import stock
-from densenet_fast.ops.op import define
+from densenet_fast.ops.op import Parts, define
 from densenet_fast.ops.single import Input, fake_gradients, fake_statistics, with_autograd
 from densenet_fast.ops.stage import Stage, StageGradients
 
@@ -93,3 +93,4 @@ def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage) -> 
 
 
 bn_relu_global_avgpool = with_autograd(_forward, _backward, _stock, slice(1, 4))
+parts = Parts(_forward, _backward, _stock)

@@ -32,7 +32,7 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
-from densenet_fast.ops.op import Gradients, define, with_autograd
+from densenet_fast.ops.op import Gradients, Parts, define, with_autograd
 from densenet_fast.ops.single import fake_count
 from densenet_fast.ops.stage import (
     STAGE_TENSORS,
@@ -545,5 +545,6 @@ def _differentiable_gradients(
 
 
 register_vmap(_backward.custom_op)
+parts = Parts(_forward, _backward, stock.dense_block)
 dense_block = with_autograd(_forward, _save, _gradients, _shown)
 """Returns (features, their mean and variance, count, mean, var), the last two as :class:`Plan` packs them."""

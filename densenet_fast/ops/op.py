@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,16 @@ class Op:
     def __call__(self, *inputs: Any) -> Any:
         if seen_by_dispatcher(inputs):
             return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
-        with _named(self.name):
+        with named(self.name):
             return planned.run(self.name, self.body, inputs)
+
+
+class Parts(NamedTuple):
+    """The ops of a function and of its backward pass, and the function on stock differentiable torch functions."""
+
+    forward: Op
+    backward: Op
+    on_stock: Callable[..., Any]
 
 
 def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
@@ -52,7 +60,7 @@ def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
     return functools.partial(Op, name)
 
 
-def _named(name: str) -> contextlib.AbstractContextManager[Any]:
+def named(name: str) -> contextlib.AbstractContextManager[Any]:
     """Shows what is called meanwhile under ``name`` to the profiler, if it runs."""
     return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
 
@@ -104,11 +112,11 @@ def with_autograd(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs = ctx.followed.needs(ctx.needs_input_grad[2:])
-            grad_x, *statistics, rest = gradients(ctx, needs, _channels_adjacent(grads[0]), *grads[1:])
+            grad_x, *statistics, rest = gradients(ctx, needs, channels_adjacent(grads[0]), *grads[1:])
             return (
                 None,
                 None,
-                _in_format(grad_x, ctx),
+                in_format(grad_x, ctx),
                 *statistics,
                 *ctx.followed.chosen(rest),
             )
@@ -128,7 +136,7 @@ def with_autograd(
         x, mean, _, tensors, *_ = ctx.needs_input_grad
         grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
         rest = [g if need else None for g, need in zip(rest, tensors)]
-        return _in_format(grad_x, ctx), *statistics, rest, *ctx.constants
+        return in_format(grad_x, ctx), *statistics, rest, *ctx.constants
 
     op.custom_op.register_autograd(backward, setup_context=setup_context)
 
@@ -143,13 +151,13 @@ def with_autograd(
             return outputs if shown is None else tuple(chain(*shown(outputs)))
         compile_ahead(call, x, mean, var, stages, *constants)
         followed = stages.followed()
-        with _named(op.name):
+        with named(op.name):
             return apply(inputs, followed, x, mean, var, *followed.tensors)
 
     return call
 
 
-def _channels_adjacent(grad: Tensor | None) -> Tensor | None:
+def channels_adjacent(grad: Tensor | None) -> Tensor | None:
     """An incoming gradient with adjacent channels, as all bodies read it: copied here, where a plan does not see it.
     Not where it is differentiated itself, or is a batch."""
     if grad is None or grad.stride(1) == 1 or torch.is_grad_enabled() or _is_batched(grad):
@@ -157,7 +165,7 @@ def _channels_adjacent(grad: Tensor | None) -> Tensor | None:
     return to_image(to_matrix(grad), (grad.shape[0], *grad.shape[2:]))
 
 
-def _in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
+def in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
     """The gradient of x in the memory format of x."""
     if grad_x is None or (ctx.channels_last and _is_batched(grad_x)):
         return grad_x

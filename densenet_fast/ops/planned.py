@@ -27,11 +27,11 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 
 
-def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    """``body(*inputs)``, which is the op ``name``'s."""
+def run(name: str, body: Callable[..., Any], inputs: Sequence[Any], met: bool = False) -> Any:
+    """``body(*inputs)``, which is the op ``name``'s; ``met`` as :func:`plan.run` has it."""
     reason = obstacle(inputs[0])
     if reason is None:
-        result = plan.run(name, body, inputs)
+        result = plan.run(name, body, inputs, met)
         if not isinstance(result, Unplannable):
             _this_thread.reason = None
             return result

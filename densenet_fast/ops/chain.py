@@ -1,0 +1,208 @@
+"""A dense block and the transition or the head behind it as one node of autograd and one launch plan.
+
+On a GPU the host spends as much on calling an op as on a dozen launches. What the two ops compute is the same here: their
+bodies run one after the other, forward and backward, and what the first makes stays between them.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenet_fast.backends.layout import is_channels_last
+from densenet_fast.ops import planned, stock
+from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
+from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
+from densenet_fast.ops.dense_block import Plan
+from densenet_fast.ops.dense_block import parts as block_parts
+from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
+from densenet_fast.ops.stage import Followed, Stages, save_stages, saved_stages, unflatten
+
+__all__ = ["HEAD", "TRANSITION", "Chain"]
+
+
+class Chain:
+    """A dense block with the op of the ``reader`` behind it, of one stage."""
+
+    def __init__(self, reader: Parts) -> None:
+        self.name, self.reader = f"{block_parts.forward.name}, {reader.forward.name}", reader
+
+    def __call__(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        stages: Stages,
+        drop_rates: Sequence[float],
+        bottleneck: bool,
+        saved: Sequence[bool],
+        described: bool,
+        link: Tensor | None,
+        reader: Stages,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        """From the block's input and stages and the reader's stage and options, without groups and masks: the reader's
+        result; the block's packed mean and variance and its count; all else that the reader's op returns. The block's
+        features are ``described`` to the reader or not."""
+        inputs = (x, mean, var, stages.tensors, stages.eps, drop_rates, bottleneck, saved, described)
+        inputs += (reader.tensors, reader.eps, *options)
+        followed, behind = stages.followed(), reader.followed()
+        with named(self.name):
+            return _apply(
+                self, inputs, (followed, behind, link), x, mean, var, *followed.tensors, *behind.tensors
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        tensors: list[Tensor],
+        eps: list[float],
+        drop_rates: list[float],
+        bottleneck: bool,
+        saved: list[bool],
+        described: bool,
+        read_tensors: list[Tensor],
+        read_eps: list[float],
+        *options: Any,
+    ) -> tuple[Any, ...]:
+        """What the block returns and what the reader does."""
+        given = (tensors, eps, [], drop_rates, bottleneck, saved, described, None, None)
+        features, packed_mean, packed_var, count, bottlenecks = block_parts.forward.body(x, mean, var, *given)
+        columns = slice(0, features.shape[1])
+        known = (packed_mean[columns], packed_var[columns]) if described else (None, None)
+        made = self.reader.forward.body(features, *known, read_tensors, read_eps, *options, None)
+        return features, packed_mean, packed_var, count, bottlenecks, *made
+
+    def backward(
+        self,
+        grad: Tensor,
+        features: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        bottlenecks: list[Tensor],
+        saved: list[bool],
+        tensors: list[Tensor],
+        eps: list[float],
+        drop_rates: list[float],
+        bottleneck: bool,
+        in_channels: int,
+        needs: list[bool],
+        read_mean: Tensor,
+        read_var: Tensor,
+        read_count: Tensor,
+        read_tensors: list[Tensor],
+        read_eps: list[float],
+        *options: Any,
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """The gradients of x, of the block's tensors and of the reader's, as far as ``needs`` (x's, the statistics', the
+        tensors') and the last of the options, the reader's, say so."""
+        *options, read_needs = options
+        known = (features, read_mean, read_var, read_count, read_tensors, read_eps)
+        grad, grads = self.reader.backward.body(grad, *known, *options, None, read_needs)
+        own, through = grads[: len(read_tensors)], grads[len(read_tensors) :] or (None, None)
+        if not read_needs[0]:
+            return features.new_empty(0), [None] * len(tensors), own
+        block = (features, mean, var, count, bottlenecks, saved, tensors, eps, [], drop_rates, bottleneck)
+        grad_x, grads = block_parts.backward.body(
+            grad, *through, *block, in_channels, None, [needs[0], *needs[2:]]
+        )
+        return grad_x, grads, own
+
+    def on_stock(self, ctx: Any, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
+        """The reader's result from x, or where it is ``linked`` what is added to its ``value``, and from the tensors of
+        both, the block's ``size`` first."""
+
+        def run(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+            x = value + x if linked else value
+            plan = Plan(x, tensors[:size], ctx.eps, ctx.bottleneck, ctx.drop_rates)
+            made = stock.dense_block(x, plan.layers, [], plan.keep_scales)
+            return [self.reader.on_stock(made, None, None, *unflatten(tensors[size:], ctx.read_eps), *ctx.options)]
+
+        return run
+
+
+class _Node(torch.autograd.Function):
+    """The bodies with autograd. ``inputs`` are a chain's; x, mean and var and those of its tensors that are ``followed``
+    come again, for autograd to see."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chain: Chain, inputs: tuple[Any, ...], hidden: tuple[Followed, Followed, Tensor | None], *_: Any
+    ) -> tuple[Tensor, ...]:
+        made = planned.run(chain.name, chain.forward, inputs, met=True)
+        features, mean, var, count, bottlenecks, out, *read = made
+        x, _, _, tensors, ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved, ctx.described, *rest = inputs
+        read_tensors, ctx.read_eps, *ctx.options = rest
+        *ctx.followed, link = hidden
+        ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
+        ctx.block, ctx.reader = SimpleNamespace(), SimpleNamespace()
+        stages, behind = save_stages(ctx.block, tensors), save_stages(ctx.reader, read_tensors)
+        ctx.sizes = len(stages), len(bottlenecks)
+        ctx.mark_non_differentiable(mean, var, count, *read)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(features, mean, var, count, link, *read[:3], *stages, *bottlenecks, *behind)
+        return out, mean, var, count, *read
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 3
+        features, mean, var, count, link, *rest = ctx.saved_tensors
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        read, rest = rest[:3], rest[3:]
+        of_stages, of_bottlenecks = ctx.sizes
+        tensors = saved_stages(ctx.block, rest[:of_stages])
+        bottlenecks = rest[of_stages : of_stages + of_bottlenecks]
+        read_tensors = saved_stages(ctx.reader, rest[of_stages + of_bottlenecks :])
+        followed, behind = ctx.followed
+        if stock.needed_in_backward(grad):
+            value = features.detach()[:, : ctx.in_channels]
+            run = ctx.chain.on_stock(ctx, value, link is not None, len(tensors))
+            inputs = [value if link is None else link, *tensors, *read_tensors]
+            grad_x, *grads = stock.differentiable_gradients(run, inputs, [grad], None)
+            grads, read_grads = grads[: len(tensors)], grads[len(tensors) :]
+        else:
+            flags = ctx.needs_input_grad[3:]
+            middle = 3 + len(followed.tensors)
+            needs = followed.needs(flags[:middle])
+            needed = any(flags[:middle])
+            read_needs = behind.needs((needed, needed and ctx.described, False, *flags[middle:]))
+            grad_x, grads, read_grads = planned.run(
+                f"{ctx.chain.name}, backward",
+                ctx.chain.backward,
+                (
+                    channels_adjacent(grad),
+                    features,
+                    mean,
+                    var,
+                    count,
+                    bottlenecks,
+                    ctx.saved,
+                    tensors,
+                    ctx.eps,
+                    ctx.drop_rates,
+                    ctx.bottleneck,
+                    ctx.in_channels,
+                    needs,
+                    *read,
+                    read_tensors,
+                    ctx.read_eps,
+                    *ctx.options,
+                    read_needs,
+                ),
+                met=True,
+            )
+            if not needs[0]:
+                grad_x = None
+        return *nothing, in_format(grad_x, ctx), None, None, *followed.chosen(grads), *behind.chosen(read_grads)
+
+
+_apply = super(torch.autograd.Function, _Node).apply
+"""Without what torch.func needs: no transform sees these calls."""
+
+TRANSITION, HEAD = Chain(transition_parts), Chain(head_parts)
