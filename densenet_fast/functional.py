@@ -334,29 +334,25 @@ def run_dense_block_and_reader(
     reader: ConvOperands | NormOperands,
     statistics: BatchStatistics | None,
     describe: bool,
-    updates: Updates | None,
+    updates: Updates,
 ) -> tuple[Tensor, BatchStatistics | None] | None:
-    """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call; None
-    where they have to be called one after the other: where the host has nothing to spare by it, on the first call of
-    its kind, and where there is more to do than the one call does."""
+    """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call that
+    spares the host work; None where they have to be called one after the other: where nothing is planned, or there is
+    more to do."""
+    if operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
+        return None
     x, statistics = _autocast(x, statistics)
-    if operands.drops or planned.obstacle(x) is not None or seen_by_dispatcher([x]):
+    group, is_transition = operands.group(), isinstance(reader, ConvOperands)
+    if planned.obstacle(x) is not None or group is not None or reader.group() is not None:
         return None
-    differentiable = operands.differentiable(x)
-    kind = reader, x.shape, x.dtype, x.device, torch.is_grad_enabled(), differentiable
-    if kind not in operands.chained:
-        if len(operands.chained) >= 64:
-            operands.chained.clear()
-        operands.chained.add(kind)
-        return None
-    if operands.group() is not None or reader.group() is not None:
-        return None
-    transition = isinstance(reader, ConvOperands)
-    if transition:
+    if is_transition:
         _check_poolable(x)
-    out, mean, var, count, *own = (TRANSITION if transition else HEAD)(
+    operands.admit(x)
+    reader.admit(x, x.shape[1] + sum(operands.growths))
+    differentiable = operands.differentiable(x)
+    out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(
         x,
-        *_known(x, operands.reader, statistics, None),
+        *_known(x, operands.reader, statistics, group),
         operands.stages,
         operands.drop_rates,
         operands.bottleneck,
@@ -364,11 +360,16 @@ def run_dense_block_and_reader(
         reader.reads_statistics,
         _link(x) if differentiable and x.requires_grad else None,
         reader.stages,
-        *((True, describe) if transition else ()),
+        *((True, describe) if is_transition else ()),
     )
     _update_running_statistics(x, operands, mean, var, count, updates)
     _update_running_statistics(x, reader, *own[:3], updates)
     return out, BatchStatistics(*own[3:5]) if describe else None
+
+
+def _saved_tensors_are_looked_at() -> bool:
+    """Whether hooks see what is saved for the backward pass: those of checkpointing count it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 LARGEST_VARIANCE = 2.0**80

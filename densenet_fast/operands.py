@@ -99,15 +99,16 @@ class Operands:
         """Whether autograd follows an op on x."""
         return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.followed().places))
 
-    def admit(self, x: Tensor) -> None:
+    def admit(self, x: Tensor, channels: int | None = None) -> None:
         """As :meth:`check`, but for inputs of a kind that was admitted before only what is not of the kind; for callers
-        who know that nothing else has changed, and that no transform is active."""
+        who know that nothing else has changed, and that no transform is active. With ``channels``, of an input like x
+        that has so many."""
         if torch.compiler.is_compiling():
             return self.check(x)
-        kind = x.shape[1], x.dim(), x.dtype, x.device, autocast_dtype(x.device)
+        kind = channels or x.shape[1], x.dim(), x.dtype, x.device, autocast_dtype(x.device)
         if kind in self._admitted:
             return self._check_size(x)
-        self.check(x)
+        self.check(x if channels is None else x[:, :1].expand(-1, channels, *x.shape[2:]))
         self._admitted.add(kind)
 
     def check(self, x: Tensor) -> None:
@@ -183,8 +184,6 @@ class BlockOperands(Operands):
         self.recomputed = [memory_efficient] * len(layers) if whole else list(memory_efficient)
         self.saved = Fixed(not flag for flag in self.recomputed), Fixed(False for _ in self.recomputed)
         """Of which layers the bottleneck is kept for a backward pass, where there is to be one, and where not."""
-        self.chained: set[tuple[object, ...]] = set()
-        """Calls, and what read their results, that were made so far and may be made as one."""
         norms, read = [unit.norm for unit in units], [layer[0].norm for layer in layers]
         super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers))
 

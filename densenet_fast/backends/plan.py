@@ -161,10 +161,9 @@ FIRST = Unplannable("it was the first call with such inputs")
 CHANGED = Unplannable("an input changed while it was looked at, or two signatures are equal by chance")
 
 
-def run(name: str, body: Callable[..., Any], inputs: Sequence[Any], met: bool = False) -> Any | Unplannable:
-    """What ``body(*inputs)`` returns, by its plan, or why there is none. For inputs of a kind that was not ``met``
-    before there is none: to make a plan takes longer than a walk, and images of ever new sizes would not be worth
-    it."""
+def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unplannable:
+    """What ``body(*inputs)`` returns, by its plan, or why there is none. For inputs of a kind that was not met before
+    there is none: to make a plan takes longer than a walk, and images of ever new sizes would not be worth it."""
     tensors, constants = parted(inputs)
     kind = name, constants, settings(tensors[0])
     alike = *kind, tensors[0].shape
@@ -173,7 +172,7 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any], met: bool = 
     if result is not None:
         return result
     key = *kind, kernels.cuda_signature(tensors)
-    if not met and key not in _plans and key not in _met:
+    if key not in _plans and key not in _met:
         if len(_met) >= 4 * LIMIT:
             _met.clear()
         _met.add(key)

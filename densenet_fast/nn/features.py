@@ -19,7 +19,7 @@ from densenet_fast.nn.bn_relu_conv1x1 import Transition
 from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
 from densenet_fast.nn.memory_format import contiguous_gradient, handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory, all_below
-from densenet_fast.operands import NormOperands, Operands
+from densenet_fast.operands import ConvOperands, NormOperands, Operands
 
 STEM = ["norm0", "relu0", "pool0"]
 
@@ -69,15 +69,14 @@ class Step:
         raise NotImplementedError
 
     def run_with(
-        self,
-        reader: "Step",
-        x: Tensor,
-        statistics: BatchStatistics | None,
-        describe: bool,
-        updates: Updates | None,
+        self, reader: "Step", x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates
     ) -> tuple[Tensor, BatchStatistics | None] | None:
-        """Fused, from ``x`` to the result of the ``reader`` of its own, which is described if asked for; None where
-        the two do not run as one."""
+        """As :meth:`run`, together with the ``reader`` of its result, which is then described if asked for; None where
+        they cannot run as one."""
+        return None
+
+    def reads_block(self) -> ConvOperands | NormOperands | None:
+        """Its operands, if it can run as one with the dense block before it."""
         return None
 
     def stock(self, x: Tensor) -> Tensor:
@@ -117,19 +116,15 @@ class Part(Step):
         return self.module.run(x, self.found.operands, statistics, describe, updates)
 
     def run_with(
-        self,
-        reader: Step,
-        x: Tensor,
-        statistics: BatchStatistics | None,
-        describe: bool,
-        updates: Updates | None,
+        self, reader: Step, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates
     ) -> tuple[Tensor, BatchStatistics | None] | None:
-        if type(self.module) is not DenseBlock or not isinstance(reader, Part | Head) or reader.obstacle(x) is not None:
+        behind = reader.reads_block()
+        if behind is None or not isinstance(self.module, DenseBlock) or reader.obstacle(x) is not None:
             return None
-        if isinstance(reader, Part) and type(reader.module) is not Transition:
-            return None
-        operands = reader.found.operands if isinstance(reader, Part) else reader.operands
-        return functional.run_dense_block_and_reader(x, self.found.operands, operands, statistics, describe, updates)
+        return functional.run_dense_block_and_reader(x, self.found.operands, behind, statistics, describe, updates)
+
+    def reads_block(self) -> ConvOperands | None:
+        return self.found.operands if isinstance(self.module, Transition) else None
 
     def channels_last(self, before: bool) -> bool:
         return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))
@@ -179,6 +174,9 @@ class Head(Step):
 
     def reads_statistics(self) -> bool:
         return self.operands.reads_statistics
+
+    def reads_block(self) -> NormOperands:
+        return self.operands
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None

@@ -1,7 +1,7 @@
 """A dense block and the transition or the head behind it as one node of autograd and one launch plan.
 
-On a GPU the host spends as much on calling an op as on a dozen launches. What the two ops compute is the same here: their
-bodies run one after the other, forward and backward, and what the first makes stays between them.
+On a GPU the host spends as much on calling an op as on dozens of launches. Computed is what the two ops compute; their
+bodies run one after the other, forward and backward, and the block's features stay between them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from densenet_fast.backends.layout import is_channels_last
 from densenet_fast.ops import planned, stock
+from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
 from densenet_fast.ops.dense_block import Plan
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
-from densenet_fast.ops.stage import Followed, Stages, save_stages, saved_stages, unflatten
+from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
 
 __all__ = ["HEAD", "TRANSITION", "Chain"]
 
@@ -27,32 +28,34 @@ class Chain:
     """A dense block with the op of the ``reader`` behind it, of one stage."""
 
     def __init__(self, reader: Parts) -> None:
-        self.name, self.reader = f"{block_parts.forward.name}, {reader.forward.name}", reader
+        self.name = f"{block_parts.forward.name}, {reader.forward.name.partition('::')[2]}"
+        self.reader = reader
 
     def __call__(
         self,
         x: Tensor,
         mean: Tensor | None,
         var: Tensor | None,
-        stages: Stages,
+        stages: Sequence[Stage],
         drop_rates: Sequence[float],
         bottleneck: bool,
         saved: Sequence[bool],
         described: bool,
         link: Tensor | None,
-        reader: Stages,
+        read_stages: Sequence[Stage],
         *options: Any,
     ) -> tuple[Tensor, ...]:
-        """From the block's input and stages and the reader's stage and options, without groups and masks: the reader's
-        result; the block's packed mean and variance and its count; all else that the reader's op returns. The block's
-        features are ``described`` to the reader or not."""
+        """From what the block's op takes, without masks and group, and what the reader's takes beside the features,
+        which are ``described`` to it or not: the reader's result; the block's packed mean and variance, and its count;
+        and all else that the reader's op returns."""
+        given = (x, mean, var, stages, drop_rates, bottleneck, saved, described, link, read_stages, *options)
+        compile_ahead(self, *given)
+        stages, read_stages = (s if isinstance(s, Stages) else Stages(s) for s in (stages, read_stages))
         inputs = (x, mean, var, stages.tensors, stages.eps, drop_rates, bottleneck, saved, described)
-        inputs += (reader.tensors, reader.eps, *options)
-        followed, behind = stages.followed(), reader.followed()
+        inputs += (read_stages.tensors, read_stages.eps, *options)
+        followed, read = stages.followed(), read_stages.followed()
         with named(self.name):
-            return _apply(
-                self, inputs, (followed, behind, link), x, mean, var, *followed.tensors, *behind.tensors
-            )
+            return _apply(self, inputs, (followed, read, link), x, mean, var, *followed.tensors, *read.tensors)
 
     def forward(
         self,
@@ -99,8 +102,8 @@ class Chain:
         read_eps: list[float],
         *options: Any,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """The gradients of x, of the block's tensors and of the reader's, as far as ``needs`` (x's, the statistics', the
-        tensors') and the last of the options, the reader's, say so."""
+        """The gradients of x, of the block's tensors and of the reader's, as far as ``needs`` (x's, its statistics',
+        then one per tensor) and the last of the options, the reader's, say so."""
         *options, read_needs = options
         known = (features, read_mean, read_var, read_count, read_tensors, read_eps)
         grad, grads = self.reader.backward.body(grad, *known, *options, None, read_needs)
@@ -108,9 +111,7 @@ class Chain:
         if not read_needs[0]:
             return features.new_empty(0), [None] * len(tensors), own
         block = (features, mean, var, count, bottlenecks, saved, tensors, eps, [], drop_rates, bottleneck)
-        grad_x, grads = block_parts.backward.body(
-            grad, *through, *block, in_channels, None, [needs[0], *needs[2:]]
-        )
+        grad_x, grads = block_parts.backward.body(grad, *through, *block, in_channels, None, [needs[0], *needs[2:]])
         return grad_x, grads, own
 
     def on_stock(self, ctx: Any, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
@@ -127,14 +128,14 @@ class Chain:
 
 
 class _Node(torch.autograd.Function):
-    """The bodies with autograd. ``inputs`` are a chain's; x, mean and var and those of its tensors that are ``followed``
-    come again, for autograd to see."""
+    """A chain with autograd. ``inputs`` are its forward pass's; x, mean and var and those of its tensors that autograd
+    follows come again, for autograd to see; what is ``hidden`` it does not see."""
 
     @staticmethod
     def forward(
         ctx: Any, chain: Chain, inputs: tuple[Any, ...], hidden: tuple[Followed, Followed, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
-        made = planned.run(chain.name, chain.forward, inputs, met=True)
+        made = planned.run(chain.name, chain.forward, inputs)
         features, mean, var, count, bottlenecks, out, *read = made
         x, _, _, tensors, ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved, ctx.described, *rest = inputs
         read_tensors, ctx.read_eps, *ctx.options = rest
@@ -173,7 +174,7 @@ class _Node(torch.autograd.Function):
             needed = any(flags[:middle])
             read_needs = behind.needs((needed, needed and ctx.described, False, *flags[middle:]))
             grad_x, grads, read_grads = planned.run(
-                f"{ctx.chain.name}, backward",
+                f"{ctx.chain.name}_backward",
                 ctx.chain.backward,
                 (
                     channels_adjacent(grad),
@@ -195,7 +196,6 @@ class _Node(torch.autograd.Function):
                     *ctx.options,
                     read_needs,
                 ),
-                met=True,
             )
             if not needs[0]:
                 grad_x = None

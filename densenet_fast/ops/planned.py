@@ -27,11 +27,11 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 
 
-def run(name: str, body: Callable[..., Any], inputs: Sequence[Any], met: bool = False) -> Any:
-    """``body(*inputs)``, which is the op ``name``'s; ``met`` as :func:`plan.run` has it."""
+def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """``body(*inputs)``, which is the op ``name``'s."""
     reason = obstacle(inputs[0])
     if reason is None:
-        result = plan.run(name, body, inputs, met)
+        result = plan.run(name, body, inputs)
         if not isinstance(result, Unplannable):
             _this_thread.reason = None
             return result

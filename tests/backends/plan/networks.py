@@ -5,11 +5,23 @@ import pytest
 import torch
 from torch import nn
 
-from backends.plan.walks import BLOCK, FORWARD, block, compare, maps, plans, steps, tf32, training_step
-from densenet_fast import DenseNet, functional
+from backends.plan.walks import (
+    BLOCK,
+    FORWARD,
+    block,
+    both_passes,
+    compare,
+    images,
+    maps,
+    network,
+    plans,
+    steps,
+    tf32,
+    training_step,
+)
+from densenet_fast import functional
 from densenet_fast.ops import planned
 from densenet_fast.ops.bn_relu_global_avgpool import _forward as head
-from helpers import randomise
 
 HALF = torch.float16
 
@@ -18,21 +30,6 @@ HALF = torch.float16
 def by_triton():
     with tf32():
         yield
-
-
-def network(first=1, **options):
-    """Of two blocks, of ``first`` layers and one, for images of 4 x 4."""
-    return randomise(DenseNet(4, (first, 1), 6, 3, num_classes=3, **{"small_inputs": True, **options}))
-
-
-def images(size=4, dtype=torch.float32, batch=2):
-    return torch.randn(batch, 3, size, size).to(dtype)
-
-
-def both_passes(*stem):
-    """The bodies of a training step."""
-    names = [*stem, *FORWARD]
-    return names + [f"{name}_backward" for name in reversed(names)]
 
 
 def frozen_norms(model):
@@ -64,13 +61,13 @@ def test_a_training_step(case):
     """Output, gradients and running statistics; every body is planned."""
     model = NETWORKS[case]()
     bodies = compare(model, steps(images(dtype=model.classifier.weight.dtype)))
-    assert not bodies.walked and bodies.planned == both_passes()
+    assert not bodies.walked and bodies.planned == both_passes(FORWARD)
 
 
 def test_the_stem_of_large_images():
     model = without_one_parameter(network(2, small_inputs=False, memory_efficient=True).half())
     bodies = compare(model, steps(images(16, HALF).contiguous(memory_format=torch.channels_last)))
-    assert not bodies.walked and bodies.planned == both_passes("bn_relu_maxpool")
+    assert not bodies.walked and bodies.planned == both_passes(FORWARD, "bn_relu_maxpool")
 
 
 def test_inference():
@@ -89,7 +86,7 @@ def test_float32_parameters_under_autocast():
 
     images_ = images()
     bodies = compare(network().to(memory_format=torch.channels_last), step)
-    assert not bodies.walked and bodies.planned == both_passes()
+    assert not bodies.walked and bodies.planned == both_passes(FORWARD)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ def run(*files, **environment):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("files", [("interpreted.py", "networks.py"), ("stale.py", "random_blocks.py")], ids=" ".join)
+@pytest.mark.parametrize(
+    "files", [("interpreted.py", "networks.py"), ("stale.py", "random_blocks.py"), ("chains.py",)], ids=" ".join
+)
 def test_interpreted(files):
     pytest.importorskip("triton", reason="Triton is not installed")
     run(*files, TRITON_INTERPRET="1")

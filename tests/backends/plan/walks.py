@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backends.plan.bodies import equal
-from densenet_fast import functional
+from densenet_fast import DenseNet, functional
 from densenet_fast.backends import plan
 from densenet_fast.backends.recording import replaced, tensors_in
 from densenet_fast.backends.symbolic import Unplannable
@@ -20,8 +20,11 @@ from densenet_fast.nn import DenseBlock
 from densenet_fast.ops import planned
 from helpers import randomise
 
-FORWARD = ["dense_block", "bn_relu_conv1x1", "dense_block", "bn_relu_global_avgpool"]
+FORWARD = ["dense_block, bn_relu_conv1x1", "dense_block, bn_relu_global_avgpool"]
 """The bodies of a network of two blocks with the stem for small images, in order."""
+
+APART = ["dense_block", "bn_relu_conv1x1", "dense_block", "bn_relu_global_avgpool"]
+"""The same where a block and what reads it are called one after the other."""
 
 BLOCK = ["dense_block", "dense_block_backward"]
 """Those of a training step of a block."""
@@ -120,6 +123,22 @@ def training_step(model: torch.nn.Module, x: torch.Tensor) -> list[Any]:
     out = model(x)
     out.backward(cotangent(out))
     return [out, *gradients(model, x), *map(torch.clone, model.buffers())]
+
+
+def both_passes(bodies: Sequence[str], *stem: str) -> list[str]:
+    """The bodies of a training step."""
+    names = [*stem, *bodies]
+    return names + [f"{name}_backward" for name in reversed(names)]
+
+
+def network(first: int = 1, **options: Any) -> torch.nn.Module:
+    """Of two blocks, of ``first`` layers and one, for images of 4 x 4."""
+    return randomise(DenseNet(4, (first, 1), 6, 3, num_classes=3, **{"small_inputs": True, **options}))
+
+
+def images(size: int = 4, dtype: torch.dtype = torch.float32, batch: int = 2) -> torch.Tensor:
+    """What a network reads."""
+    return torch.randn(batch, 3, size, size).to(dtype)
 
 
 def steps(x: torch.Tensor) -> Callable[[torch.nn.Module], list[Any]]:

@@ -1,0 +1,162 @@
+"""A dense block and what reads it as one call, against the two by themselves. ``test_plan.py`` runs this file in
+Triton's interpreter and with the emulated library."""
+
+import contextlib
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from backends.plan.walks import (
+    APART,
+    FORWARD,
+    both_passes,
+    compare,
+    gradients,
+    images,
+    network,
+    plans,
+    steps,
+    tf32,
+    training_step,
+)
+from densenet_fast.nn import Transition
+from helpers import error, randomise
+
+
+@pytest.fixture(autouse=True)
+def by_triton():
+    with tf32():
+        yield
+
+
+def apart():
+    """Where hooks look at what is saved, which those of checkpointing count, two calls stay two."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def frozen(model, *parts):
+    for part in parts:
+        model.get_submodule(part).requires_grad_(False)
+    return model
+
+
+def normalised_as_ever(model, part):
+    model.get_submodule(part).eval()
+    return model
+
+
+NETWORKS = {
+    "recomputed": lambda: network(2, memory_efficient=True),
+    "no reader's parameter": lambda: frozen(network(), "features.transition1", "features.norm5"),
+    "the reader's alone": lambda: frozen(network(), "features.conv0", "features.denseblock1"),
+    "the transition by running statistics": lambda: normalised_as_ever(network(), "features.transition1.norm"),
+    "the head by running statistics": lambda: normalised_as_ever(network(), "features.norm5"),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_a_training_step(case):
+    """Output, gradients and running statistics; every body is planned."""
+    bodies = compare(NETWORKS[case](), steps(images()))
+    assert not bodies.walked and bodies.planned == both_passes(FORWARD)
+
+
+def test_without_a_gradient_before_the_reader():
+    """Neither the images nor what makes the features need one."""
+    model, x = frozen(network(), "features.conv0", "features.denseblock1"), images()
+
+    def history(model):
+        model(x).sum().backward()
+        return gradients(model)
+
+    bodies = compare(model, history)
+    assert not bodies.walked and bodies.planned == both_passes(FORWARD)
+
+
+def test_the_two_make_what_one_makes():
+    """With a gradient that is a batch's, and with second derivatives, too, of which sums differ in order alone."""
+    model, images_ = network(2).eval(), images()
+
+    def made(how):
+        with how, plans() as bodies:
+            ours, x = copy.deepcopy(model), images_.clone().requires_grad_()
+            first_step = training_step(ours, images_)
+            out = ours(x)
+            cotangents = torch.eye(out.numel()).view(-1, *out.shape)
+            batch = torch.autograd.grad(out, x, cotangents, retain_graph=True, is_grads_batched=True)
+            inputs = [x, *ours.parameters()]
+            first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        return first_step, [*batch, *first, *second], bodies
+
+    step, derivatives, bodies = made(contextlib.nullcontext())
+    step_apart, derivatives_apart, bodies_apart = made(apart())
+    assert {*FORWARD} <= {*bodies.planned} and {*APART} <= {*bodies_apart.planned}
+    assert not {*FORWARD} & {*bodies_apart.planned}
+    assert all(a is b is None or a.equal(b) for a, b in zip(step, step_apart, strict=True))
+    assert all(error(a, b) < 1e-4 for a, b in zip(derivatives, derivatives_apart, strict=True))
+
+
+def test_checkpointed():
+    def history(model):
+        x = images_.clone().requires_grad_()
+        for _ in range(2):
+            checkpoint(model, x, use_reentrant=False).sum().backward()
+        return gradients(model, x)
+
+    images_ = images()
+    bodies = compare(network(), history)
+    assert not bodies.walked and not {*FORWARD} & {*bodies.planned}
+
+
+def test_dropout_is_not_drawn_within_a_call():
+    def history(model):
+        torch.manual_seed(3)
+        return training_step(model, x)
+
+    x = images()
+    bodies = compare(network(drop_rate=0.5), history)
+    assert bodies.planned[: len(APART)] == APART
+
+
+def test_a_hook_between_the_two():
+    """Sees the features, and may change what comes after it."""
+
+    def history(model):
+        seen = []
+        model.features.transition1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+        return [*training_step(model, x), *seen]
+
+    x = images()
+    bodies = compare(network(), history)
+    assert bodies.planned[:3] == [name for name in APART if name != "bn_relu_conv1x1"]
+
+
+def test_another_reader():
+    """Runs the next time; of the one that was, nothing is kept."""
+    x, kept = images(), []
+    torch.manual_seed(1)
+    other = randomise(Transition(10, 5))
+
+    def history(model):
+        found = [model(x)]
+        kept.append(weakref.ref(model.features.transition1.conv.weight))
+        model.features.transition1 = copy.deepcopy(other).eval()
+        return [*found, model(x)]
+
+    with torch.no_grad():
+        bodies = compare(network().eval(), history)
+    assert bodies.planned == FORWARD + FORWARD
+    gc.collect()
+    assert len(kept) == 2 and not any(reference() is not None for reference in kept)
+
+
+def test_a_reader_of_another_width_is_refused():
+    model = network().eval()
+    model.features.transition1 = Transition(11, 5).eval()
+    with plans(), pytest.raises(RuntimeError, match="x: expected 11 channels, as the first weight has, got 10"):
+        model(images())
