@@ -41,6 +41,7 @@ LEVELS = [
     ["ops.stock", "ops.batching", "ops.op"],
     ["ops.single"],
     ["ops.dense_block", "ops.bn_relu_conv1x1", "ops.bn_relu_maxpool", "ops.bn_relu_global_avgpool"],
+    ["ops.chain"],
     ["ops"],
     ["operands"],
     ["functional", "nn.calls"],

@@ -75,7 +75,7 @@ def _built() -> bool:
 
 
 def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return nvidia.current_stream(x.device)
 
 
 def channel_statistics(x: Tensor, out: Statistics) -> None:

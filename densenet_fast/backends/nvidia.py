@@ -60,3 +60,9 @@ def serves(device: torch.device, minimum: tuple[int, int]) -> bool:
     if device.type != "cuda" or torch.version.hip:
         return False
     return obstacle(torch.cuda.current_device() if device.index is None else device.index, minimum) is None
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of this thread's current stream on ``device``, as Triton asks for it: no object is made of it. 0 on
+    a CPU, which stands in for a GPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0

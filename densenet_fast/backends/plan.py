@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import extension
+from densenet_fast.backends import extension, nvidia
 from densenet_fast.backends.inputs import parted
 from densenet_fast.backends.recording import Native, Recording, View, replaced, tensors_in
 from densenet_fast.backends.symbolic import Allocation, Unplannable
@@ -79,8 +79,7 @@ class Plan:
 
     def replay(self, tensors: list[Tensor]) -> Any | None:
         """The same from the tensors among the inputs."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        outputs = kernels.cuda_call(self._handle, tensors, stream)
+        outputs = kernels.cuda_call(self._handle, tensors, nvidia.current_stream(self.device))
         if not outputs:
             return None
         return self._returned(tensors, outputs)
