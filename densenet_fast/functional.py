@@ -339,12 +339,12 @@ def run_dense_block_and_reader(
     """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call that
     spares the host work; None where they have to be called one after the other: where nothing is planned, or there is
     more to do."""
-    if operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
+    if planned.obstacle(x) is not None or operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
+        return None
+    group, is_transition = operands.group(), isinstance(reader, ConvOperands)
+    if group is not None or reader.group() is not None:
         return None
     x, statistics = _autocast(x, statistics)
-    group, is_transition = operands.group(), isinstance(reader, ConvOperands)
-    if planned.obstacle(x) is not None or group is not None or reader.group() is not None:
-        return None
     if is_transition:
         _check_poolable(x)
     operands.admit(x)

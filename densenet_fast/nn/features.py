@@ -119,12 +119,12 @@ class Part(Step):
         self, reader: Step, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates
     ) -> tuple[Tensor, BatchStatistics | None] | None:
         behind = reader.reads_block()
-        if behind is None or not isinstance(self.module, DenseBlock) or reader.obstacle(x) is not None:
+        if behind is None or type(self.module) is not DenseBlock or reader.obstacle(x) is not None:
             return None
         return functional.run_dense_block_and_reader(x, self.found.operands, behind, statistics, describe, updates)
 
     def reads_block(self) -> ConvOperands | None:
-        return self.found.operands if isinstance(self.module, Transition) else None
+        return self.found.operands if type(self.module) is Transition else None
 
     def channels_last(self, before: bool) -> bool:
         return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))

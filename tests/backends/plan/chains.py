@@ -23,7 +23,11 @@ from backends.plan.walks import (
     tf32,
     training_step,
 )
+from densenet_fast.backends import plan
+from densenet_fast.backends.triton import launch
 from densenet_fast.nn import Transition
+from densenet_fast.ops import ahead, planned
+from densenet_fast.ops.chain import HEAD, TRANSITION
 from helpers import error, randomise
 
 
@@ -153,6 +157,23 @@ def test_another_reader():
     assert bodies.planned == FORWARD + FORWARD
     gc.collect()
     assert len(kept) == 2 and not any(reference() is not None for reference in kept)
+
+
+def test_kernels_are_compiled_ahead(monkeypatch):
+    """All that a training step and an inference launch, where they are walked, as first calls are."""
+    compiled, ran = [], []
+    monkeypatch.setattr(planned, "DEVICE", "cpu")
+    monkeypatch.setattr(plan, "run", lambda *_: plan.FIRST)
+    monkeypatch.setattr(ahead, "DEVICE", "cpu")
+    monkeypatch.setattr(ahead, "_known", set())
+    monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
+    monkeypatch.setattr(launch, "run", ran.append)
+    model = network()
+    model(images()).sum().backward()
+    with torch.no_grad():
+        model.eval()(images())
+    assert {name for name, *_ in ahead._known} == {TRANSITION, HEAD}
+    assert ran and {item.variant for item in ran} <= {item.variant for item in compiled}
 
 
 def test_a_reader_of_another_width_is_refused():
