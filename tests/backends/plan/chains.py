@@ -43,8 +43,9 @@ def apart():
 
 
 def frozen(model, *parts):
-    for part in parts:
-        model.get_submodule(part).requires_grad_(False)
+    """Parameters, by the beginnings of their names."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(parts))
     return model
 
 
@@ -55,6 +56,7 @@ def normalised_as_ever(model, part):
 
 NETWORKS = {
     "recomputed": lambda: network(2, memory_efficient=True),
+    "some readers' parameters": lambda: frozen(network(), "features.transition1.norm.weight", "features.norm5.bias"),
     "no reader's parameter": lambda: frozen(network(), "features.transition1", "features.norm5"),
     "the reader's alone": lambda: frozen(network(), "features.conv0", "features.denseblock1"),
     "the transition by running statistics": lambda: normalised_as_ever(network(), "features.transition1.norm"),
@@ -69,9 +71,9 @@ def test_a_training_step(case):
     assert not bodies.walked and bodies.planned == both_passes(FORWARD)
 
 
-def test_without_a_gradient_before_the_reader():
-    """Neither the images nor what makes the features need one."""
-    model, x = frozen(network(), "features.conv0", "features.denseblock1"), images()
+@pytest.mark.parametrize("parts", [("features.conv0",), ("features.conv0", "features.denseblock1")], ids=" ".join)
+def test_without_a_gradient_before_the_block_or_the_reader(parts):
+    model, x = frozen(network(), *parts), images()
 
     def history(model):
         model(x).sum().backward()
