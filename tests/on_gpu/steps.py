@@ -55,6 +55,7 @@ def steps(work: Path) -> list[Step]:
     build = [sys.executable, "-m", "on_gpu.build"]
     info = [sys.executable, "-m", "densenet_fast", "info"]
     bandwidth = [sys.executable, "benchmarks/kernel_bandwidth.py"]
+    graph = [sys.executable, "benchmarks/cuda_graph.py"]
     tuner = [
         sys.executable,
         "-m",
@@ -75,6 +76,7 @@ def steps(work: Path) -> list[Step]:
         bench(work, "profile", ["--profile", "--batch", "128"], 60),
         tests("every kernel against float64", [*KERNELS, "-k", "triton- or cuda- and not conv"], 120, interpreted),
         tests("ops, CUDA graphs", ["tests/ops", f"{WHOLE}/test_cuda_graphs.py", "-k", "not bad_input"], 150),
+        Step("CUDA graph", graph, [*graph, "--dry-run"], 60),
         Step("bandwidth of CUDA C++", bandwidth, [*bandwidth, "--dry-run"], 60, environment=emulated()),
         Step(
             "tuning",
