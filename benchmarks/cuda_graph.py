@@ -7,68 +7,43 @@ A step is forward and backward, without the optimizer's. Times are medians; cuDN
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
 
+from densenet_fast.benchmarking.ceilings import seconds_of
 from densenet_fast.benchmarking.competitors import Entry
 from densenet_fast.benchmarking.conditions import conditions, sentence
 from densenet_fast.benchmarking.steps import enqueue
+from densenet_fast.benchmarking.times import WARM_UPS, measure_times
 from densenet_fast.table import table
 
-WARM_UPS = 3
-"""Steps until all is compiled and planned."""
 REPEATS = {"cuda": 15, "cpu": 2}
 
-Row = tuple[str, str, str, str, str]
 
-
-def measured(competitor: str, batch: int, size: int, network: str, device: torch.device) -> Row:
+def measured(entry: Entry, batch: int, size: int, device: torch.device) -> tuple[str, ...]:
     """Milliseconds of the eager step, until it is enqueued and until it is done, and of the replayed one."""
-    entry = Entry(competitor, "channels_last", network)
+    (timing,) = measure_times([(entry, batch)], size, torch.bfloat16, True, device, REPEATS[device.type])
+    replayed = replay_seconds(entry, batch, size, device) if device.type == "cuda" else None
+    times = (timing.enqueue_seconds, timing.quantile(0.5), replayed)
+    return entry.competitor, str(batch), *("-" if t is None else f"{1e3 * t:.2f}" for t in times)
+
+
+def replay_seconds(entry: Entry, batch: int, size: int, device: torch.device) -> float:
+    """Of a training step's graph, by the GPU's clock."""
     model, images = entry.model(device, True), entry.images(batch, size, device)
-    parameters = list(model.parameters())
-
-    def step(first: bool = True) -> None:
-        enqueue(model, images, torch.bfloat16, True, parameters if first else ())
-
-    if device.type != "cuda":
-        done, enqueued = seconds(step, REPEATS["cpu"], lambda: None)
-        return competitor, str(batch), milliseconds(enqueued), milliseconds(done), "-"
-    stream = torch.cuda.Stream()
+    parameters, stream = list(model.parameters()), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            step()
+        for _ in range(WARM_UPS["cuda"]):
+            enqueue(model, images, torch.bfloat16, True, parameters)
     torch.cuda.current_stream().wait_stream(stream)
-    done, enqueued = seconds(step, REPEATS["cuda"], torch.cuda.synchronize)
     for parameter in parameters:
         parameter.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(first=False)
-    graph.replay()
-    replayed, _ = seconds(graph.replay, REPEATS["cuda"], torch.cuda.synchronize)
-    return competitor, str(batch), milliseconds(enqueued), milliseconds(done), milliseconds(replayed)
-
-
-def seconds(run: Callable[[], object], repeats: int, wait: Callable[[], object]) -> tuple[float, float]:
-    """Until a run is done, and until it is enqueued."""
-    done, enqueued = [], []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        run()
-        enqueued.append(time.perf_counter() - start)
-        wait()
-        done.append(time.perf_counter() - start)
-    return median(done), median(enqueued)
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f}"
+        enqueue(model, images, torch.bfloat16, True)
+    return median(seconds_of(graph.replay, device, REPEATS["cuda"], flush=False))
 
 
 def main() -> None:
@@ -82,7 +57,8 @@ def main() -> None:
     device, network, size = torch.device("cuda"), "densenet121", 224
     if options.dry_run:
         device, network, size, batches, names = torch.device("cpu"), "densenet_bc10", 32, [2], ["reference", "ours"]
-    rows = [measured(name, batch, size, network, device) for batch in batches for name in names]
+    entries = [Entry(name, "channels_last", network) for name in names]
+    rows = [measured(entry, batch, size, device) for batch in batches for entry in entries]
     print(table(("implementation", "batch", "ms to enqueue", "ms", "ms from a CUDA graph"), rows))
     print(f"\n{sentence(conditions(device))}")
 

@@ -21,7 +21,7 @@ from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
 from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
 
-__all__ = ["HEAD", "TRANSITION", "Chain"]
+__all__ = ["HEAD", "TRANSITION"]
 
 
 class Chain:
@@ -121,7 +121,7 @@ class Chain:
         def run(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
             x = value + x if linked else value
             plan = Plan(x, tensors[:size], ctx.eps, ctx.bottleneck, ctx.drop_rates)
-            made = stock.dense_block(x, plan.layers, [], plan.keep_scales)
+            made = block_parts.on_stock(x, plan.layers, [], plan.keep_scales)
             return [self.reader.on_stock(made, None, None, *unflatten(tensors[size:], ctx.read_eps), *ctx.options)]
 
         return run
@@ -151,7 +151,6 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 3
         features, mean, var, count, link, *rest = ctx.saved_tensors
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -199,7 +198,7 @@ class _Node(torch.autograd.Function):
             )
             if not needs[0]:
                 grad_x = None
-        return *nothing, in_format(grad_x, ctx), None, None, *followed.chosen(grads), *behind.chosen(read_grads)
+        return None, None, None, in_format(grad_x, ctx), None, None, *followed.chosen(grads), *behind.chosen(read_grads)
 
 
 _apply = super(torch.autograd.Function, _Node).apply
