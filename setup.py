@@ -48,8 +48,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
 TILE_PRODUCT = "amx_bf16"
 """Compiled for avx512_bf16, whose other kernels it shares, if the assembler knows its instructions."""
-CUDA_SOURCES = ("ops", "vector_ops", "tiling", "replay")
-CUDA_KERNELS = ("statistics", "gradients", "pooling", "vectors")
+CUDA_SOURCES = ("ops", "bn_relu_conv3x3_ops", "vector_ops", "tiling", "replay")
+CUDA_KERNELS = (
+    "bn_relu_conv3x3_grad_weight",
+    "bn_relu_conv3x3",
+    "bn_relu_conv3x3_grad_input",
+    "statistics",
+    "gradients",
+    "pooling",
+    "vectors",
+)
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 

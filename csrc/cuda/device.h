@@ -13,7 +13,7 @@
 namespace densenet_fast::cuda {
 
 __device__ inline void* shared_memory() {
-  extern __shared__ __align__(16) unsigned char bytes[];
+  extern __shared__ __align__(128) unsigned char bytes[];
   return bytes;
 }
 
@@ -22,6 +22,11 @@ template <typename Params>
 const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Params& params) {
   if (record(kernel, grid, block, shared_bytes, params)) return nullptr;
+  if (shared_bytes > kSharedBytes) {
+    const int most = static_cast<int>(shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -27,6 +27,12 @@ class Driver {
                    stream, parameters, nullptr);
   }
 
+  // Lets blocks of the function have so many bytes of shared memory
+  int allow_shared(void* function, size_t bytes) const {
+    constexpr int kMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    return set_attribute_(function, kMaxDynamicSharedBytes, static_cast<int>(bytes));
+  }
+
   // Whether the function has a parameter `index`, and where it stands in the parameters; false too where the driver is
   // too old to tell
   bool parameter(void* function, size_t index, size_t* offset, size_t* size) const {
@@ -47,9 +53,11 @@ class Driver {
       return;
     }
     find(library, "cuLaunchKernel", &launch_);
+    find(library, "cuFuncSetAttribute", &set_attribute_);
     find(library, "cuFuncGetParamInfo", &parameter_);
     find(library, "cuGetErrorString", &describe_);
-    if (launch_ == nullptr) missing_ = "the driver has no cuLaunchKernel";
+    if (launch_ == nullptr || set_attribute_ == nullptr)
+      missing_ = "the driver has no cuLaunchKernel or no cuFuncSetAttribute";
   }
 
   template <typename Function>
@@ -59,6 +67,7 @@ class Driver {
 
   int (*launch_)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                  void**) = nullptr;
+  int (*set_attribute_)(void*, int, int) = nullptr;
   int (*parameter_)(void*, size_t, size_t*, size_t*) = nullptr;
   int (*describe_)(int, const char**) = nullptr;
   std::string missing_;

@@ -46,6 +46,20 @@ struct Pooling {
   int sizes[3], pooled[3], centre;
 };
 
+// The pixels of a batch of images, rows of a matrix, divided into tiles of up to `tile` for a convolution over windows
+// of 3x3. Narrow images: consecutive pixels, across images. Wide ones: 16 pixels of each of tile / 16 rows of an image.
+// The pixels that a tile's windows hold have `slots` numbers: a pixel's, `first` for the tile's first, and those of its
+// neighbours 1 and `pitch` apart.
+struct Pixels {
+  int64_t rows, tiles;  // tiles 0: none
+  int height, width, tile;
+  int across, down;  // tiles of an image, if they are of one image each; or 0
+  int pitch, first, slots;
+};
+
+// Of images x height x width pixels
+Pixels pixels(int64_t images, int64_t height, int64_t width, int tile);
+
 // Rows divided into `tiles` of `tile_rows`, whose partial results are combined in the order of the tiles, and columns
 // into blocks of x lanes; y rows at a time. Depends on nothing but the shape.
 struct Tiling {
@@ -82,6 +96,7 @@ struct CombineStatistics {
   double eps;
   int64_t rows, cols;
   Tiling tiling;
+  Pixels pixels;  // whose tiles they are of; without any, of the tiling's
 };
 const char* combine_statistics(const CombineStatistics& p, Type type, void* stream);
 

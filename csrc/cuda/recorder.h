@@ -9,6 +9,9 @@
 
 namespace densenet_fast::cuda {
 
+// The shared memory that a block gets without asking for more
+constexpr size_t kSharedBytes = 48 << 10;
+
 // A launch of a kernel that takes one parameter struct
 struct Recorded {
   const void* function;

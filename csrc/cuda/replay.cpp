@@ -246,14 +246,17 @@ std::tuple<Tensor, Tensor> stop_recording() {
   return {table, parameters};
 }
 
-// The driver's function of a kernel of this library, on the current device
-const void* function_of(const void* symbol, const std::string& name) {
+// The driver's function of a kernel of this library, on the current device, for blocks of so much shared memory
+const void* function_of(const void* symbol, size_t shared, const std::string& name) {
 #ifdef DENSENET_FAST_EMULATED
   return symbol;
 #else
   void* function = nullptr;
-  const int error = cudaGetFuncBySymbol(&function, symbol);
+  int error = cudaGetFuncBySymbol(&function, symbol);
   STD_TORCH_CHECK(error == 0, "densenet_fast: the CUDA kernel ", name, ": ", cudaGetErrorString(error));
+  const Driver& driver = Driver::get();
+  if (shared > kSharedBytes && driver.missing().empty()) error = driver.allow_shared(function, shared);
+  STD_TORCH_CHECK(error == 0, "densenet_fast: the CUDA kernel ", name, ": ", driver.message(error));
   return function;
 #endif
 }
@@ -322,7 +325,7 @@ int64_t plan(std::vector<Tensor> inputs, std::vector<Tensor> outputs, int64_t ar
 #ifdef DENSENET_FAST_EMULATED
     step.emulated = own;
 #endif
-    if (own) step.function = function_of(step.function, name);
+    if (own) step.function = function_of(step.function, step.shared, name);
     if (!step.emulated)
       STD_TORCH_CHECK(Driver::get().missing().empty(),
                       "densenet_fast: launches cannot be replayed: ", Driver::get().missing());

@@ -4,7 +4,7 @@
 //   mu, v, r = mean, biased variance and 1 / sqrt(v + eps) of what was stored
 //
 // A lane's rows enter by Welford's update, lanes and tiles by Chan, Golub and LeVeque's; never E[x^2] - E[x]^2.
-#include "columns.h"
+#include "tile.h"
 
 namespace densenet_fast::cuda {
 namespace {
@@ -73,15 +73,20 @@ __global__ __launch_bounds__(kThreads, 2) void append_kernel(const Append p) {
   if (p.partials != nullptr) store_partials<A>(moments, p.partials, at, p.tiling, p.out.cols);
 }
 
+// The rows of tile t
+__device__ int64_t rows_of_tile(const CombineStatistics& p, int64_t t) {
+  if (p.pixels.across > 0) return Tile(p.pixels, t).count();
+  const int64_t rest = p.rows - t * p.tiling.tile_rows;
+  return rest < p.tiling.tile_rows ? rest : p.tiling.tile_rows;
+}
+
 template <typename A>
 __global__ __launch_bounds__(kThreads, 2) void combine_statistics_kernel(const CombineStatistics p) {
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kCombineColumns + threadIdx.x;
   const A* partials = static_cast<const A*>(p.partials) + col;
   const Moments<A> total = combine_tiles<Moments<A>>(p.tiling.tiles, [&](int64_t t) {
     if (col >= p.cols) return Moments<A>();
-    const int64_t rest = p.rows - t * p.tiling.tile_rows;
-    const int64_t count = rest < p.tiling.tile_rows ? rest : p.tiling.tile_rows;
-    return Moments<A>{static_cast<A>(count), partials[2 * t * p.cols], partials[(2 * t + 1) * p.cols]};
+    return Moments<A>{static_cast<A>(rows_of_tile(p, t)), partials[2 * t * p.cols], partials[(2 * t + 1) * p.cols]};
   });
   if (threadIdx.y > 0 || col >= p.cols) return;
   static_cast<A*>(p.mean)[col] = total.mean;
