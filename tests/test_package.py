@@ -20,7 +20,7 @@ LEVELS = [
     ["backends.arena"],
     ["backends.symbolic", "backends.spatial", "backends.extension", "backends.nvidia"],
     ["backends.aten", "backends.cuda_kernels"],
-    ["backends.cpu"],
+    ["backends.cpu", "backends.cuda_conv3x3"],
     ["backends.triton.config", "backends.triton.kernels", "backends.triton.hazards"],
     ["backends.triton.kernels.pieces", "backends.triton.launch"],
     [

@@ -10,24 +10,24 @@
 namespace densenet_fast::cuda {
 namespace {
 
-constexpr int kGradThreads = 128;
+constexpr int kWarps = 4, kGradThreads = 32 * kWarps;
 constexpr int kColumnTiles = kGradColumns / 8;
+constexpr int kPieces = kGradColumns / kPiece;  // of a pixel
 
 // Where things stand in shared memory
 struct GradPlaces {
-  unsigned vectors, weights, weight_plane, grad, grad_plane, z, bytes;
+  unsigned vectors, sums, weights, weight_plane, grad, grad_plane, z, bytes;
 
   __host__ __device__ GradPlaces(const Conv3x3GradInput& p, int tile) {
     const int planes = planes_of(p.grad.cols);
     vectors = kZerosBytes;
-    weights = up_to_bank(vectors + 3 * sizeof(float) * kGradColumns);
+    sums = vectors + 3 * sizeof(float) * kGradColumns;
+    weights = up_to_bank(sums + kWarps * 2 * sizeof(float) * kGradColumns);
     weight_plane = 9 * planes * kPlane * kRowBytes;
     grad = weights + kGradColumns / kPlane * weight_plane;
     grad_plane = up_to_bank(p.pixels.slots * kRowBytes);
     z = grad + planes * grad_plane;
-    const unsigned tiles = planes * grad_plane + tile * 2 * kGradColumns;
-    const unsigned sums = 2 * sizeof(float) * kGradColumns * kGradThreads / 4;  // at last, from dY's place on
-    bytes = grad + (tiles > sums ? tiles : sums);
+    bytes = z + tile * 2 * kGradColumns;
   }
 };
 
@@ -35,29 +35,32 @@ struct GradPlaces {
 template <typename T>
 __device__ void copy_weight(const Conv3x3GradInput& p, const GradPlaces& places, int first_column) {
   const int outputs = static_cast<int>(p.grad.cols), channels = static_cast<int>(p.z.cols);
-  const int padded = planes_of(outputs) * kPlane, rows = 9 * padded;
-  for (int e = threadIdx.x; e < kGradColumns / 8 * rows; e += kGradThreads) {
-    const int piece = e % (kGradColumns / 8), r = e / (kGradColumns / 8);
-    const int tap = r / padded, j = r % padded, c = first_column + piece * 8;
-    const unsigned to = places.weights + piece / 2 * places.weight_plane + place(r, piece % 2);
-    const T* from = static_cast<const T*>(p.weight) + (static_cast<int64_t>(j) * 9 + tap) * channels + c;
-    copy_eight<true>(to, from, j < outputs ? channels - c : 0, p.aligned);
-  }
+  const int padded = planes_of(outputs) * kPlane, piece = threadIdx.x % kPieces, c = first_column + piece * kPiece;
+  const T* const from = static_cast<const T*>(p.weight) + c;
+  copy_pieces<true, T>(channels - c, p.aligned, [&](auto copy) {
+    for (int r = static_cast<int>(threadIdx.x) / kPieces; r < 9 * padded; r += kGradThreads / kPieces) {
+      const int tap = r / padded, j = r % padded;
+      const unsigned to = places.weights + piece / 2 * places.weight_plane + place(r, piece % 2);
+      if (j < outputs)
+        copy(to, from + (j * 9 + tap) * channels);
+      else
+        copy_at_once(to, from, 0);
+    }
+  });
 }
 
 // The place of eight adjacent columns of a pixel in Z's tile: rows of 128 bytes, whose pieces are permuted so that the
 // same piece of eight adjacent rows lies in different banks
 __device__ inline unsigned in_tile(int i, int piece) { return i * 2 * kGradColumns + ((piece ^ i % 8) * 16); }
 
-// f(place, row, first column, columns that there are) for every eight adjacent columns of the tile that there are
+// f(place, row) for a thread's pieces of the tile, of columns `threadIdx.x % 8 * 8`...
 template <int R, typename F>
-__device__ void for_tile(const Conv3x3GradInput& p, const Tile& at, int first_column, unsigned z, F f) {
-  for (int e = threadIdx.x; e < R * kGradColumns / 8; e += kGradThreads) {
-    const int i = e / (kGradColumns / 8), piece = e % (kGradColumns / 8), c = first_column + piece * 8;
-    const int64_t r = at.row(i);
-    const int valid = static_cast<int>(p.z.cols) - c;
-    if (r >= 0 && valid > 0) f(z + in_tile(i, piece), r, c, valid);
-  }
+__device__ void for_tile(const Tile& at, unsigned z, F f) {
+  int i = static_cast<int>(threadIdx.x) / kPieces;
+  unsigned piece = z + in_tile(i, threadIdx.x % kPieces);
+#pragma unroll 1
+  for (; i < R; i += kGradThreads / kPieces, piece += kGradThreads / kPieces * 2 * kGradColumns)
+    if (at.inside(i)) f(piece, at.row(i));
 }
 
 template <typename T, int MT>
@@ -85,53 +88,55 @@ __device__ void multiply_tile(float (&acc)[MT][kColumnTiles][4], const unsigned 
   }
 }
 
-// Puts scale * D in the place of Z, pixel by pixel of this lane, and adds to its columns' sums
+// Puts scale * D in the place of Z, pixel by pixel of this lane, and adds to its warp's sums [2, 64] of columns
 template <typename T, int MT>
 __device__ void finish_tile(const float (&acc)[MT][kColumnTiles][4], const Tile& at, int first_pixel, unsigned z,
-                            const float* vectors, float (&sum_d)[kColumnTiles][2], float (&sum_dx)[kColumnTiles][2]) {
-  const int lane = static_cast<int>(lane_of()), in_piece = lane % 4 * 2;
+                            const float* vectors, float* sums) {
+  const int lane = lane_of(), in_piece = lane % 4 * 2;
 #pragma unroll
-  for (int m = 0; m < MT; ++m)
+  for (int n = 0; n < kColumnTiles; ++n) {
+    float2 vector[3];
 #pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      const int i = first_pixel + m * 16 + lower * 8 + lane / 4;
-      if (at.row(i) < 0) continue;
+    for (int v = 0; v < 3; ++v)
+      vector[v] = *reinterpret_cast<const float2*>(vectors + v * kGradColumns + n * 8 + in_piece);
+    const AffineColumn<float> columns[2] = {{vector[0].x, vector[1].x, vector[2].x},
+                                            {vector[0].y, vector[1].y, vector[2].y}};
+    float sum_d[2] = {}, sum_dx[2] = {};
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const int i = first_pixel + m * 16 + lower * 8 + lane / 4;
+        if (!at.inside(i)) continue;
         T* const values = shared_at<T>(z + in_tile(i, n)) + in_piece;
-        const float* const vector = vectors + n * 8 + in_piece;
         Pack<T, 2> pair;
         pair.load(values, 2);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float mean = vector[e], scale = vector[kGradColumns + e], bias = vector[2 * kGradColumns + e];
-          const float centred = widen(pair.values[e]) - mean;
-          const float d = centred * scale + bias <= 0 ? 0.0f : acc[m][n][2 * lower + e];
-          sum_d[n][e] += d;
-          sum_dx[n][e] += d * centred;
-          pair.values[e] = narrow<T>(scale * d);
+          const float value = widen(pair.values[e]);
+          const float d = columns[e](value) <= 0 ? 0.0f : acc[m][n][2 * lower + e];
+          sum_d[e] += d;
+          sum_dx[e] += d * (value - columns[e].mean);
+          pair.values[e] = narrow<T>(columns[e].scale * d);
         }
         pair.store(values, 2);
       }
-    }
-}
-
-// partials [blocks, 2, B] from what each lane has; in `memory` there is room for 2 * 64 of each four lanes
-__device__ void store_sums(const float (&sum_d)[kColumnTiles][2], const float (&sum_dx)[kColumnTiles][2],
-                           const Conv3x3GradInput& p, int first_column, float* memory) {
-  const int lane = static_cast<int>(lane_of()), row = static_cast<int>(threadIdx.x) / 4;
-#pragma unroll
-  for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float* const to = memory + row * 2 * kGradColumns + n * 8 + lane % 4 * 2 + e;
-      to[0] = sum_d[n][e];
-      to[kGradColumns] = sum_dx[n][e];
+      const float d = sum_of_rows(sum_d[e]), dx = sum_of_rows(sum_dx[e]);
+      if (lane < 4) {
+        sums[n * 8 + in_piece + e] += d;
+        sums[kGradColumns + n * 8 + in_piece + e] += dx;
+      }
     }
-  __syncthreads();
+  }
+}
+
+// partials [blocks, 2, B] from the sums [warps, 2, 64]
+__device__ void store_sums(const float* sums, const Conv3x3GradInput& p, int first_column) {
   const int which = static_cast<int>(threadIdx.x) / kGradColumns, c = static_cast<int>(threadIdx.x) % kGradColumns;
   float sum = 0;
-  for (int r = 0; r < kGradThreads / 4; ++r) sum += memory[r * 2 * kGradColumns + threadIdx.x];
+  for (int w = 0; w < kWarps; ++w) sum += sums[w * 2 * kGradColumns + threadIdx.x];
   if (first_column + c < p.z.cols)
     p.partials[(static_cast<int64_t>(blockIdx.y) * 2 + which) * p.z.cols + first_column + c] = sum;
 }
@@ -141,10 +146,13 @@ __global__ __launch_bounds__(kGradThreads, 3) void conv3x3_grad_input_kernel(con
   if constexpr (kHasTensorCores) {
     constexpr int R = 64 * MT;
     const GradPlaces places(p, R);
-    const int first_column = static_cast<int>(blockIdx.x) * kGradColumns, lane = static_cast<int>(lane_of());
+    const int first_column = static_cast<int>(blockIdx.x) * kGradColumns, lane = lane_of();
     const int first_pixel = static_cast<int>(threadIdx.x) / 32 * 16 * MT;
     const float* const vectors = shared_at<float>(places.vectors);
-    const auto copy_grad = [&](int64_t tile) {
+    float* const sums = shared_at<float>(places.sums);
+    const int column = first_column + static_cast<int>(threadIdx.x) % kPieces * kPiece;
+    const int valid = static_cast<int>(p.z.cols) - column;
+    const auto copy_grad = [&](int tile) {
       const Tile at(p.pixels, tile);
       for (int k = 0; k < planes_of(p.grad.cols); ++k)
         copy_windows<kGradThreads, T>(p.grad, at, k * kPlane, places.grad + k * places.grad_plane, p.grad_aligned);
@@ -153,13 +161,14 @@ __global__ __launch_bounds__(kGradThreads, 3) void conv3x3_grad_input_kernel(con
     zero_the_start();
     copy_affine<kGradThreads, T>(p.affine, p.z.cols, first_column, kGradColumns, places.vectors);
     copy_weight<T>(p, places, first_column);
-    copy_grad(blockIdx.y);
+    copy_grad(static_cast<int>(blockIdx.y));
 
-    float sum_d[kColumnTiles][2] = {}, sum_dx[kColumnTiles][2] = {};
-    for (int64_t tile = blockIdx.y; tile < p.pixels.tiles; tile += p.blocks) {
+    for (int w = 0; w < kWarps; ++w) sums[w * kGradThreads + threadIdx.x] = 0;
+#pragma unroll 1
+    for (int tile = static_cast<int>(blockIdx.y); tile < p.pixels.tiles; tile += p.blocks) {
       const Tile at(p.pixels, tile);
-      for_tile<R>(p, at, first_column, places.z, [&](unsigned to, int64_t r, int c, int valid) {
-        copy_eight<false>(to, row<const T>(p.z, r, c), valid, p.aligned);
+      copy_pieces<false, T>(valid, p.aligned, [&](auto copy) {
+        for_tile<R>(at, places.z, [&](unsigned piece, int r) { copy(piece, row<const T>(p.z, r, column)); });
       });
       commit_copies();
       unsigned pixel[MT], taps[MT];
@@ -176,16 +185,14 @@ __global__ __launch_bounds__(kGradThreads, 3) void conv3x3_grad_input_kernel(con
       wait_for_copies<0>();
       __syncthreads();  // Z's tile is there, and nobody reads dY's any more
       if (tile + p.blocks < p.pixels.tiles) copy_grad(tile + p.blocks);
-      finish_tile<T>(acc, at, first_pixel, places.z, vectors, sum_d, sum_dx);
+      finish_tile<T>(acc, at, first_pixel, places.z, vectors, sums + threadIdx.x / 32 * 2 * kGradColumns);
       __syncthreads();
-      for_tile<R>(p, at, first_column, places.z, [&](unsigned from, int64_t r, int c, int valid) {
-        Pack<T, 8> values;
-        values.load(shared_at<T>(from), 8);
-        store_eight(values, row<T>(p.scaled, r, c), valid, p.scaled_width);
+      for_tile<R>(at, places.z, [&](unsigned piece, int r) {
+        store_piece(piece, row<T>(p.scaled, r, column), valid, p.scaled_width);
       });
       __syncthreads();  // Z's tile may be overwritten
     }
-    store_sums(sum_d, sum_dx, p, first_column, shared_at<float>(places.grad));
+    store_sums(sums, p, first_column);
   }
 }
 

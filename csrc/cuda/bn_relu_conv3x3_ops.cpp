@@ -12,14 +12,16 @@ using Grid = std::vector<int64_t>;
 
 constexpr int64_t kTilesPerRange = 4;  // at least: a partial product costs as much traffic as a few tiles
 
+constexpr int64_t kMostPixels = INT32_MAX / 2;
+
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void check(const Arguments& arguments, const Grid& grid, int64_t rows) {
   STD_TORCH_CHECK(arguments.type() == Type::f16 || arguments.type() == Type::bf16, arguments.kernel(),
                   ": x: expected float16 or bfloat16");
-  STD_TORCH_CHECK(grid.size() == 3 && grid[0] > 0 && grid[1] > 0 && grid[2] > 0 && grid[1] < INT32_MAX &&
-                      grid[2] < INT32_MAX && grid[0] * grid[1] * grid[2] == rows,
+  STD_TORCH_CHECK(grid.size() == 3 && grid[0] > 0 && grid[1] > 0 && grid[2] > 0 && grid[0] * grid[1] * grid[2] == rows,
                   arguments.kernel(), ": grid: expected three positive sizes of product ", rows);
+  STD_TORCH_CHECK(rows <= kMostPixels, arguments.kernel(), ": x: expected at most ", kMostPixels, " rows, got ", rows);
 }
 
 // W2 [k, 3, 3, B], contiguous

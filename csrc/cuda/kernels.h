@@ -51,7 +51,7 @@ struct Pooling {
 // The pixels that a tile's windows hold have `slots` numbers: a pixel's, `first` for the tile's first, and those of its
 // neighbours 1 and `pitch` apart.
 struct Pixels {
-  int64_t rows, tiles;  // tiles 0: none
+  int rows, tiles;
   int height, width, tile;
   int across, down;  // tiles of an image, if they are of one image each; or 0
   int pitch, first, slots;

@@ -75,7 +75,7 @@ __global__ __launch_bounds__(kThreads, 2) void append_kernel(const Append p) {
 
 // The rows of tile t
 __device__ int64_t rows_of_tile(const CombineStatistics& p, int64_t t) {
-  if (p.pixels.across > 0) return Tile(p.pixels, t).count();
+  if (p.pixels.across > 0) return Tile(p.pixels, static_cast<int>(t)).count();
   const int64_t rest = p.rows - t * p.tiling.tile_rows;
   return rest < p.tiling.tile_rows ? rest : p.tiling.tile_rows;
 }

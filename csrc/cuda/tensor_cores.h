@@ -54,6 +54,24 @@ __device__ inline void load_matrices_transposed(unsigned (&m)[4], unsigned place
                : "memory");
 }
 
+// The sum over the lanes that hold the same columns of d
+__device__ inline float sum_of_rows(float value) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, lanes);
+  return value;
+}
+
+// relu of two values, rounded; a NaN stays one
+template <typename T>
+__device__ inline unsigned relu_pair(float low, float high) {
+  unsigned pair;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // d += a @ b
 template <typename T>
 __device__ inline void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

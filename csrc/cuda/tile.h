@@ -7,6 +7,7 @@
 namespace densenet_fast::cuda {
 
 constexpr int kImageColumns = 16;  // of a tile in a wide image
+constexpr int kImagePitch = kImageColumns + 2;
 
 // The bit of a neighbour's tap, dy * 3 + dx + 4, is set if it is in the image
 __device__ inline unsigned taps_inside(int y, int x, int height, int width) {
@@ -18,54 +19,65 @@ __device__ inline unsigned taps_inside(int y, int x, int height, int width) {
 // The slots from a pixel to its neighbour of a tap
 __device__ inline int slots_to(int tap, int pitch) { return (tap / 3 - 1) * pitch + tap % 3 - 1; }
 
-// A tile's pixels, numbered from 0, and the slots of its windows; rows of matrices, or -1 outside of the images
+struct Position {
+  int image, y, x;
+};
+
+// A tile's pixels, numbered from 0, and the slots of its windows
 struct Tile {
   const Pixels& t;
-  int64_t start;  // the first pixel; where a tile is of one image, the image's
+  int start;      // the first pixel; where a tile is of one image, the image's
   int top, left;  // where it starts in its image
 
-  __device__ Tile(const Pixels& pixels, int64_t tile) : t(pixels), top(0), left(0) {
-    if (t.across == 0) {
+  __device__ Tile(const Pixels& pixels, int tile) : t(pixels), top(0), left(0) {
+    if (consecutive()) {
       start = tile * t.tile;
       return;
     }
-    int64_t in_image, column;
-    const int64_t image = divide(tile, static_cast<int64_t>(t.across) * t.down, in_image);
-    top = static_cast<int>(divide(in_image, t.across, column)) * (t.tile / kImageColumns);
-    left = static_cast<int>(column) * kImageColumns;
-    start = image * t.height * t.width;
+    const unsigned row = static_cast<unsigned>(tile) / static_cast<unsigned>(t.across);
+    left = (tile - static_cast<int>(row) * t.across) * kImageColumns;
+    const unsigned image = row / static_cast<unsigned>(t.down);
+    top = static_cast<int>(row - image * t.down) * (t.tile / kImageColumns);
+    start = static_cast<int>(image) * t.height * t.width;
   }
 
-  __device__ int64_t in_image(int y, int x) const {
-    return 0 <= y && y < t.height && 0 <= x && x < t.width ? start + static_cast<int64_t>(y) * t.width + x : -1;
+  __device__ bool consecutive() const { return t.across == 0; }
+  // Whether pixel i is in an image, and where: rows of matrices
+  __device__ bool inside(int i) const {
+    if (consecutive()) return i < t.rows - start;
+    return top + i / kImageColumns < t.height && left + i % kImageColumns < t.width;
   }
-  __device__ int64_t row(int i) const {
-    if (t.across == 0) return start + i < t.rows ? start + i : -1;
-    return in_image(top + i / kImageColumns, left + i % kImageColumns);
+  __device__ int row(int i) const {
+    if (consecutive()) return start + i;
+    return start + (top + i / kImageColumns) * t.width + left + i % kImageColumns;
   }
-  __device__ int slot(int i) const {
-    return t.first + (t.across == 0 ? i : i / kImageColumns * t.pitch + i % kImageColumns);
+  __device__ Position position(int i) const {
+    const unsigned r = static_cast<unsigned>(row(i)), line = r / static_cast<unsigned>(t.width);
+    const unsigned image = line / static_cast<unsigned>(t.height);
+    return {static_cast<int>(image), static_cast<int>(line - image * t.height), static_cast<int>(r - line * t.width)};
   }
-  __device__ int64_t row_of_slot(int slot) const {
-    if (t.across == 0) {
-      const int64_t row = start - t.first + slot;
-      return 0 <= row && row < t.rows ? row : -1;
-    }
-    return in_image(top - 1 + slot / t.pitch, left - 1 + slot % t.pitch);
+  // Those of its neighbours that are in the image; none for a pixel outside
+  __device__ unsigned taps(int i) const {
+    if (!inside(i)) return 0;
+    const Position at = position(i);
+    return taps_inside(at.y, at.x, t.height, t.width);
   }
-  // Its pixels in the images
   __device__ int count() const {
-    if (t.across == 0) return static_cast<int>(t.rows - start < t.tile ? t.rows - start : t.tile);
+    if (consecutive()) return t.rows - start < t.tile ? t.rows - start : t.tile;
     const int rows = t.height - top, columns = t.width - left, most = t.tile / kImageColumns;
     return (rows < most ? rows : most) * (columns < kImageColumns ? columns : kImageColumns);
   }
-  // Those of pixel i's neighbours that are in the image; none for a pixel outside
-  __device__ unsigned taps(int i) const {
-    const int64_t r = row(i);
-    if (r < 0) return 0;
-    int64_t x, y;
-    divide(divide(r, t.width, x), t.height, y);
-    return taps_inside(static_cast<int>(y), static_cast<int>(x), t.height, t.width);
+
+  __device__ int slot(int i) const {
+    return t.first + (consecutive() ? i : i / kImageColumns * kImagePitch + i % kImageColumns);
+  }
+  // In a tile of one image
+  __device__ bool slot_inside(int slot) const {
+    const int y = top - 1 + slot / kImagePitch, x = left - 1 + slot % kImagePitch;
+    return 0 <= y && y < t.height && 0 <= x && x < t.width;
+  }
+  __device__ int row_of_slot(int slot) const {
+    return start + (top - 1 + slot / kImagePitch) * t.width + left - 1 + slot % kImagePitch;
   }
 };
 

@@ -28,19 +28,19 @@ Pixels pixels(int64_t images, int64_t height, int64_t width, int tile) {
   constexpr int64_t kWidest = 64;  // images of more pixels a row would need too many of their neighbours' rows
   constexpr int kColumns = 16;
   Pixels p{};
-  p.rows = images * height * width;
+  p.rows = static_cast<int>(images * height * width);
   p.height = static_cast<int>(height);
   p.width = static_cast<int>(width);
   p.tile = tile;
   if (width <= kWidest) {
-    p.tiles = ceil_divide(p.rows, tile);
+    p.tiles = static_cast<int>(ceil_divide(p.rows, tile));
     p.pitch = p.width;
     p.first = p.width + 1;
     p.slots = tile + 2 * p.first;
   } else {
     p.across = static_cast<int>(ceil_divide(width, kColumns));
     p.down = static_cast<int>(ceil_divide(height, tile / kColumns));
-    p.tiles = images * p.across * p.down;
+    p.tiles = static_cast<int>(images * p.across * p.down);
     p.pitch = kColumns + 2;
     p.first = p.pitch + 1;
     p.slots = (tile / kColumns + 2) * p.pitch;

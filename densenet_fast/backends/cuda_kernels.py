@@ -74,31 +74,32 @@ def _built() -> bool:
     return extension.unavailable() is None and hasattr(kernels, "cuda_append_features")
 
 
-def _stream(x: Tensor) -> int:
+def stream_of(x: Tensor) -> int:
+    """The handle of the stream that kernels on x are launched on."""
     return nvidia.current_stream(x.device)
 
 
 def channel_statistics(x: Tensor, out: Statistics) -> None:
-    kernels.cuda_append_features(_adjacent(x), None, 1.0, None, *out, _stream(x))
+    kernels.cuda_append_features(_adjacent(x), None, 1.0, None, *out, stream_of(x))
 
 
 def append_features(
     new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
-    kernels.cuda_append_features(new, mask, keep_scale, out, *(statistics or NO_STATISTICS), _stream(out))
+    kernels.cuda_append_features(new, mask, keep_scale, out, *(statistics or NO_STATISTICS), stream_of(out))
 
 
 def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
     *given, count = through
     count, rows = (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
-    kernels.cuda_finalise_gradient(_adjacent(grad), *given, count, rows, out, _stream(out))
+    kernels.cuda_finalise_gradient(_adjacent(grad), *given, count, rows, out, stream_of(out))
     return out
 
 
 def bn_relu_maxpool(
     x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
 ) -> tuple[Tensor, Tensor]:
-    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS), _stream(x))
+    return kernels.cuda_bn_relu_maxpool(x, *affine, grid, *(statistics or NO_STATISTICS), stream_of(x))
 
 
 def bn_relu_maxpool_backward(
@@ -107,13 +108,13 @@ def bn_relu_maxpool_backward(
     """With a ``reader``, what it asks for instead of the sums."""
     sums = None if reader is not None else _new_sums(affine)
     scaled = kernels.cuda_bn_relu_maxpool_backward(
-        _adjacent(grad), argmax, x, *affine, grid, *_asked(reader, sums), _stream(x)
+        _adjacent(grad), argmax, x, *affine, grid, *_asked(reader, sums), stream_of(x)
     )
     return scaled, sums
 
 
 def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    return kernels.cuda_bn_relu_global_avgpool(x, *affine, grid[0], _stream(x))
+    return kernels.cuda_bn_relu_global_avgpool(x, *affine, grid[0], stream_of(x))
 
 
 def bn_relu_global_avgpool_backward(
@@ -122,7 +123,7 @@ def bn_relu_global_avgpool_backward(
     """With a ``reader``, what it asks for instead of the sums."""
     sums = None if reader is not None else _new_sums(affine)
     scaled = kernels.cuda_bn_relu_global_avgpool_backward(
-        _adjacent(grad), x, *affine, grid[0], *_asked(reader, sums), _stream(x)
+        _adjacent(grad), x, *affine, grid[0], *_asked(reader, sums), stream_of(x)
     )
     return scaled, sums
 
@@ -152,7 +153,7 @@ def prepare(jobs: Sequence[Job]) -> None:
         [job.target for job in rstds],
         [job.eps for job in rstds],
         [job.target for job in zeros],
-        _stream(jobs[0].target),
+        stream_of(jobs[0].target),
     )
 
 
@@ -182,7 +183,7 @@ def update_running_statistics(updates: Sequence[Update]) -> None:
         [u.var for u in updates],
         [u.count if isinstance(u.count, Tensor) else None for u in updates],
         [1.0 if isinstance(u.count, Tensor) else float(u.count) for u in updates],
-        _stream(updates[0].mean),
+        stream_of(updates[0].mean),
     )
 
 

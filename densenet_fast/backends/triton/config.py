@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from densenet_fast.backends import cuda_conv3x3
 
 
 class Tile(NamedTuple):
@@ -123,6 +126,11 @@ TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
 
+CONVOLUTION_IN_CUDA = [48]
+"""The most columns of a 3x3 product that the kernels in CUDA C++ make, whose part of the weight then fits every GPU's
+shared memory; wider ones, and those in TF32, are Triton's."""
+
+
 class _ThisThread(threading.local):
     assumed: Device | None = None
 
@@ -214,6 +222,21 @@ def ranges(device: Device, rows: int, tile_rows: int, programs: int) -> tuple[in
     wanted = max(1, device.processors * PROGRAMS_PER_PROCESSOR // programs)
     tiles_each = -(-tiles // max(1, min(wanted, tiles // TILES_PER_RANGE)))
     return -(-tiles // tiles_each), tiles_each * tile_rows
+
+
+def convolution_in_cuda(x: Tensor, outputs: int, grid: tuple[int, ...]) -> bool:
+    """Whether the kernels in CUDA C++ serve the 3x3 product of x [M, B] with ``outputs`` columns."""
+    return len(grid) == 3 and outputs <= CONVOLUTION_IN_CUDA[-1] and cuda_conv3x3.serves(x)
+
+
+@contextlib.contextmanager
+def convolution_in_triton() -> Iterator[None]:
+    """Leaves the 3x3 product to Triton's kernels: to measure them and to look at them."""
+    CONVOLUTION_IN_CUDA.append(0)
+    try:
+        yield
+    finally:
+        CONVOLUTION_IN_CUDA.pop()
 
 
 def convolution_by_torch(grid: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -1,13 +1,13 @@
-"""``aten.bn_relu_conv3x3`` and its backward pass: by Triton or by torch's convolution, as config says.
+"""``aten.bn_relu_conv3x3`` and its backward pass: by CUDA C++, Triton or torch's convolution, as config says.
 
-relu(bn(x)) is materialised once, because the taps read it nine times; the backward pass makes it again on the way to
-the input's gradient.
+In CUDA C++ relu(bn(x)) is made in shared memory. In Triton it is materialised once, because the taps read it nine
+times; the backward pass makes it again on the way to the input's gradient.
 """
 
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import aten
+from densenet_fast.backends import aten, cuda_conv3x3
 from densenet_fast.backends.affine import Affine, Reader, Statistics, ThroughStatistics, Unfinished
 from densenet_fast.backends.spatial import convolve
 from densenet_fast.backends.triton import config
@@ -44,6 +44,10 @@ def bn_relu_conv3x3(
     keep_scale: float,
     statistics: Statistics | None,
 ) -> None:
+    if config.convolution_in_cuda(x, weight.shape[0], grid):
+        processors = config.device_of(x.device).processors
+        given = (bias, grid, out, mask, keep_scale, statistics, processors)
+        return cuda_conv3x3.bn_relu_conv3x3(adjacent(x), affine, _taps_first(weight), *given)
     a = x.contiguous() if affine is None else _bn_relu(x, affine)
     if config.convolution_by_torch(grid, x.dtype):
         return append_features(convolve(a, weight, bias, grid), out, statistics, mask, keep_scale)
@@ -102,16 +106,24 @@ def bn_relu_conv3x3_backward(
     if config.convolution_by_torch(grid, x.dtype):
         return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight, reader, None, like)
     grad, x, like = adjacent(grad), adjacent(x), evenly_laid(like)
+    in_cuda, processors = config.convolution_in_cuda(x, grad.shape[1], grid), config.device_of(x.device).processors
     a = sums = None
     if out is not None:
-        a, partials = _conv3x3_grad_input(grad, x, affine, _taps_first(weight), grid, out, need_weight)
+        if in_cuda:
+            partials = cuda_conv3x3.grad_input(grad, x, affine, _taps_first(weight), grid, out, processors)
+        else:
+            a, partials = _conv3x3_grad_input(grad, x, affine, _taps_first(weight), grid, out, need_weight)
         sums = sum_partials(partials, None, x.shape[1], affine, reader)
     if not need_weight:
         return None, sums
     through = None
     if unfinished is not None and out is not None and unfinished.through is not None:
         through, unfinished.through = unfinished.through, None
-    product = _conv3x3_grad_weight(grad, _bn_relu(x, affine) if a is None else a, grid, like, through, out)
+    if in_cuda:
+        partials = cuda_conv3x3.grad_weight(grad, x, affine, grid, through, out, processors)
+        product = _product(partials, grad.shape[1], x, like)
+    else:
+        product = _conv3x3_grad_weight(grad, _bn_relu(x, affine) if a is None else a, grid, like, through, out)
     if unfinished is None or like is None:
         sum_partials(float32(x, 0, 0), None, 0, other=product)
     else:
@@ -232,6 +244,12 @@ def _conv3x3_grad_weight(
         COMPLETED=completed,
         PRECISION=dot_precision(a.dtype),
     )
+    return _product(partials, outputs, a, like)
+
+
+def _product(partials: Tensor, outputs: int, a: Tensor, like: Tensor | None) -> Product:
+    """dW2 [k, B, 3, 3], ``like`` the parameter if it is given, in parts."""
+    channels = a.shape[1]
     out = a.new_empty(outputs, 3, 3, channels).permute(0, 3, 1, 2) if like is None else torch.empty_like(like)
     return Product(partials, out, 9)
 

@@ -120,7 +120,7 @@ class Step:
 
     def launches(self) -> list[launch.Launch]:
         """What the Triton backend launches; none is run."""
-        with launch.planning() as launches:
+        with launch.planning() as launches, config.convolution_in_triton():
             self.run(backend)
         return launches
 
@@ -268,7 +268,7 @@ class Tuner:
         results = Results(steps[-1])
 
         def fault(tile: Tile) -> str | None:
-            with row_of(kernel, self.key, tile):
+            with row_of(kernel, self.key, tile), config.convolution_in_triton():
                 return code_fault(planned[tile]) or results.fault()
 
         best = fastest(times, fault, found)

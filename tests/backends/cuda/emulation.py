@@ -29,7 +29,7 @@ def find_nvcc() -> str | None:
 def library(sanitize: bool = False) -> Path:
     """Where it is once it is built; its name changes with its sources."""
     key = hashlib.sha256((torch.__version__ + _host_flags(sanitize)).encode())
-    for path in [Path(__file__).with_name("emulator.h"), Path(__file__), *SOURCES]:
+    for path in [*sorted(Path(__file__).parent.glob("*.h")), Path(__file__), *SOURCES]:
         key.update(path.read_bytes())
     return ROOT / "build/emulated" / f"{key.hexdigest()[:16]}.so"
 
