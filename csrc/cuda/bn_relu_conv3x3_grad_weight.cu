@@ -106,6 +106,28 @@ __device__ void multiply_tile(float (&acc)[MT][3][NT][4], const Conv3x3GradWeigh
   }
 }
 
+// A warp's products of three taps, 16 * MT channels and 8 * NT outputs into its range's [k, 3, 3, B]
+template <int MT, int NT>
+__device__ void store_products(const float (&acc)[MT][3][NT][4], const Conv3x3GradWeight& p, int first_channel,
+                               int first_output, int dy) {
+  const int lane = lane_of(), outputs = static_cast<int>(p.grad.cols), channels = static_cast<int>(p.z.cols);
+  const int c = first_channel + lane / 4, last_tap = 8 - 3 * dy;  // dY's pixel seen from Z's, the other way round
+  int j = first_output + lane % 4 * 2;
+  float* to = p.partials + ((static_cast<int64_t>(blockIdx.y) * outputs + j) * 9 + last_tap) * channels + c;
+#pragma unroll
+  for (int n = 0; n < NT; ++n, j += 8, to += 8 * 9 * channels)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (j + e >= outputs) continue;
+#pragma unroll
+      for (int dx = 0; dx < 3; ++dx)
+#pragma unroll
+        for (int eighth = 0; eighth < 2 * MT; ++eighth)
+          if (c + 8 * eighth < channels)
+            to[(9 * e - dx) * channels + 8 * eighth] = acc[eighth / 2][dx][n][eighth % 2 * 2 + e];
+    }
+}
+
 // 64 / (16 * MT) times three warps
 template <typename T, int MT, int NT>
 __global__ __launch_bounds__(384 / MT, MT) void conv3x3_grad_weight_kernel(const Conv3x3GradWeight p) {
@@ -164,21 +186,7 @@ __global__ __launch_bounds__(384 / MT, MT) void conv3x3_grad_weight_kernel(const
       multiply_tile<T>(acc, p, places, stage, first_plane, dy);
     }
 
-    const int lane = lane_of();
-    float* const partial = p.partials + static_cast<int64_t>(blockIdx.y) * p.grad.cols * 9 * p.z.cols;
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int dx = 0; dx < 3; ++dx)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int c = first_channel + kPlane * (first_plane + m) + e / 2 * 8 + lane / 4;
-            const int j = first_output + n * 8 + lane % 4 * 2 + e % 2;
-            const int tap = 8 - (3 * dy + dx);  // dY's pixel seen from Z's, the other way round
-            if (c < p.z.cols && j < p.grad.cols) partial[(j * 9 + tap) * static_cast<int>(p.z.cols) + c] = acc[m][dx][n][e];
-          }
+    store_products<MT, NT>(acc, p, first_channel + kPlane * first_plane, first_output, dy);
   }
 }
 
