@@ -63,7 +63,7 @@ sanitize: $(INSTALLED)
 		$(RUN) -m pytest tests/backends/test_kernels.py -k "cpu- and bfloat16 and conv"; fi
 	if library=$$(SANITIZE=1 $(RUN) tests/backends/cuda/emulation.py); then \
 		DENSENET_FAST_LIBRARY=$$library $(SANITIZED) $(RUN) -m pytest \
-			tests/backends/cuda/on_device.py tests/backends/cuda/vectors_on_device.py; fi
+			tests/backends/cuda/*on_device.py; fi
 
 clean:
 	rm -rf $(or $(VENV),build) build runs *.egg-info

@@ -15,6 +15,7 @@ WORKERS = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec(
 COLLECT = ["--collect-only", "-q"]
 TRITON = "tests/backends/triton"
 CUDA = "tests/backends/cuda"
+CUDA_TESTS = [f"{CUDA}/{name}on_device.py" for name in ("", "vectors_", "conv3x3_")]
 WHOLE = "tests/integration"
 KERNELS = ["tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py"]
 BENCH = [sys.executable, "-m", "densenet_fast", "bench"]
@@ -69,7 +70,7 @@ def steps(work: Path) -> list[Step]:
         Step("build", [*build, "gpu"], [*build, "dry"], 120),
         Step("what runs where", info, info, 30),
         tests("Triton on the device", [f"{TRITON}/on_device.py"], 90, interpreted),
-        tests("CUDA C++ on the device", [f"{CUDA}/on_device.py", f"{CUDA}/vectors_on_device.py"], 75, emulated()),
+        tests("CUDA C++ on the device", [*CUDA_TESTS], 75, emulated()),
         bench(work, "training", ["--train", "--batch", "32,128,256", "--memory", "faster", "--minutes", "1.6"], 120),
         bench(work, "inference", ["--infer", "--batch", "32,128,256", "--memory", "faster", "--minutes", "0.8"], 80),
         bench(work, "floor", ["--floor", "--batch", "128", "--repeats", "10"], 60),
@@ -115,7 +116,7 @@ def sanitizers() -> list[Step]:
     """Small tests of the kernels in CUDA C++ under compute-sanitizer, where they take a hundred times as long."""
     tools = {"memcheck": ["--leak-check", "no"], "racecheck": ["--racecheck-report", "all"]}
     small = "bfloat16 and not runs and not many_rows and not 40 and not 288 and not 300"
-    own = [*PYTEST, f"{CUDA}/on_device.py", f"{CUDA}/vectors_on_device.py", "-k", small]
+    own = [*PYTEST, *CUDA_TESTS, "-k", small]
     # Every tensor an allocation of its own, with bounds
     uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     found = []

@@ -55,7 +55,8 @@ def planned(sizes, dtype):
 )
 def test_a_replay_launches_what_tritons_launcher_does(sizes, dtype, gpu, tf32):
     """On the same memory: the same functions, grids, blocks, shared memory and parameters, byte by byte, in order."""
-    made, inputs = planned(sizes, dtype)
+    with config.convolution_in_triton():
+        made, inputs = planned(sizes, dtype)
     memory, tensors = made._allocate(), list(tensors_in(inputs))
     assert not launched()
     assert torch.ops.densenet_fast.cuda_replay(made._handle, tensors, *memory, 0)
