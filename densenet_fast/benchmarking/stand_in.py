@@ -40,6 +40,8 @@ class StandIn:
     def __init__(self, device: config.Device, native: bool) -> None:
         self.device, self.native, self.part = device, native, ""
         self.counts: list[Counts] = []
+        self.unplaced: list[int] = []
+        """Which counts are of the part that the next kernel is of."""
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether there are kernels: as Triton has them."""
@@ -64,6 +66,9 @@ class StandIn:
 
     def add(self, counts: Counts) -> None:
         """Counts one, of the present part."""
+        for i in self.unplaced:
+            self.counts[i] = self.counts[i].of(self.part)
+        self.unplaced = []
         self.counts.append(counts.of(self.part))
 
     def moved(self, kernel: str, read: int = 0, written: int = 0, asked: int | None = None) -> None:
@@ -139,6 +144,7 @@ class StandIn:
         return Conv3x3(grid, x.shape[1], weight.shape[0], x.element_size(), self.device)
 
     def channel_statistics(self, x: Tensor, out: Statistics) -> None:
+        self.part = "stem"  # all others know them from where their input was made
         self.moved("append_kernel", x.nbytes)
         self.combined("combine_statistics_kernel", out)
 
@@ -150,6 +156,7 @@ class StandIn:
         self.combined("combine_statistics_kernel", statistics)
 
     def finalise_gradient(self, grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
+        self.part = self.part if self.part == "stem" else "blocks"  # which transitions and the head leave it to
         self.moved("finalise_kernel", grad.nbytes + through.x.nbytes, out.nbytes)
         return out
 
@@ -194,8 +201,11 @@ class StandIn:
         for start in range(0, len(jobs), JOBS):
             some = jobs[start : start + JOBS]
             read = sum(job.source.nbytes for job in some if job.source is not None)
-            self.moved("prepare_kernel", read, sum(job.target.nbytes for job in some))
+            written = sum(job.target.nbytes for job in some)
+            self.unplaced.append(len(self.counts))
+            self.counts.append(Counts("prepare_kernel", read=read, asked=read, written=written))
 
     def update_running_statistics(self, updates: Sequence[Update]) -> None:
+        self.part = "vectors"
         for _ in range(tiles_of(sum(len(update.running) for update in updates), JOBS)):
             self.moved("update_running_kernel")

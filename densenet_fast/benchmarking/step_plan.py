@@ -1,6 +1,7 @@
 """Every launch of a training step, counted, for a GPU that need not be there: the network runs on the meta device.
 
-What torch itself launches (the first convolution, the classifier, the loss) is not among them.
+What torch launches besides (the first convolution, the classifier, the loss) is not among them: ``torch_counts`` has
+the least that the first two take.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ from densenet_fast import backends, operands
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.benchmarking.counts import Counts
 from densenet_fast.benchmarking.stand_in import StandIn
+from densenet_fast.benchmarking.traffic import training_step
 
-__all__ = ["counted_step", "meta_network"]
+__all__ = ["counted_step", "meta_network", "torch_counts"]
 
 META = torch.device("meta")
 
@@ -68,3 +70,14 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def torch_counts(arguments: dict[str, Any], batch: int, size: int, itemsize: int, generation: int) -> list[Counts]:
+    """What the first convolution and the classifier move and multiply at least: torch's libraries run them."""
+    calls = training_step(arguments, batch, size, itemsize)
+    instruction = "wgmma" if generation >= 90 else "mma"
+    return [
+        Counts(f"torch: {call.kernel}", call.part, read=call.bytes, asked=call.bytes, **{instruction: call.products})
+        for call in calls
+        if call.kernel.startswith(("conv0", "classifier"))
+    ]
