@@ -160,6 +160,16 @@ def convolutions():
     torch.backends.cudnn.conv.fp32_precision = before
 
 
+def test_pixels_that_a_transition_drops_are_zeroed():
+    arguments = BLOCK | {"block_config": (1, 1)}
+    zeroed = []
+    for size in (6, 7):
+        counts = counted_step(meta_network(arguments, torch.bfloat16), 2, size, torch.bfloat16, HOPPER)
+        made = [one.written for one in counts if (one.part, one.kernel) == ("transitions", "prepare_kernel")]
+        zeroed.append(2 * 2 * size * size * 12 in made)  # the gradient of 12 columns
+    assert zeroed == [False, True]
+
+
 def test_float32_is_counted_with_tf32_alone(convolutions):
     model = meta_network(BLOCK, torch.float32)
     convolutions.fp32_precision = "ieee"
@@ -222,7 +232,7 @@ def test_kernels_that_the_profiler_saw_and_a_page_without_any(tmp_path):
         kernel_times.read_page(page)
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, convolutions):
     step_model.main(["--network", "densenet_bc10", "--batch", "2", "--size", "16", "--gpu", "rtx3090"])
     out = capsys.readouterr().out
     milliseconds = [float(line.split("|")[7]) for line in out.split("\n\n")[1].splitlines()[2:]]
