@@ -1,10 +1,7 @@
 """The GPU time of each kernel in a training step, beside the least that bandwidth and products allow."""
 
-import re
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from densenet_fast.benchmarking.ceilings import Ceilings, measure_ceilings
 from densenet_fast.benchmarking.competitors import Entry
 from densenet_fast.benchmarking.floor import summarise
+from densenet_fast.benchmarking.kernel_times import by_function, by_kernel
 from densenet_fast.benchmarking.networks import architecture
 from densenet_fast.benchmarking.profile import kernel_by_kernel
 from densenet_fast.benchmarking.steps import DTYPES, step
@@ -21,18 +19,6 @@ from on_gpu.planning import watched
 from on_gpu.settings import Settings
 
 STEPS = 3
-SELF_TIME = {"cuda": "self_device_time_total", "cpu": "self_cpu_time_total"}
-TYPES = {"cuda": torch.autograd.DeviceType.CUDA, "cpu": torch.autograd.DeviceType.CPU}
-FLOORS = {
-    "bn_relu": "bn_relu_conv3x3",
-    "bn_relu_conv3x3_grad_input": "bn_relu_conv3x3_backward",
-    "bn_relu_conv3x3_grad_weight": "bn_relu_conv3x3_backward",
-    "append_kernel": "append_features",
-    "finalise_kernel": "finalise_gradient",
-    "bn_relu_maxpool_kernel": "bn_relu_maxpool",
-    "bn_relu_global_avgpool_kernel": "bn_relu_global_avgpool",
-}
-"""The function of the backends, by the kernel on the GPU, where their names differ."""
 COMPLETED = "sum_partials"
 """The kernel that also completes the gradients of a block's columns."""
 
@@ -57,7 +43,8 @@ def kernels_of_a_step(settings: Settings) -> Record:
         with profile(activities=activities) as profiler:
             for _ in range(STEPS):
                 step(model, images, dtype, True, parameters)
-    rows = by_function(profiler.key_averages(), device.type)
+    times = by_function(by_kernel(profiler.key_averages(), device.type, STEPS))
+    rows: dict[str, Record] = {function: time._asdict() for function, time in times.items()}
     del model, images, parameters
     ceilings = measure_ceilings(device, dtype)
     add_floors(rows, settings, ceilings, dtype)
@@ -70,26 +57,6 @@ def kernels_of_a_step(settings: Settings) -> Record:
         "copied_bytes_per_s": ceilings.bandwidth,
         "products_per_s": ceilings.products,
     }
-
-
-def by_function(averages: Iterable[Any], device: str) -> dict[str, Record]:
-    """Seconds and launches a step, by the backends' function or the kernel's name."""
-    rows: dict[str, Record] = {}
-    for event in averages:
-        seconds = getattr(event, SELF_TIME[device]) * 1e-6 / STEPS
-        if event.device_type != TYPES[device] or getattr(event, "is_user_annotation", False) or not seconds:
-            continue
-        name = short(event.key)
-        row = rows.setdefault(FLOORS.get(name, name), {"seconds": 0.0, "launches": 0.0})
-        row["seconds"] += seconds
-        row["launches"] += event.count / STEPS
-    return rows
-
-
-def short(name: str) -> str:
-    """A kernel's name without what its types and templates add."""
-    name = re.sub(r"^void |\(anonymous namespace\)::", "", name).split("(")[0].split("<")[0]
-    return name.split("::")[-1].removeprefix("cpu_")
 
 
 def completes_a_block(call: Call) -> bool:

@@ -14,6 +14,10 @@ from backends.triton.memory import watching
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.affine import empty_statistics
 from densenet_fast.backends.triton import config
+from densenet_fast.backends.triton.launch import recording
+from densenet_fast.backends.triton.tune import Shape, Step
+from densenet_fast.benchmarking.counts import Counts
+from densenet_fast.benchmarking.triton_counts import COUNTING, count
 
 HALF = 2
 SINGLE = 4
@@ -119,3 +123,33 @@ def test_traffic_of_a_transition(generation, monkeypatch):
     column_tiles = layer.channels // config.tile(backward, device, torch.float16, layer.channels).columns
     assert traffic.of(backward, "load", "grad") == column_tiles * out.numel() * HALF
     assert traffic.of(backward, "store", "scaled") == f and traffic.of(backward, "store", "pooled") == f / 4
+
+
+KINDS = {
+    "asked": {("load", name) for name in ("x", "grad", "source", "grad_x", "a", "z", "dz")},
+    "written": {("store", name) for name in ("z", "out", "grad", "source", "grad_x", "scaled", "a", "dz", "pooled")},
+    "weights_asked": {("load", "weight"), ("store", "grad_weight"), ("store", "grad_other")},
+    "partials_asked": {(kind, name) for kind in ("load", "store") for name in ("partials", "others")},
+}
+"""What the counts of a launch hold, by access and the first argument of that memory; the rest is vectors."""
+PLAIN = ("bn_relu_conv1x1_backward", "store", "mean")
+"""A plain product takes its partial results in the place of the vectors too."""
+
+
+@pytest.mark.parametrize("generation, width, outputs", [(90, 128, 32), (80, 160, 24), (90, 288, 80)])
+def test_counts_are_what_the_kernels_ask_for(generation, width, outputs, monkeypatch):
+    """Those that the model of a step is made of, but for the taps beyond the edges of images of 8x8."""
+    step = Step(Shape(3, 8, 80, width, outputs, 24), torch.float16, torch.device("cpu"))
+    with config.assume(config.Device(generation, 2)), watching(monkeypatch) as traffic, recording() as launches:
+        step.run(backend)
+    counted = {}
+    for item in launches:
+        one = count(item, generation)
+        counted[item.name] = counted.get(item.name, Counts(item.name, launches=0)) + one
+    assert counted.keys() == COUNTING.keys()
+    traffic[PLAIN[0], "store", "partials"] += traffic.pop(PLAIN)
+    for kernel, counts in counted.items():
+        for kind, accesses in KINDS.items():
+            asked = sum(size for key, size in traffic.items() if key[0] == kernel and key[1:] in accesses)
+            least = 0.7 if "conv3x3" in kernel and kind == "asked" else 1
+            assert least * getattr(counts, kind) <= asked <= getattr(counts, kind), (kernel, kind, asked, counts)
