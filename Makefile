@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make smoke | make gpu. To use an environment that is active already, with its own
+# make demo | make test | make emulate | make lint | make smoke | make gpu. To use an environment that is active already, with its own
 # torch (for CUDA, say):
 #     make test PYTHON=python VENV=
 VENV ?= .venv
@@ -19,7 +19,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test lint smoke gpu versions sanitize clean installed-in-active-environment
+.PHONY: demo test emulate lint smoke gpu versions sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -40,6 +40,10 @@ smoke:
 
 gpu:
 	$(GPU_PYTHON) tests/gpu.py $(FLAGS)
+
+# Faults put into the 3x3 kernels in CUDA C++, each of which the emulation must find.
+emulate: $(INSTALLED)
+	$(RUN) -m pytest -n auto --dist worksteal tests/backends/cuda/mutations.py
 
 # The library under other versions of torch, as installed and built with each, in environments of their own (some
 # gigabytes each).

@@ -149,7 +149,7 @@ __device__ void store_moments(const Conv3x3& p, const Tile& at, int first_output
 template <typename T, int WARPS, int MT, int NT>
 __global__ __launch_bounds__(32 * WARPS, WARPS == 8     ? 2
                                          : MT * NT <= 8 ? 4
-                                                        : 3) void conv3x3_kernel(const Conv3x3 p) {
+                                                        : 3) void bn_relu_conv3x3_kernel(const Conv3x3 p) {
   if constexpr (kHasTensorCores) {
     constexpr int R = 16 * MT * WARPS, N = 8 * NT, kThreads = 32 * WARPS;
     const ConvPlaces places(p, R, N, kThreads);
@@ -212,7 +212,7 @@ template <typename T, int WARPS, int MT, int NT>
 const char* launch_conv(const Conv3x3& p, void* stream) {
   const ConvPlaces places(p, 16 * MT * WARPS, 8 * NT, 32 * WARPS);
   const dim3 grid(static_cast<unsigned>(p.pixels.tiles), static_cast<unsigned>((p.out.cols + 8 * NT - 1) / (8 * NT)));
-  return launch(conv3x3_kernel<T, WARPS, MT, NT>, grid, dim3(32 * WARPS), places.bytes, stream, p);
+  return launch(bn_relu_conv3x3_kernel<T, WARPS, MT, NT>, grid, dim3(32 * WARPS), places.bytes, stream, p);
 }
 
 }  // namespace

@@ -142,7 +142,7 @@ __device__ void store_sums(const float* sums, const Conv3x3GradInput& p, int fir
 }
 
 template <typename T, int MT>
-__global__ __launch_bounds__(kGradThreads, 3) void conv3x3_grad_input_kernel(const Conv3x3GradInput p) {
+__global__ __launch_bounds__(kGradThreads, 3) void bn_relu_conv3x3_grad_input_kernel(const Conv3x3GradInput p) {
   if constexpr (kHasTensorCores) {
     constexpr int R = 64 * MT;
     const GradPlaces places(p, R);
@@ -186,11 +186,10 @@ __global__ __launch_bounds__(kGradThreads, 3) void conv3x3_grad_input_kernel(con
       __syncthreads();  // Z's tile is there, and nobody reads dY's any more
       if (tile + p.blocks < p.pixels.tiles) copy_grad(tile + p.blocks);
       finish_tile<T>(acc, at, first_pixel, places.z, vectors, sums + threadIdx.x / 32 * 2 * kGradColumns);
-      __syncthreads();
+      __syncthreads();  // scale * D is there; what a thread stores, its next copies overwrite
       for_tile<R>(at, places.z, [&](unsigned piece, int r) {
         store_piece(piece, row<T>(p.scaled, r, column), valid, p.scaled_width);
       });
-      __syncthreads();  // Z's tile may be overwritten
     }
     store_sums(sums, p, first_column);
   }
@@ -200,7 +199,7 @@ template <typename T, int MT>
 const char* launch_grad_input(const Conv3x3GradInput& p, void* stream) {
   const dim3 grid(static_cast<unsigned>((p.z.cols + kGradColumns - 1) / kGradColumns), static_cast<unsigned>(p.blocks));
   const unsigned bytes = GradPlaces(p, 64 * MT).bytes;
-  return launch(conv3x3_grad_input_kernel<T, MT>, grid, dim3(kGradThreads), bytes, stream, p);
+  return launch(bn_relu_conv3x3_grad_input_kernel<T, MT>, grid, dim3(kGradThreads), bytes, stream, p);
 }
 
 }  // namespace

@@ -130,7 +130,7 @@ __device__ void store_products(const float (&acc)[MT][3][NT][4], const Conv3x3Gr
 
 // 64 / (16 * MT) times three warps
 template <typename T, int MT, int NT>
-__global__ __launch_bounds__(384 / MT, MT) void conv3x3_grad_weight_kernel(const Conv3x3GradWeight p) {
+__global__ __launch_bounds__(384 / MT, MT) void bn_relu_conv3x3_grad_weight_kernel(const Conv3x3GradWeight p) {
   if constexpr (kHasTensorCores) {
     constexpr int kThreads = 384 / MT;
     const WeightPlaces places(p, 8 * NT);
@@ -196,7 +196,7 @@ const char* launch_grad_weight(const Conv3x3GradWeight& p, void* stream) {
   const int64_t output_blocks = (p.grad.cols + 8 * NT - 1) / (8 * NT);
   const dim3 grid(static_cast<unsigned>(channel_blocks * output_blocks), static_cast<unsigned>(p.ranges));
   const unsigned bytes = WeightPlaces(p, 8 * NT).bytes;
-  return launch(conv3x3_grad_weight_kernel<T, MT, NT>, grid, dim3(384 / MT), bytes, stream, p);
+  return launch(bn_relu_conv3x3_grad_weight_kernel<T, MT, NT>, grid, dim3(384 / MT), bytes, stream, p);
 }
 
 }  // namespace

@@ -13,6 +13,9 @@ from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, Thr
 
 MINIMUM_CAPABILITY = (8, 0)
 
+RESIDENT = 2
+"""Blocks of a gradient's kernel that are made for each multiprocessor, which has room for so many."""
+
 kernels = torch.ops.densenet_fast
 
 
@@ -55,7 +58,7 @@ def grad_input(
     channels = z.shape[1]
     if z.is_meta:
         return z.new_empty(1, 2 * channels, dtype=torch.float32)
-    resident = processors * RESIDENT["grad_input"]
+    resident = processors * RESIDENT
     partials = kernels.cuda_bn_relu_conv3x3_grad_input(
         grad, z, *affine, weight, grid, scaled, processors, resident, cuda_kernels.stream_of(z)
     )
@@ -75,10 +78,6 @@ def grad_weight(
     ``through`` z's statistics."""
     if z.is_meta:
         return z.new_empty(1, 9 * grad.shape[1] * z.shape[1], dtype=torch.float32)
-    resident, stream = processors * RESIDENT["grad_weight"], cuda_kernels.stream_of(z)
+    resident, stream = processors * RESIDENT, cuda_kernels.stream_of(z)
     completed = (None, None, None, 1.0) if through is None else (dz, through.p, through.q, float(through.count))
     return kernels.cuda_bn_relu_conv3x3_grad_weight(grad, z, *affine, grid, *completed, resident, stream)
-
-
-RESIDENT = {"grad_input": 2, "grad_weight": 2}
-"""Blocks of each kernel that a multiprocessor has room for, of every GPU but the smallest."""

@@ -1,4 +1,4 @@
-"""The counts of the 3x3 kernels over tiles with a halo, in CUDA C++ (csrc/cuda/conv3x3*.cu), from shapes alone.
+"""The counts of the 3x3 kernels over tiles with a halo, in CUDA C++ (csrc/cuda/bn_relu_conv3x3*.cu), from shapes alone.
 
 M rows of pixels, images H x W; T tiles of R consecutive rows of the matrix, across images, that read R + 2 W + 2 rows
 of what the taps shift; images wider than ``Geometry.widest`` are cut into tiles of 16 columns instead. J blocks of
@@ -14,6 +14,7 @@ The weight's kernel also reads M B, scale * D, where it completes dZ ``through``
 
 from typing import NamedTuple
 
+from densenet_fast.backends.cuda_conv3x3 import RESIDENT
 from densenet_fast.backends.triton.config import Device
 from densenet_fast.benchmarking.counts import Counts, tiles_of
 from densenet_fast.benchmarking.triton_counts import FLOAT, padded
@@ -27,22 +28,23 @@ class Geometry(NamedTuple):
     forward_rows: int = 256
     """Output pixels of a block of the forward pass, ..."""
     few_rows: int = 64
-    """... and where there would be fewer than ``resident`` tiles of those per multiprocessor."""
+    """... and where there would be fewer than half as many tiles of those as multiprocessors."""
     backward_rows: int = 128
-    """Pixels that the two backward kernels take at a time."""
-    forward_columns: int = 48
-    """New columns that a block of the forward pass makes."""
+    """Pixels that the two backward kernels take at a time; the input's gradient half as many where there would be fewer
+    tiles and blocks of columns than multiprocessors."""
     backward_columns: int = 64
     """Columns of the bottleneck that a block of the backward kernels owns."""
-    resident: int = 2
-    """Blocks that are resident on a multiprocessor."""
+    resident: int = RESIDENT
+    tiles_per_range: int = 4
+    """The fewest tiles of a range of the weight's gradient, if there are so many."""
     widest: int = 64
     """Of images whose rows are taken as they follow in the matrix."""
     side: int = 16
     """Columns of a tile of wider images."""
     inner: int = 16
-    """Channels that a product sums at a time, and what the columns of its result are a multiple of: ``narrow``."""
-    narrow: int = 8
+    """What the channels that a product sums are a multiple of."""
+    widths: tuple[int, ...] = (16, 32, 48)
+    """New columns that a block makes, or multiplies with: the least that holds them all, or the last."""
 
 
 GEOMETRY = Geometry()
@@ -83,11 +85,21 @@ class Conv3x3(NamedTuple):
             return min(self.rows + halos, self.tiles(tile_rows) * self.rows)
         return self.tiles(tile_rows) * (tile_rows // side + 2) * (side + 2)
 
+    @property
+    def width(self) -> int:
+        """New columns of a block."""
+        widths = self.geometry.widths
+        return next((width for width in widths if width >= self.outputs), widths[-1])
+
     def forward_rows(self) -> int:
         """Pixels of a block of the forward pass."""
-        many = self.geometry.resident * self.device.processors
-        enough = self.tiles(self.geometry.forward_rows) >= many
+        enough = self.tiles(self.geometry.forward_rows) >= self.device.processors // 2
         return self.geometry.forward_rows if enough else self.geometry.few_rows
+
+    def input_rows(self) -> int:
+        """Pixels of a tile of the input's gradient."""
+        rows = self.geometry.backward_rows
+        return rows if self.tiles(rows) * self.column_blocks() >= self.device.processors else rows // 2
 
     def column_blocks(self) -> int:
         """Blocks of columns of the bottleneck, in the backward kernels."""
@@ -96,22 +108,26 @@ class Conv3x3(NamedTuple):
     def row_blocks(self) -> int:
         """Persistent blocks of the input's gradient that share the rows, for each block of columns."""
         most = max(1, self.geometry.resident * self.device.processors // self.column_blocks())
-        return min(self.tiles(self.geometry.backward_rows), most)
+        return min(self.tiles(self.input_rows()), most)
 
     def ranges(self) -> int:
         """Ranges of rows of the weight's gradient, all equally long but for the last."""
-        tiles = self.tiles(self.geometry.backward_rows)
-        return tiles_of(tiles, tiles_of(tiles, self.row_blocks()))
+        tiles, blocks = (
+            self.tiles(self.geometry.backward_rows),
+            self.column_blocks() * tiles_of(self.outputs, self.width),
+        )
+        most = max(1, self.geometry.resident * self.device.processors // blocks)
+        return tiles_of(tiles, tiles_of(tiles, min(most, max(1, tiles // self.geometry.tiles_per_range))))
 
-    def made(self, tile_rows: int) -> int:
-        """Multiply-adds of all tiles, padding included; the instruction's result is ``narrow`` columns wide."""
-        columns = padded(self.outputs, self.geometry.narrow)
-        return self.tiles(tile_rows) * tile_rows * 9 * padded(self.channels, self.geometry.inner) * columns
+    def made(self, tile_rows: int, channels: int, outputs: int) -> int:
+        """Multiply-adds of all tiles, padding included, of multiples of so many channels and outputs."""
+        columns = padded(self.channels, channels) * padded(self.outputs, outputs)
+        return self.tiles(tile_rows) * tile_rows * 9 * columns
 
     def forward(self, statistics: bool) -> Counts:
         """Y from Z: relu(bn(Z)) is made in shared memory."""
         tile_rows, size = self.forward_rows(), self.size
-        blocks, tiles = tiles_of(self.outputs, self.geometry.forward_columns), self.tiles(tile_rows)
+        blocks, tiles = tiles_of(self.outputs, self.width), self.tiles(tile_rows)
         partials = FLOAT * 2 * tiles * self.outputs * statistics
         return Counts(
             "bn_relu_conv3x3",
@@ -122,12 +138,12 @@ class Conv3x3(NamedTuple):
             weights_asked=size * tiles * self.weights,
             partials=partials,
             partials_asked=partials,
-            mma=self.made(tile_rows),
+            mma=self.made(tile_rows, self.geometry.inner, self.width),
         )
 
     def grad_input(self) -> Counts:
         """scale * D from dY and Z, and D's column sums in parts."""
-        tile_rows, size = self.geometry.backward_rows, self.size
+        tile_rows, size = self.input_rows(), self.size
         partials = FLOAT * 2 * self.row_blocks() * self.channels
         shifted = self.column_blocks() * self.shifted_rows(tile_rows)
         return Counts(
@@ -139,7 +155,7 @@ class Conv3x3(NamedTuple):
             weights_asked=size * self.row_blocks() * self.weights,
             partials=partials,
             partials_asked=partials,
-            mma=self.made(tile_rows),
+            mma=self.made(tile_rows, self.geometry.backward_columns, self.geometry.inner),
         )
 
     def grad_weight(self, through: bool) -> Counts:
@@ -147,13 +163,15 @@ class Conv3x3(NamedTuple):
         tile_rows, size = self.geometry.backward_rows, self.size
         partials = FLOAT * self.ranges() * self.weights
         shifted = self.column_blocks() * self.shifted_rows(tile_rows)
+        blocks = tiles_of(self.outputs, self.width)  # each of which reads Z, the first to complete dZ
         bottleneck = (1 + through) * self.rows * self.channels
+        again = (blocks - 1) * self.rows * self.channels
         return Counts(
             "bn_relu_conv3x3_grad_weight",
             read=size * (self.rows * self.outputs + bottleneck),
-            asked=size * (shifted * self.outputs + bottleneck),
+            asked=size * (shifted * self.outputs + bottleneck + again),
             written=size * through * self.rows * self.channels,
             partials=partials,
             partials_asked=partials,
-            mma=self.made(tile_rows),
+            mma=self.made(tile_rows, self.geometry.backward_columns, self.width),
         )

@@ -92,7 +92,7 @@ class StandIn:
         keep_scale: float,
         statistics: Statistics | None,
     ) -> None:
-        if not self.serves(x, grid):
+        if not self.serves(x, weight, grid):
             self.part = "blocks"
             return triton.bn_relu_conv3x3(x, affine, weight, bias, grid, out, mask, keep_scale, statistics)
         from densenet_fast.backends.triton import shared
@@ -120,7 +120,7 @@ class StandIn:
     ) -> tuple[Tensor | None, Sums | None]:
         self.part = "blocks"
         needed = out is not None and need_weight and unfinished is not None and like is not None
-        if not self.serves(x, grid) or not needed:
+        if not self.serves(x, weight, grid) or not needed:
             given = (grad, x, affine, weight, grid, out, need_weight, reader, unfinished, like)
             return triton.bn_relu_conv3x3_backward(*given)
         from densenet_fast.backends.triton import shared
@@ -135,9 +135,10 @@ class StandIn:
         unfinished.sums.append(product)
         return product.out, sums
 
-    def serves(self, x: Tensor, grid: tuple[int, ...]) -> bool:
+    def serves(self, x: Tensor, weight: Tensor, grid: tuple[int, ...]) -> bool:
         """Whether the 3x3 kernels in CUDA C++ do."""
-        return self.native and len(grid) == 3 and x.element_size() == 2
+        few = weight.shape[0] <= config.CONVOLUTION_IN_CUDA[-1]
+        return self.native and len(grid) == 3 and x.element_size() == 2 and few
 
     def layer(self, x: Tensor, weight: Tensor, grid: tuple[int, ...]) -> Conv3x3:
         """The convolution of z [M, B]."""

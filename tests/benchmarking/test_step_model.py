@@ -71,34 +71,35 @@ def test_a_small_step_by_hand(small):
     sums = 4 * (16 + 2) * 12
     made = 224 * 64 * 16  # padded: tiles of 32 rows, 64 columns of dZ, 16 channels
     assert backward == expected + Counts("", launches=0, partials=sums, partials_asked=sums, wgmma=made, mma=made)
-    # What follows adds up dW1, in float32, its sums, and dW2's two ranges; and completes 4 columns in 4 chunks of 64
+    # What follows adds up dW1, in float32, its sums, and dW2's one range; and completes 4 columns in 4 chunks of 64
     # rows, each of which adds up these columns' sums.
     summed = small[small.index(backward) + 1]
-    partials = sums + 4 * 2 * 576
+    partials = sums + 4 * 576
     expected = Counts("sum_partials", "blocks", read=2 * 2 * 200 * 4, asked=2 * 2 * 200 * 4, written=2 * 200 * 4)
     expected += Counts("", launches=0, weights=4 * (16 * 12 + 576), weights_asked=4 * (16 * 12 + 576))
     assert summed == expected + Counts("", launches=0, partials=partials, partials_asked=partials + 4 * 4 * 2 * 4)
 
 
 def test_small_halos_by_hand(small):
-    # Forward, 4 tiles of 64 rows, each with 12 more: 2 * 5 + 2; products of 8 columns for 4.
+    # Forward, one tile of 256 rows, whose halo is beyond the images; products of 16 columns for 4.
     forward = last(small, "bn_relu_conv3x3")
-    expected = Counts("bn_relu_conv3x3", "blocks", read=2 * 200 * 16, asked=2 * 248 * 16, written=2 * 200 * 4)
-    expected += Counts("", launches=0, weights=2 * 576, weights_asked=4 * 2 * 576)
+    expected = Counts("bn_relu_conv3x3", "blocks", read=2 * 200 * 16, asked=2 * 200 * 16, written=2 * 200 * 4)
+    expected += Counts("", launches=0, weights=2 * 576, weights_asked=2 * 576)
     assert forward == expected + Counts(
-        "", launches=0, partials=4 * 2 * 4 * 4, partials_asked=4 * 2 * 4 * 4, mma=256 * 9 * 16 * 8
+        "", launches=0, partials=4 * 2 * 4, partials_asked=4 * 2 * 4, mma=256 * 9 * 16 * 16
     )
-    # The gradients, 2 tiles of 128 rows in 2 blocks: dY with its halo, Z; then scale * D too, and dZ written.
+    # The input's gradient, 2 tiles of 128 rows in 2 blocks: dY, with 12 more rows each, and Z; 64 columns for 16.
     grad_input = last(small, "bn_relu_conv3x3_grad_input")
     expected = Counts("bn_relu_conv3x3_grad_input", "blocks", read=2 * 200 * 20, asked=2 * (224 * 4 + 200 * 16))
     expected += Counts("", launches=0, written=2 * 200 * 16, weights=2 * 576, weights_asked=2 * 2 * 576)
-    sums = 4 * 2 * 2 * 16
-    assert grad_input == expected + Counts("", launches=0, partials=sums, partials_asked=sums, mma=256 * 9 * 16 * 8)
+    sums, made = 4 * 2 * 2 * 16, 256 * 9 * 64 * 16
+    assert grad_input == expected + Counts("", launches=0, partials=sums, partials_asked=sums, mma=made)
+    # The weight's, both tiles in one range: dY with its halo, Z, scale * D; dZ is written.
     grad_weight = last(small, "bn_relu_conv3x3_grad_weight")
     expected = Counts("bn_relu_conv3x3_grad_weight", "blocks", read=2 * 200 * 36, asked=2 * (224 * 4 + 200 * 32))
-    expected += Counts("", launches=0, written=2 * 200 * 16, partials=4 * 2 * 576, partials_asked=4 * 2 * 576)
-    assert grad_weight == expected + Counts("", launches=0, mma=256 * 9 * 16 * 8)
-    assert grad_weight.dram == 2 * 200 * 52 + 4608 and grad_weight.l2 == 2 * (896 + 6400 + 3200) + 4608
+    expected += Counts("", launches=0, written=2 * 200 * 16, partials=4 * 576, partials_asked=4 * 576)
+    assert grad_weight == expected + Counts("", launches=0, mma=made)
+    assert grad_weight.dram == 2 * 200 * 52 + 2304 and grad_weight.l2 == 2 * (896 + 6400 + 3200) + 2304
 
 
 def test_triton_reads_nine_taps():
@@ -114,9 +115,11 @@ def test_wide_images_and_many_columns():
     layer = Conv3x3((2, 40, 80), 192, 96, 2, HOPPER)
     assert layer.forward_rows() == 64 and layer.tiles(256) == 2 * 5 * 3 and layer.tiles(128) == 2 * 5 * 5
     assert layer.shifted_rows(256) == 30 * 18 * 18 and layer.shifted_rows(128) == 50 * 10 * 18
-    assert layer.column_blocks() == 3 and layer.row_blocks() == 50 and layer.ranges() == 50
+    assert layer.column_blocks() == 3 and layer.row_blocks() == 50 and layer.ranges() == 10
     assert layer.forward(True).asked == 2 * 2 * layer.shifted_rows(64) * 192  # two blocks of new columns
-    assert Conv3x3((512, 40, 80), 192, 96, 2, HOPPER).row_blocks() == 2 * 132 // 3
+    many = layer._replace(grid=(512, 40, 80))
+    assert many.row_blocks() == 2 * 132 // 3 and many.ranges() == 2 * 132 // 3 // 2
+    assert layer._replace(grid=(1, 7, 7)).input_rows() == 64
 
 
 @pytest.mark.parametrize("network", STEPS)

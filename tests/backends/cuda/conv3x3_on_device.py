@@ -11,6 +11,8 @@ from backends.cuda.on_device import DEVICE, assert_statistics
 from densenet_fast.backends import aten, cuda_conv3x3
 from densenet_fast.backends import cuda_kernels as kernels
 from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
+from densenet_fast.backends.triton.config import Device
+from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 DTYPES = [torch.bfloat16, torch.float16]
@@ -163,6 +165,18 @@ def test_the_weight_gradient_completes_dz(shape, dtype):
     with_dz = cuda_conv3x3.grad_weight(*given, through, dz, PROCESSORS)
     assert_near(dz, stock, truth)
     assert torch.equal(with_dz, cuda_conv3x3.grad_weight(*given, None, None, PROCESSORS))
+
+
+@by_shape
+def test_the_counts_know_how_work_is_divided(shape):
+    """``benchmarking.conv3x3_counts`` models a step by it."""
+    case = Case(shape, torch.bfloat16)
+    scaled = torch.empty_like(case.z)
+    for processors in (2, 132):
+        layer = Conv3x3(case.grid, case.z.shape[1], case.outputs, 2, Device(90, processors))
+        sums = cuda_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, processors)
+        partials = cuda_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, processors)
+        assert (len(sums), len(partials)) == (layer.row_blocks(), layer.ranges())
 
 
 @by_case

@@ -1,5 +1,6 @@
 """The compiled library, as far as it shows without a GPU: every architecture, no spill, no stack, loads anywhere."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from backends.cuda import emulation
-from densenet_fast.backends import aten, cuda, cuda_kernels, extension
+from densenet_fast.backends import aten, cuda, cuda_conv3x3, cuda_kernels, extension
+from densenet_fast.backends.affine import Affine, Statistics
+from densenet_fast.backends.recording import Recording
 
 KERNELS = {
     # kernels, and how many: four dtypes in three widths, float64 in two, in one or two variants; or four dtypes, or two
@@ -21,6 +24,10 @@ KERNELS = {
     "bn_relu_maxpool_kernel": 22,
     "bn_relu_pool_backward_kernel": 22,
     "bn_relu_global_avgpool_kernel": 11,
+    # two dtypes, three widths of the result, tiles of two sizes; two sizes; three widths
+    "bn_relu_conv3x3_kernel": 12,
+    "bn_relu_conv3x3_grad_input_kernel": 4,
+    "bn_relu_conv3x3_grad_weight_kernel": 6,
     "prepare_kernel": 1,
     "update_running_kernel": 2,
 }
@@ -73,7 +80,65 @@ def test_every_kernel_of_every_architecture(usage):
 
 def test_no_kernel_spills_or_has_a_stack(usage):
     assert not [item for item in usage if item[2]["STACK"] or item[2]["LOCAL"]]
-    assert max(item[2]["REG"] for item in usage) <= 128
+    assert max(item[2]["REG"] for item in usage if "conv3x3" not in item[1]) <= 128
+
+
+REGISTERS = 1 << 16
+SHARED = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10}
+"""Of a multiprocessor. A block takes one KiB of shared memory more than it asks for."""
+LAYERS = {  # grid, B, k: and the blocks of each 3x3 kernel that fit
+    "DenseNet-121": (((128, 56, 56), 128, 32), {80: (3, 2, 2), 86: (2, 1, 1), 90: (3, 3, 2)}),
+    "DenseNet-161": (((64, 56, 56), 192, 48), {80: (2, 1, 1), 86: (1, 1, 1), 90: (2, 2, 1)}),
+    "DenseNet-BC-100": (((64, 32, 32), 48, 12), {80: (4, 3, 2), 86: (2, 2, 1), 90: (4, 3, 2)}),
+}
+
+
+@pytest.mark.parametrize("network", LAYERS)
+def test_how_many_blocks_of_the_3x3_kernels_fit_a_multiprocessor(usage, network):
+    """By their registers and shared memory; the weight's gradient of DenseNet-161 has twelve warps a block, not six."""
+    (grid, channels, outputs), expected = LAYERS[network]
+    rows = math.prod(grid)
+    if set(map(str, expected)) - {architecture for architecture, _, _ in usage}:
+        pytest.skip("built for the architectures of TORCH_CUDA_ARCH_LIST")
+
+    def body(z, new, grad, scaled, *vectors):
+        affine, w2 = Affine(*vectors[:3]), vectors[3]
+        statistics = Statistics(*(torch.empty_like(new[0], dtype=torch.float32) for _ in range(3)), 1e-5)
+        cuda_conv3x3.bn_relu_conv3x3(z, affine, w2, None, grid, new, None, 1.0, statistics, 132)
+        cuda_conv3x3.grad_input(grad, z, affine, w2, grid, scaled, 132)
+        cuda_conv3x3.grad_weight(grad, z, affine, grid, None, None, 132)
+        return torch.empty_like(z)
+
+    z, y = (torch.empty(rows, n, dtype=torch.bfloat16) for n in (channels, outputs))
+    vectors = (*torch.empty(3, channels).unbind(), torch.empty(outputs, 3, 3, channels, dtype=torch.bfloat16))
+    steps = Recording(body, [z, y, y.clone(), z.clone(), *vectors], torch.device("cpu")).steps
+    launches = [step for step in steps if step.shared > 16 << 10]
+    for architecture, blocks in expected.items():
+        for launch, count in zip(launches, blocks, strict=True):
+            threads = math.prod(launch.block)
+            kernels = [
+                found["REG"]
+                for a, name, found in usage
+                if a == str(architecture) and f"{launch.name.removeprefix('cuda_')}_kernel" in name
+            ]
+            by_registers = REGISTERS // (threads * -(-max(kernels) // 8) * 8)
+            by_shared = SHARED[architecture] // (launch.shared + 1024)
+            assert min(by_registers, by_shared) >= count, (architecture, launch.name, by_registers, by_shared)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_3x3_kernels_are_made_of_tensor_cores_instructions(usage, architecture):
+    """Products, loads of matrices and asynchronous copies of 16 bytes; no registers in local memory."""
+    if str(architecture) not in {a for a, _, _ in usage}:
+        pytest.skip("built for the architectures of TORCH_CUDA_ARCH_LIST")
+    command = [cuobjdump(), "-sass", "-arch", f"sm_{architecture}", extension.LIBRARY]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = [code for code in text.split("Function : ")[1:] if "conv3x3" in code.split("\n", 1)[0]]
+    assert len(kernels) == 22
+    for code in kernels:
+        instructions = re.findall(r"\b(HMMA\.16816\.F32|LDSM\.16\.MT?88\.4|LDGSTS\S*\.128|LDL|STL)\b", code)
+        names = {instruction.split(".")[0] for instruction in instructions}
+        assert names == {"HMMA", "LDSM", "LDGSTS"}, (code.split("\n", 1)[0], names)
 
 
 def test_architectures_are_those_that_nvcc_knows(usage):
