@@ -49,15 +49,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 TILE_PRODUCT = "amx_bf16"
 """Compiled for avx512_bf16, whose other kernels it shares, if the assembler knows its instructions."""
 CUDA_SOURCES = ("ops", "bn_relu_conv3x3_ops", "vector_ops", "tiling", "replay")
-CUDA_KERNELS = (
-    "bn_relu_conv3x3_grad_weight",
-    "bn_relu_conv3x3",
-    "bn_relu_conv3x3_grad_input",
-    "statistics",
-    "gradients",
-    "pooling",
-    "vectors",
-)
+TENSOR_CORE_KERNELS = ("bn_relu_conv3x3", "bn_relu_conv3x3_grad_weight", "bn_relu_conv3x3_grad_input")
+"""For compute capability 8.0 and up; code for 8.0 serves 8.6 and 8.9, and is not made again for them."""
+CUDA_KERNELS = ("statistics", "gradients", "pooling", "vectors")
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 
@@ -75,8 +69,9 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which(str(Path(home, "bin/nvcc"))) for home in homes)), None) or find("nvcc")
 
 
-def gpu_code(nvcc: str) -> list[str]:
-    """What nvcc is to generate code for: machine code of every architecture, and PTX of the newest for those to come.
+def gpu_code(nvcc: str, tensor_cores: bool) -> str:
+    """What nvcc is to generate code for: machine code of every architecture, and PTX of the newest for those to come;
+    with ``tensor_cores``, of those alone that have them, once for each major one.
 
     Raises:
         SystemExit: TORCH_CUDA_ARCH_LIST cannot be read.
@@ -86,16 +81,19 @@ def gpu_code(nvcc: str) -> list[str]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         wanted = [f"{a[:-1]}.{a[-1]}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
         wanted[-1] += "+PTX"
-    flags = []
+    flags, majors = [], set()
     for entry in wanted:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as '8.0;9.0+PTX', got {entry!r}")
         number = match[1] + match[2]
+        if tensor_cores and (match[1] in majors or int(match[1]) < 8) and wanted[-1] != entry:
+            continue
+        majors.add(match[1])
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return " ".join(flags)
 
 
 def cuda_libraries(nvcc: str) -> str:
@@ -177,8 +175,7 @@ class BuildLibrary(build_ext):
         flags = f"{FLAGS} -isystem {home / 'include'} {os.environ.get('CXXFLAGS', '')}"
         commands = {"compile": f"{compiler} -MMD -MF $out.d {flags} $more -c $in -o $out"}
         if nvcc:
-            code = " ".join(gpu_code(nvcc))
-            commands["cuda"] = f"{nvcc} -ccbin {compiler} -MD -MF $out.d {CUDA_FLAGS} {code} -c $in -o $out"
+            commands["cuda"] = f"{nvcc} -ccbin {compiler} -MD -MF $out.d {CUDA_FLAGS} $more -c $in -o $out"
             ldflags = f"{cuda_libraries(nvcc)} {ldflags}"
         commands["link"] = f"{compiler} -shared $in -o $out -L{home / 'lib'} -ltorch_cpu -ltorch {ldflags}"
         return commands
@@ -197,9 +194,11 @@ class BuildLibrary(build_ext):
             flags = f"{KERNEL_FLAGS} {INSTRUCTION_SETS['avx512_bf16']}"
             objects.append((f"cpu_{TILE_PRODUCT}", f"cpu/{TILE_PRODUCT}", flags))
         source, edges = HERE.resolve() / "csrc", []
-        if find_nvcc():
+        if nvcc := find_nvcc():
             objects += [(f"cuda_{name}", f"cuda/{name}", "") for name in CUDA_SOURCES]
-            edges += [Edge(f"cuda_{name}.o", "cuda", [f"{source / 'cuda' / name}.cu"], "") for name in CUDA_KERNELS]
+            for tensor_cores, names in ((True, TENSOR_CORE_KERNELS), (False, CUDA_KERNELS)):
+                code = gpu_code(nvcc, tensor_cores)
+                edges += [Edge(f"cuda_{name}.o", "cuda", [f"{source / 'cuda' / name}.cu"], code) for name in names]
         edges += [Edge(f"{name}.o", "compile", [f"{source / path}.cpp"], more) for name, path, more in objects]
         return [*edges, Edge(LIBRARY, "link", [edge.output for edge in edges], "")]
 

@@ -70,12 +70,17 @@ def usage():
 
 
 def test_every_kernel_of_every_architecture(usage):
+    """But those by tensor cores: of 8.0, which 8.6 and 8.9 run too, and the first of every later one."""
     architectures = {architecture for architecture, _, _ in usage}
     assert architectures
+    expected = 0
     for architecture in architectures:
         for kernel, count in KERNELS.items():
-            assert sum(a == architecture and f"{len(kernel)}{kernel}" in k for a, k, _ in usage) == count, architecture
-    assert len(usage) == len(architectures) * sum(KERNELS.values())
+            found = sum(a == architecture and f"{len(kernel)}{kernel}" in k for a, k, _ in usage)
+            left_out = "conv3x3" in kernel and architecture in ("75", "86", "89")
+            assert found == (0 if left_out else count), (architecture, kernel)
+            expected += found
+    assert len(usage) == expected
 
 
 def test_no_kernel_spills_or_has_a_stack(usage):
@@ -119,7 +124,7 @@ def test_how_many_blocks_of_the_3x3_kernels_fit_a_multiprocessor(usage, network)
             kernels = [
                 found["REG"]
                 for a, name, found in usage
-                if a == str(architecture) and f"{launch.name.removeprefix('cuda_')}_kernel" in name
+                if a == f"{architecture // 10}0" and f"{launch.name.removeprefix('cuda_')}_kernel" in name
             ]
             by_registers = REGISTERS // (threads * -(-max(kernels) // 8) * 8)
             by_shared = SHARED[architecture] // (launch.shared + 1024)
