@@ -180,6 +180,7 @@ def _partials(
             PLAIN=affine is None,
             WEIGHTED=affine is not None and affine.weight is not None,
             PRECISION=dot_precision(x.dtype),
+            STAGES=tile.stages,
         )
 
     if not wide:

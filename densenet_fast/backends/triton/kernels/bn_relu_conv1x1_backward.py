@@ -59,6 +59,7 @@ def bn_relu_conv1x1_backward(
     PLAIN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     C, B = C * C_UNIT, B * B_UNIT
     ld_grad, ld_x = ld_grad * GRAD_UNIT, ld_x * X_UNIT
@@ -80,7 +81,7 @@ def bn_relu_conv1x1_backward(
         grad_weight = tl.zeros((WIDTH, CHANNELS), tl.float32)
 
     first = tl.program_id(1) * range_rows
-    for start in range(first, tl.minimum(first + range_rows, M), ROWS):
+    for start in tl.range(first, tl.minimum(first + range_rows, M), ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         inside_rows = rows < M
         wide_rows = rows.to(tl.int64)
