@@ -53,7 +53,7 @@ TABLE: dict[str, Rows] = {
     # columns: channels of F per program; inner: columns of dZ
     "bn_relu_conv1x1_backward": {
         (90, "half"): ((128, Tile(32, 64, 128, 4, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
-        (80, "half"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
+        (80, "half"): ((128, Tile(32, 32, 128, 4, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
         (90, "tf32"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(32, 32, 256, 8, 2))),
         (80, "tf32"): ((128, Tile(32, 32, 128, 8, 2)), (ANY, Tile(16, 32, 256, 8, 2))),
         (90, "ieee"): ((ANY, Tile(16, 32, 128, 8, 1)),),
@@ -205,6 +205,12 @@ def chunks(device: Device, rows: int, column_tiles: int) -> tuple[int, int]:
 def fit(size: int, limit: int) -> int:
     """The side of a tile that holds ``size``: a power of two from 16, the least a product takes, to ``limit``."""
     return min(limit, max(16, 1 << (size - 1).bit_length()))
+
+
+def turned(device: Device, dtype: torch.dtype) -> bool:
+    """Whether ``bn_relu_conv1x1_backward`` makes dW from a^T, not from dZ^T: products on sm_80 take their operands from
+    registers, and Triton copies ahead what it turns for a product only where nothing else reads it."""
+    return row(device, dtype) == (80, "half")
 
 
 def ranges(device: Device, rows: int, tile_rows: int, programs: int) -> tuple[int, int]:

@@ -179,6 +179,7 @@ def _partials(
             WIDE=with_input and wide,
             PLAIN=affine is None,
             WEIGHTED=affine is not None and affine.weight is not None,
+            TURNED=with_input and with_weight and config.turned(device, x.dtype),
             PRECISION=dot_precision(x.dtype),
             STAGES=tile.stages,
         )
