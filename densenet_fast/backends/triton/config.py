@@ -1,8 +1,8 @@
 """The launch configurations, one table: per kernel, device generation, precision and width of the result.
 
 The rows of generation 90 in half precision for up to 128 columns were measured on an H200 (tiles.jsonl of two runs
-in benchmarks/results/nvidia_h200); the others are reasoned from registers, shared memory and the instructions that the
-compiler makes of them. ``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this
+in benchmarks/results/nvidia_h200; since then bn_relu_conv1x1_backward has come to copy all that it reads ahead); the
+others are reasoned from registers, shared memory and the instructions that the compiler makes of them. ``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this
 table. Nothing is tuned during training: a kernel that adds to its output must not be run twice on it.
 
 Rows for more than 128 columns take 256 at once, so that F is read once.
@@ -118,7 +118,7 @@ COMPLETING_PROGRAMS = 8
 """Programs per multiprocessor that complete columns."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Ranges of rows are made so many that a product over rows has this many programs per multiprocessor."""
+"""Ranges of rows are made so many that a product over rows has this many programs per multiprocessor, or fewer."""
 TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
@@ -213,11 +213,19 @@ def turned(device: Device, dtype: torch.dtype) -> bool:
     return row(device, dtype) == (80, "half")
 
 
-def ranges(device: Device, rows: int, tile_rows: int, programs: int) -> tuple[int, int]:
+def resident(tile: Tile, plain: bool) -> int:
+    """Programs per multiprocessor of ``bn_relu_conv1x1_backward``, no more than it holds at once: the registers of
+    eight warps fill it, but for the ``plain`` product."""
+    return 1 if tile.warps == 8 and not plain else PROGRAMS_PER_PROCESSOR
+
+
+def ranges(
+    device: Device, rows: int, tile_rows: int, programs: int, per_processor: int = PROGRAMS_PER_PROCESSOR
+) -> tuple[int, int]:
     """How ``programs`` programs per range divide ``rows`` rows: (number of ranges, rows of each, a multiple of
     ``tile_rows``)."""
     tiles = max(1, -(-rows // tile_rows))
-    wanted = max(1, device.processors * PROGRAMS_PER_PROCESSOR // programs)
+    wanted = max(1, device.processors * per_processor // programs)
     tiles_each = -(-tiles // max(1, min(wanted, tiles // TILES_PER_RANGE)))
     return -(-tiles // tiles_each), tiles_each * tile_rows
 
