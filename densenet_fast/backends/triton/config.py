@@ -2,8 +2,9 @@
 
 The rows of generation 90 in half precision for up to 128 columns were measured on an H200 (tiles.jsonl of two runs
 in benchmarks/results/nvidia_h200; since then bn_relu_conv1x1_backward has come to copy all that it reads ahead); the
-others are reasoned from registers, shared memory and the instructions that the compiler makes of them. ``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this
-table. Nothing is tuned during training: a kernel that adds to its output must not be run twice on it.
+others are reasoned from registers, shared memory and the instructions that the compiler makes of them.
+``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this table. Nothing is tuned
+during training: a kernel that adds to its output must not be run twice on it.
 
 Rows for more than 128 columns take 256 at once, so that F is read once.
 """

@@ -130,7 +130,7 @@ def bn_relu_conv1x1_backward(
             a = features
             if not PLAIN:
                 a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
-            if INPUT:
+            if INPUT and (TURNED or ROWS < 64):  # products of warp groups, from 64 rows, may hold all of it twice
                 a = beside(a, product)
             if TURNED:
                 grad_weight = tl.dot(tl.trans(a), dz, grad_weight, input_precision=PRECISION)
