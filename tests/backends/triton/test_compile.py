@@ -14,11 +14,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+
 from backends.triton.ahead_of_time import SHARED_BYTES, compile_launch, resident
 from backends.triton.cases import Layer
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.triton import config, launch
-from densenet_fast.backends.triton.tune import DTYPES, Shape, Step
+from densenet_fast.backends.triton.config import Tile
+from densenet_fast.backends.triton.tune import DTYPES, Shape, Step, row_of
 
 PAIR = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
 PRODUCTS = tuple(config.TABLE)
@@ -91,6 +94,23 @@ def faults(item, got, dtype, generation, shape):
     reads_early = dtype == torch.float16 and item.name == "bn_relu_conv3x3"
     if got.warnings and not reads_early:
         yield "the assembler warns"
+
+
+def test_what_is_waited_for_is_not_in_flight():
+    """With two stages, each tile waits for its own copies; without a number of stages, G is loaded in place."""
+    name = "bn_relu_conv1x1_backward"
+
+    def found(stages, loop="num_stages=STAGES"):
+        with row_of(name, (90, "half"), Tile(32, 64, 128, 4, stages)), config.assume(config.Device(90, PROCESSORS)):
+            launches = Step(NETWORKS["121"][0], torch.bfloat16, torch.device("meta")).launches()
+        item = next(item for item in launches if item.name == name)
+        kernel = triton.jit(item.kernel.fn, do_not_specialize=item.kernel.do_not_specialize)
+        assert ", num_stages=STAGES)" in kernel.src
+        kernel._unsafe_update_src(kernel.src.replace("num_stages=STAGES", loop))
+        return compile_launch(item._replace(kernel=kernel), 90, disassemble=False).in_flight
+
+    assert found(3) == {"grad", "x", "source"}
+    assert found(2) == set() and found(3, "num_stages=None") == {"grad", "x"}
 
 
 @pytest.mark.parametrize("sizes", [((2, 5, 7), 33, 20, 12), ((1, 2, 2), 1, 1, 1)], ids=str)
