@@ -124,7 +124,11 @@ GPU = Settings(
         Choice("bn_relu_conv3x3_grad_weight", {"1 stage": Tile(64, 128, 32, 4, 1)}),
         Choice(
             "bn_relu_conv1x1_backward",
-            {"32 columns, 3 stages": Tile(64, 32, 128, 8, 3), "64 columns, 2 stages": Tile(64, 64, 128, 8, 2)},
+            {
+                "32 columns": Tile(32, 32, 128, 4, 3),
+                "128 columns": Tile(32, 128, 128, 8, 3),
+                "4 stages": Tile(32, 64, 128, 4, 4),
+            },
         ),
     ),
     stand_in=lambda: None,

@@ -1,9 +1,10 @@
 """The launch configurations, one table: per kernel, device generation, precision and width of the result.
 
 The rows of generation 90 in half precision for up to 128 columns were measured on an H200 (tiles.jsonl of two runs
-in benchmarks/results/nvidia_h200); the others are reasoned from registers, shared memory and the instructions that the
-compiler makes of them. ``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this
-table. Nothing is tuned during training: a kernel that adds to its output must not be run twice on it.
+in benchmarks/results/nvidia_h200; since then bn_relu_conv1x1_backward has come to copy all that it reads ahead); the
+others are reasoned from registers, shared memory and the instructions that the compiler makes of them.
+``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this table. Nothing is tuned
+during training: a kernel that adds to its output must not be run twice on it.
 
 Rows for more than 128 columns take 256 at once, so that F is read once.
 """
@@ -56,7 +57,7 @@ TABLE: dict[str, Rows] = {
     # columns: channels of F per program; inner: columns of dZ
     "bn_relu_conv1x1_backward": {
         (90, "half"): ((128, Tile(32, 64, 128, 4, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
-        (80, "half"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(64, 32, 256, 8, 2))),
+        (80, "half"): ((128, Tile(32, 32, 128, 4, 3)), (ANY, Tile(64, 32, 256, 8, 2))),
         (90, "tf32"): ((128, Tile(64, 32, 128, 8, 2)), (ANY, Tile(32, 32, 256, 8, 2))),
         (80, "tf32"): ((128, Tile(32, 32, 128, 8, 2)), (ANY, Tile(16, 32, 256, 8, 2))),
         (90, "ieee"): ((ANY, Tile(16, 32, 128, 8, 1)),),
@@ -121,7 +122,7 @@ COMPLETING_PROGRAMS = 8
 """Programs per multiprocessor that complete columns."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Ranges of rows are made so many that a product over rows has this many programs per multiprocessor."""
+"""Ranges of rows are made so many that a product over rows has this many programs per multiprocessor, or fewer."""
 TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
@@ -215,11 +216,25 @@ def fit(size: int, limit: int) -> int:
     return min(limit, max(16, 1 << (size - 1).bit_length()))
 
 
-def ranges(device: Device, rows: int, tile_rows: int, programs: int) -> tuple[int, int]:
+def turned(device: Device, dtype: torch.dtype) -> bool:
+    """Whether ``bn_relu_conv1x1_backward`` makes dW from a^T, not from dZ^T: products on sm_80 take their operands from
+    registers, and Triton copies ahead what it turns for a product only where nothing else reads it."""
+    return row(device, dtype) == (80, "half")
+
+
+def resident(tile: Tile, plain: bool) -> int:
+    """Programs per multiprocessor of ``bn_relu_conv1x1_backward``, no more than it holds at once: the registers of
+    eight warps fill it, but for the ``plain`` product."""
+    return 1 if tile.warps == 8 and not plain else PROGRAMS_PER_PROCESSOR
+
+
+def ranges(
+    device: Device, rows: int, tile_rows: int, programs: int, per_processor: int = PROGRAMS_PER_PROCESSOR
+) -> tuple[int, int]:
     """How ``programs`` programs per range divide ``rows`` rows: (number of ranges, rows of each, a multiple of
     ``tile_rows``)."""
     tiles = max(1, -(-rows // tile_rows))
-    wanted = max(1, device.processors * PROGRAMS_PER_PROCESSOR // programs)
+    wanted = max(1, device.processors * per_processor // programs)
     tiles_each = -(-tiles // max(1, min(wanted, tiles // TILES_PER_RANGE)))
     return -(-tiles // tiles_each), tiles_each * tile_rows
 

@@ -134,7 +134,8 @@ def _partials(
     tile = config.tile("bn_relu_conv1x1_backward", device, x.dtype, few)
     block, columns = config.fit(max(width, 64), tile.inner), config.fit(channels, tile.columns)
     wide, column_tiles = width > block, tiles_of(channels, columns)
-    ranges, range_rows = config.ranges(device, rows, tile.rows, column_tiles)
+    per_processor = config.resident(tile, affine is None)
+    ranges, range_rows = config.ranges(device, rows, tile.rows, column_tiles, per_processor)
     weight_rows = width if need_weight else 0
     partials = float32(x, ranges, (weight_rows + (2 if need_input else 0)) * channels)
     source, target = x if source is None else source, x if grad_x is None else grad_x
@@ -179,7 +180,9 @@ def _partials(
             WIDE=with_input and wide,
             PLAIN=affine is None,
             WEIGHTED=affine is not None and affine.weight is not None,
+            TURNED=with_input and with_weight and config.turned(device, x.dtype),
             PRECISION=dot_precision(x.dtype),
+            STAGES=tile.stages,
         )
 
     if not wide:

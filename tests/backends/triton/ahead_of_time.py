@@ -10,6 +10,7 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
 from backends.triton.absent_gpu import absent_gpu
+from backends.triton.in_flight import in_flight
 from densenet_fast.backends.triton import launch
 from densenet_fast.backends.triton.hazards import disassembled, register_hazards
 from densenet_fast.backends.triton.races import races_of
@@ -17,6 +18,10 @@ from densenet_fast.backends.triton.races import races_of
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 """What a block may use: of 8.0 to 8.9 the least, and 9.0's."""
+RESERVED_BYTES = 1024
+"""What each block takes beside, of a multiprocessor's, which has as much more than a block may use."""
+REGISTERS = 64 * 1024
+"""Of a multiprocessor; a warp takes them by 256."""
 
 
 class Compiled(NamedTuple):
@@ -32,6 +37,7 @@ class Compiled(NamedTuple):
     keeps_nan: bool
     hazards: list[str]
     races: list[str]
+    in_flight: set[str]
 
 
 def compile_launch(item, generation, disassemble=True):
@@ -69,7 +75,15 @@ def inspect(item, compiled, generation, disassemble):
         keeps_nan="max.NaN" in ptx,
         hazards=register_hazards(code),
         races=races_of(item, ptx) if disassemble else [],
+        in_flight=in_flight(item, ptx),
     )
+
+
+def resident(item, got, generation):
+    """How many blocks of a launch a multiprocessor runs at once, by registers and shared memory."""
+    registers = item.tile.warps * -(-32 * got.registers // 256) * 256
+    memory = SHARED_BYTES[generation] + RESERVED_BYTES
+    return min(REGISTERS // registers, memory // (got.shared + RESERVED_BYTES))
 
 
 def assemble(source, generation):

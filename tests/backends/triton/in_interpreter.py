@@ -13,7 +13,7 @@ from backends.triton.cases import LAYERS, Layer
 from backends.triton.memory import watching
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.affine import empty_statistics
-from densenet_fast.backends.triton import config
+from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.launch import recording
 from densenet_fast.backends.triton.tune import Shape, Step
 from densenet_fast.benchmarking.counts import Counts
@@ -41,6 +41,18 @@ def test_no_access_outside_the_matrices(sizes, monkeypatch):
     with watching(monkeypatch) as traffic:
         Layer(*sizes, torch.float16).run(backend)
     assert len({kernel for kernel, _, _ in traffic}) >= 7
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_results_as_configured_for_gpus(generation):
+    """Among them dW by either operand turned, of several ranges of rows."""
+    layer = Layer((3, 9, 11), 40, 72, 12, torch.float16)
+    with config.assume(config.Device(generation, 2)), launch.recording() as launches:
+        found = layer.against_aten(backend, torch.float16)
+    assert found and all(one.right for one in found), "\n".join(str(one) for one in found if not one.right)
+    backward = [item for item in launches if item.name == "bn_relu_conv1x1_backward" and item.constants["INPUT"]]
+    turned = [item.constants["TURNED"] for item in backward if item.constants["WEIGHT"]]
+    assert turned and set(turned) == {generation == 80} and max(item.grid[1] for item in backward) > 1
 
 
 @pytest.mark.parametrize("width, outputs", [(128, 32), (192, 48)])

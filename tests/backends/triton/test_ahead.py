@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -24,15 +25,20 @@ META = torch.device("meta")
 
 @pytest.fixture
 def planned(monkeypatch):
-    """The launches of a network's step in bfloat16 on an H100, by plan."""
+    """The launches of a network's step in bfloat16 on an H100, by plan; of its evaluation where it does not ``train``,
+    with ``gradients`` for a backward pass that does not come."""
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(backends, "BACKENDS", (backend,))
 
-    def launches(batch, size=224, train=True):
+    def launches(batch, size=224, train=True, gradients=False):
         with META:
             model = densenet_fast.densenet121().to(torch.bfloat16, memory_format=torch.channels_last).train(train)
             x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-        with config.assume(config.Device(90, 132)), launch.planning() as found, torch.set_grad_enabled(train):
+        with (
+            config.assume(config.Device(90, 132)),
+            launch.planning() as found,
+            torch.set_grad_enabled(train or gradients),
+        ):
             output = model(x)
             if train:
                 output.sum().backward()
@@ -66,6 +72,18 @@ def test_compilations_of_densenet121(planned):
                 for item in launches:
                     launch.compiled(item)
             assert not names, (step, names)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_launches_of_an_evaluation(planned, gradients):
+    """Two a layer and no statistics: its second normalisation and ReLU are the first product's. Where gradients may be
+    wanted they are a third, because their backward pass needs Z."""
+    launches = planned(32, train=False, gradients=gradients)
+    counts = Counter(item.name for item in launches)
+    assert counts.pop("bn_relu_pool_conv1x1") == 3
+    assert counts == {"bn_relu_conv1x1": 58, "bn_relu_conv3x3": 58} | ({"bn_relu": 58} if gradients else {})
+    assert not any(item.constants.get("STATISTICS") for item in launches)
+    assert all(item.constants["THEN"] != gradients for item in launches if item.name == "bn_relu_conv1x1")
 
 
 def test_equal_variants_are_compiled_once_and_others_not(planned):

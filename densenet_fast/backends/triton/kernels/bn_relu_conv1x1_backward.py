@@ -8,6 +8,11 @@ One program owns CHANNELS columns of F and a range of rows: it keeps its part of
 walks down its rows, ROWS at a time, and leaves dW1 and the sums as partial results, one per range. The programs of
 one range are neighbours in the grid, so that all but the first find dZ in the L2 cache.
 
+While the products of a tile of ROWS rows run, F, G and dZ of the next STAGES - 2 tiles are on their way into shared
+memory; one more tile is asked for behind them. By default Triton copies ahead only what a product reads, so not G, for
+which every tile would wait; a loop that says its number of stages itself has all its loads copied ahead. ``source`` may
+be ``grad_x``: a tile's G is read before it is written, and by its own program alone.
+
 B above WIDTH takes two launches: one (INPUT) that walks over the B columns of dZ in blocks for each row tile, and one
 (WEIGHT) with a program per block. PLAIN is the product dZ^T @ F alone.
 """
@@ -15,7 +20,7 @@ B above WIDTH takes two launches: one (INPUT) that walks over the B columns of d
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums
+from densenet_fast.backends.triton.kernels.pieces import beside, load_affine, store_sums
 
 
 @triton.jit(
@@ -58,7 +63,9 @@ def bn_relu_conv1x1_backward(
     WIDE: tl.constexpr,
     PLAIN: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     C, B = C * C_UNIT, B * B_UNIT
     ld_grad, ld_x = ld_grad * GRAD_UNIT, ld_x * X_UNIT
@@ -77,21 +84,25 @@ def bn_relu_conv1x1_backward(
         sum_d = tl.zeros((ROWS, CHANNELS), tl.float32)
         sum_dx = tl.zeros((ROWS, CHANNELS), tl.float32)
     if WEIGHT:
-        grad_weight = tl.zeros((WIDTH, CHANNELS), tl.float32)
+        grad_weight = tl.zeros((CHANNELS, WIDTH) if TURNED else (WIDTH, CHANNELS), tl.float32)
+    tile_rows = tl.arange(0, ROWS)
+    x_offsets = tile_rows[:, None] * ld_x + channels[None, :]
+    source_offsets = tile_rows[:, None] * ld_source + channels[None, :]
+    grad_x_offsets = tile_rows[:, None] * ld_grad_x + channels[None, :]
+    grad_offsets = tile_rows[:, None] * ld_grad
 
     first = tl.program_id(1) * range_rows
-    for start in range(first, tl.minimum(first + range_rows, M), ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside_rows = rows < M
-        wide_rows = rows.to(tl.int64)
+    for start in tl.range(first, tl.minimum(first + range_rows, M), ROWS, num_stages=STAGES):
+        inside_rows = start + tile_rows < M
+        row = tl.cast(start, tl.int64)
         valid = inside_rows[:, None] & inside[None, :]
-        features = tl.load(x + wide_rows[:, None] * ld_x + channels[None, :], mask=valid, other=0.0)
+        features = tl.load(x + row * ld_x + x_offsets, mask=valid, other=0.0)
         if UPDATE:
-            before = tl.load(source + wide_rows[:, None] * ld_source + channels[None, :], mask=valid, other=0.0)
+            before = tl.load(source + row * ld_source + source_offsets, mask=valid, other=0.0)
         if not PLAIN:
             centred = features.to(tl.float32) - m
             normalised = centred * s + t
-        dz_rows = grad + wide_rows[:, None] * ld_grad
+        dz_rows = grad + row * ld_grad + grad_offsets
         if not WIDE:
             dz = tl.load(dz_rows + block[None, :], mask=inside_rows[:, None] & inside_block[None, :], other=0.0)
         if INPUT:
@@ -113,19 +124,24 @@ def bn_relu_conv1x1_backward(
             sum_dx += d * centred
             if UPDATE:
                 updated = before.to(tl.float32) + s * d
-                g = grad_x + wide_rows[:, None] * ld_grad_x + channels[None, :]
+                g = grad_x + row * ld_grad_x + grad_x_offsets
                 tl.store(g, updated.to(grad_x.dtype.element_ty), mask=valid)
         if WEIGHT:
             a = features
             if not PLAIN:
                 a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
-            grad_weight = tl.dot(tl.trans(dz), a, grad_weight, input_precision=PRECISION)
+            if INPUT and (TURNED or ROWS < 64):  # products of warp groups, from 64 rows, may hold all of it twice
+                a = beside(a, product)
+            if TURNED:
+                grad_weight = tl.dot(tl.trans(a), dz, grad_weight, input_precision=PRECISION)
+            else:
+                grad_weight = tl.dot(tl.trans(dz), a, grad_weight, input_precision=PRECISION)
 
     partial = partials + tl.program_id(1).to(tl.int64) * partial_rows * C
     if WEIGHT:
         tl.store(
             partial + block[:, None] * C + channels[None, :],
-            grad_weight,
+            tl.trans(grad_weight) if TURNED else grad_weight,
             mask=inside_block[:, None] & inside[None, :],
         )
     if INPUT:

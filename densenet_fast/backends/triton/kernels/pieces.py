@@ -40,6 +40,18 @@ def settled(total):
 
 
 @triton.jit
+def beside(x, product):
+    """``x`` as it is, laid out over threads as ``product`` is, which it waits for; for half precision.
+
+    Triton lays an operand out as it was loaded, and what is computed with a product as the product is: what both need
+    is computed twice. Of ``x`` from here it is computed once. The interpreter has no layouts.
+    """
+    if COMPILED and x.dtype.primitive_bitwidth == 16:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r", [x, product], dtype=x.dtype, is_pure=True, pack=2)
+    return x
+
+
+@triton.jit
 def store_statistics(stored, partials, tile, columns, count, num_columns, inside_rows, inside_columns):
     """partials [tiles, 2, num_columns]: the mean of the ``count`` rows inside and their squared deviations' sum, of the
     values as stored."""
