@@ -25,7 +25,7 @@ from densenet_fast.benchmarking.counts import Counts
 from densenet_fast.benchmarking.kernel_times import Time
 from densenet_fast.benchmarking.networks import architecture
 from densenet_fast.benchmarking.roofline import Figure, Gpu
-from densenet_fast.benchmarking.step_plan import counted_step, meta_network
+from densenet_fast.benchmarking.step_plan import counted_step, meta_network, torch_counts
 
 HOPPER = Device(90, 132)
 BLOCK = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "small_inputs": True, "num_classes": 10}
@@ -36,6 +36,10 @@ STEPS = {
     "densenet201": (224, (32, 128, 256)),
     "densenet_bc100": (32, (64, 256, 1024)),
 }
+
+
+MOST = {32: 3.6e-3, 128: 9.5e-3}
+"""Seconds of a step of DenseNet-121 on an H200 by the model, at most, by batch."""
 
 
 @functools.cache
@@ -142,6 +146,14 @@ def test_the_3x3_kernels_ask_the_cache_for_at_most_1_4_times_what_they_read():
             for native in (True, False)
         )
         assert ours.asked[ALL] <= 1.4 < tritons.asked[ALL], (batch, str(ours), str(tritons))
+
+
+@pytest.mark.parametrize("batch", MOST)
+def test_the_model_of_a_step_on_an_h200(batch):
+    counts = step_of("densenet121", batch, 224)
+    counts += torch_counts(architecture("densenet121"), batch, 224, 2, HOPPER.generation)
+    rows = roofline.by_kernel(counts, roofline.GPUS["h200"], torch.bfloat16)
+    assert MOST[batch] / 2 < sum(row.seconds for row in rows) <= MOST[batch]
 
 
 def test_the_launches_are_those_that_a_gpu_ran():

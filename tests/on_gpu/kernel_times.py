@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from densenet_fast.backends.triton import config
 from densenet_fast.benchmarking.ceilings import Ceilings, measure_ceilings
 from densenet_fast.benchmarking.competitors import Entry
 from densenet_fast.benchmarking.floor import summarise
@@ -15,7 +16,7 @@ from densenet_fast.benchmarking.profile import kernel_by_kernel
 from densenet_fast.benchmarking.steps import DTYPES, step
 from densenet_fast.benchmarking.traffic import Call, training_step
 from on_gpu.checks import Check, Record
-from on_gpu.planning import watched
+from on_gpu.planning import watched, without_plans
 from on_gpu.settings import Settings
 
 STEPS = 3
@@ -24,8 +25,17 @@ COMPLETED = "sum_partials"
 
 
 def checks(settings: Settings) -> list[Check]:
-    """One step's."""
-    return [Check(f"batch {settings.profiled}", partial(kernels_of_a_step, settings), 60)]
+    """One step's, and the same with Triton's 3x3 kernels in the place of those in CUDA C++."""
+    return [
+        Check(f"batch {settings.profiled}", partial(kernels_of_a_step, settings), 60),
+        Check(f"batch {settings.profiled}, 3x3 by Triton", partial(by_triton, settings), 60),
+    ]
+
+
+def by_triton(settings: Settings) -> Record:
+    """Walked: a plan is kept, whatever kernels it was made of."""
+    with config.convolution_in_triton(), without_plans():
+        return kernels_of_a_step(settings)
 
 
 def kernels_of_a_step(settings: Settings) -> Record:
