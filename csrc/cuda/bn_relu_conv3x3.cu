@@ -1,8 +1,8 @@
 // Y = conv3x3(relu(bn(Z)), W2) into columns of the block's buffer, with their statistics.
 //
-// A block makes a tile of pixels x N outputs, 16 channels at a time: Z's rows of the tile's windows come
-// by asynchronous copies while the products of the 16 channels before run, are normalised and rectified where they
-// stand, and are read from there nine times, as matrices whose rows are shifted. A warp owns 16 * MT pixels.
+// A block makes a tile of pixels x N outputs, 16 channels at a time: Z's rows of the tile's windows come by
+// asynchronous copies while the products of the 16 channels before run, are normalised and rectified where they stand,
+// and are read from there nine times, as matrices whose rows are shifted. A warp owns 16 * MT pixels.
 #include "planes.h"
 
 namespace densenet_fast::cuda {
@@ -50,6 +50,7 @@ __device__ void multiply_stage(float (&acc)[MT][NT][4], const unsigned (&pixel)[
                                int pitch, unsigned plane, unsigned weights) {
   const unsigned lane = lane_of();
   const unsigned output = weights + place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  __syncwarp();  // its lanes have copied different numbers of pieces
 #pragma unroll
   for (int tap = 0; tap < 9; ++tap) {
     unsigned b[NT / 2][4];
@@ -146,10 +147,11 @@ __device__ void store_moments(const Conv3x3& p, const Tile& at, int first_output
   if (j + 1 < k) partial[1] = mean.y, partial[k + 1] = m2.y;
 }
 
+// Blocks that a multiprocessor has registers for
+constexpr int resident(int warps, int m_tiles, int n_tiles) { return warps == 8 ? 2 : m_tiles * n_tiles <= 8 ? 4 : 3; }
+
 template <typename T, int WARPS, int MT, int NT>
-__global__ __launch_bounds__(32 * WARPS, WARPS == 8     ? 2
-                                         : MT * NT <= 8 ? 4
-                                                        : 3) void bn_relu_conv3x3_kernel(const Conv3x3 p) {
+__global__ __launch_bounds__(32 * WARPS, resident(WARPS, MT, NT)) void bn_relu_conv3x3_kernel(const Conv3x3 p) {
   if constexpr (kHasTensorCores) {
     constexpr int R = 16 * MT * WARPS, N = 8 * NT, kThreads = 32 * WARPS;
     const ConvPlaces places(p, R, N, kThreads);

@@ -80,6 +80,7 @@ __device__ void multiply_tile(float (&acc)[MT][3][NT][4], const Conv3x3GradWeigh
                               unsigned stage, int first_plane, int dy) {
   const unsigned lane = lane_of();
   const uint16_t* const taps = shared_at<uint16_t>(stage + places.taps);
+  __syncwarp();  // its lanes have copied different numbers of pieces
   const unsigned step = (p.pixels.across == 0 ? 16 : p.pixels.pitch) * kRowBytes;
   unsigned pixel = (p.pixels.first + lane % 16) * kRowBytes + lane / 16 * 16;
   unsigned channels = stage + first_plane * kGradTile * kRowBytes + place(lane / 16 * 8 + lane % 8, lane / 8 % 2);

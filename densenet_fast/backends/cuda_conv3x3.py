@@ -13,6 +13,8 @@ from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, Thr
 
 MINIMUM_CAPABILITY = (8, 0)
 
+MOST_PIXELS = (1 << 30) - 1
+
 RESIDENT = 2
 """Blocks of a gradient's kernel that are made for each multiprocessor, which has room for so many."""
 
@@ -21,7 +23,9 @@ kernels = torch.ops.densenet_fast
 
 def serves(z: Tensor) -> bool:
     """Whether these kernels run on tensors like z."""
-    if z.dtype not in (torch.float16, torch.bfloat16) or cuda_kernels.unavailable() is not None:
+    if z.dtype not in (torch.float16, torch.bfloat16) or z.shape[0] > MOST_PIXELS:
+        return False
+    if cuda_kernels.unavailable() is not None:
         return False
     device = nvidia.meant(z.device)
     if device.type in ("cpu", "meta"):

@@ -137,7 +137,7 @@ class StandIn:
 
     def serves(self, x: Tensor, weight: Tensor, grid: tuple[int, ...]) -> bool:
         """Whether the 3x3 kernels in CUDA C++ do."""
-        few = weight.shape[0] <= config.CONVOLUTION_IN_CUDA[-1]
+        few = weight.shape[0] <= config.CONVOLUTION_IN_CUDA[self.device.generation]
         return self.native and len(grid) == 3 and x.element_size() == 2 and few
 
     def layer(self, x: Tensor, weight: Tensor, grid: tuple[int, ...]) -> Conv3x3:

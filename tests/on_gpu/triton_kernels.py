@@ -1,5 +1,6 @@
 """The kernels in Triton at the shapes of DenseNet-121: results, and the same again when repeated."""
 
+import contextlib
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from backends.triton.cases import Layer as Tensors
 from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.affine import Affine, accumulation_dtype, empty_statistics
+from densenet_fast.backends.triton import config
 from on_gpu.checks import Check, Record
 from on_gpu.kernels import Results, numerics, same_again, verdict
 from on_gpu.settings import Layer, Settings
@@ -40,18 +42,23 @@ def title(layer: Layer) -> str:
     return f"{'x'.join(map(str, grid))} pixels, C = {channels}, B = {width}, k = {outputs}"
 
 
-def against_aten(settings: Settings, layer: Layer, name: str) -> Record:
-    """Every kernel's results."""
-    with numerics(name) as dtype:
+def against_aten(settings: Settings, layer: Layer, name: str, native: bool = False) -> Record:
+    """Every kernel's results; the 3x3 product's by ``native`` kernels in CUDA C++, where they serve, or by Triton."""
+    with numerics(name) as dtype, chosen(native):
         tensors = Tensors(*layer, dtype, settings.device)
         return verdict(tensors.against_aten(backend, dtype, TF32_ROUNDING if name == "tf32" else 0.0))
 
 
-def repeats(settings: Settings, layer: Layer, name: str) -> Record:
+def repeats(settings: Settings, layer: Layer, name: str, native: bool = False) -> Record:
     """Every kernel, many times."""
-    with numerics(name) as dtype:
+    with numerics(name) as dtype, chosen(native):
         tensors = Tensors(*layer, dtype, settings.device)
         return same_again(lambda: tensors.run(backend), settings.repeats)
+
+
+def chosen(native: bool) -> contextlib.AbstractContextManager[None]:
+    """The kernels of the 3x3 product."""
+    return contextlib.nullcontext() if native else config.convolution_in_triton()
 
 
 def wide(settings: Settings, rows: int) -> Record:

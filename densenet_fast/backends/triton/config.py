@@ -127,9 +127,9 @@ TILES_PER_RANGE = 4
 """But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
 
 
-CONVOLUTION_IN_CUDA = [48]
-"""The most columns of a 3x3 product that the kernels in CUDA C++ make, whose part of the weight then fits every GPU's
-shared memory; wider ones, and those in TF32, are Triton's."""
+CONVOLUTION_IN_CUDA = {90: 48, 80: 32, 0: 48}
+"""By generation, the most columns of a 3x3 product that the kernels in CUDA C++ make: so many that two of their blocks
+have room in a multiprocessor, or one of twelve warps. Wider ones, and those in TF32, are Triton's."""
 
 
 class _ThisThread(threading.local):
@@ -241,17 +241,20 @@ def ranges(
 
 def convolution_in_cuda(x: Tensor, outputs: int, grid: tuple[int, ...]) -> bool:
     """Whether the kernels in CUDA C++ serve the 3x3 product of x [M, B] with ``outputs`` columns."""
-    return len(grid) == 3 and outputs <= CONVOLUTION_IN_CUDA[-1] and cuda_conv3x3.serves(x)
+    if len(grid) != 3 or not cuda_conv3x3.serves(x):
+        return False
+    return outputs <= CONVOLUTION_IN_CUDA[device_of(x.device).generation]
 
 
 @contextlib.contextmanager
 def convolution_in_triton() -> Iterator[None]:
     """Leaves the 3x3 product to Triton's kernels: to measure them and to look at them."""
-    CONVOLUTION_IN_CUDA.append(0)
+    before = CONVOLUTION_IN_CUDA.copy()
+    CONVOLUTION_IN_CUDA.update(dict.fromkeys(before, 0))
     try:
         yield
     finally:
-        CONVOLUTION_IN_CUDA.pop()
+        CONVOLUTION_IN_CUDA.update(before)
 
 
 def convolution_by_torch(grid: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from backends.cuda.on_device import DEVICE, assert_statistics
 from densenet_fast.backends import aten, cuda_conv3x3
 from densenet_fast.backends import cuda_kernels as kernels
 from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
+from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.config import Device
 from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
 
@@ -177,6 +178,19 @@ def test_the_counts_know_how_work_is_divided(shape):
         sums = cuda_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, processors)
         partials = cuda_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, processors)
         assert (len(sums), len(partials)) == (layer.row_blocks(), layer.ranges())
+
+
+def test_where_they_serve():
+    """In 16 bits, two dimensions, and up to a width that depends on the GPU; nowhere if Triton's are asked for."""
+    z, grid = torch.empty(12, 16, dtype=torch.float16), (2, 2, 3)
+    for generation, most in {90: 48, 80: 32, 0: 48}.items():
+        with config.assume(Device(generation, 4)):
+            assert config.convolution_in_cuda(z, most, grid)
+            assert not config.convolution_in_cuda(z, most + 1, grid)
+            assert not config.convolution_in_cuda(z.float(), most, grid)
+            assert not config.convolution_in_cuda(z, most, (2, 6))
+            with config.convolution_in_triton():
+                assert not config.convolution_in_cuda(z, most, grid)
 
 
 @by_case

@@ -62,6 +62,10 @@ inline void with_the_warp(const Operands& own, void (*instruction)()) {
   block.running->leave(Stop::warp);
 }
 
+inline void __syncwarp() {
+  with_the_warp({}, [] {});
+}
+
 template <bool TRANSPOSED>
 void load_for_all() {
   for (unsigned q = 0; q < 4; ++q) {

@@ -32,6 +32,13 @@ BACKWARD = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_in_triton():
+    """The 3x3 kernels too, where those in CUDA C++ would serve."""
+    with config.convolution_in_triton():
+        yield
+
+
 @pytest.fixture(params=["tf32", "ieee"] if DEVICE == "cuda" else ["tf32"])
 def precision(request):
     """torch's setting for convolutions; the interpreter rounds neither way."""
