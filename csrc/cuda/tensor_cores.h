@@ -28,10 +28,12 @@ __device__ inline unsigned shared_address(unsigned place) {
 template <bool CACHED>
 __device__ inline void copy_async(unsigned place, const void* from, int bytes) {
   if constexpr (CACHED)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(place)), "l"(from), "r"(bytes));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(place)), "l"(from), "r"(bytes)
+                 : "memory");
   else
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(place)), "l"(from),
-                 "r"(bytes));
+                 "r"(bytes)
+                 : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
