@@ -41,9 +41,12 @@ smoke:
 gpu:
 	$(GPU_PYTHON) tests/gpu.py $(FLAGS)
 
-# Faults put into the 3x3 kernels in CUDA C++, each of which the emulation must find.
+# What takes long of what is known of GPUs without one: faults put into the 3x3 kernels in CUDA C++, each of which the
+# emulation must find; every emulated kernel with its threads in reverse order; the kernels compiled by the newest Triton;
+# the long command for a GPU, dry.
 emulate: $(INSTALLED)
-	$(RUN) -m pytest -n auto --dist worksteal tests/backends/cuda/mutations.py
+	$(RUN) -m pytest -n auto --dist worksteal tests/on_gpu/full_dry_run.py tests/backends/triton/newest.py \
+		tests/backends/cuda/every_order.py tests/backends/cuda/mutations.py
 
 # The library under other versions of torch, as installed and built with each, in environments of their own (some
 # gigabytes each).

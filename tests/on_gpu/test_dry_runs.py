@@ -1,12 +1,11 @@
-"""Both commands without a GPU, every line of them: interpreted, emulated, stood in for."""
+"""The short command without a GPU, every line of it: interpreted, emulated, stood in for. The long one is in
+``full_dry_run.py``."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
-from on_gpu import full
 from on_gpu.checks import LEFT_OUT, PASSED, Journal
 from on_gpu.page import LIMIT
 from on_gpu.runner import ROOT
@@ -45,13 +44,4 @@ def test_smoke(tmp_path):
         "machine code",
     }
     for title in ("A TRAINING STEP", "GPU TIME", "OPEN CHOICES", "PLANS", "LARGEST ERRORS", "VERSIONS"):
-        assert f"== {title}" in page
-
-
-def test_full(tmp_path):
-    page = dry_run(tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert {step["state"] for step in results["steps"]} <= {PASSED, LEFT_OUT}
-    assert all(results[name] for name in full.TABLES)
-    for title in ("TRAINING", "INFERENCE", "EVERY KERNEL", "WHERE THE TIME GOES", "TUNING", "STEPS", "VERSIONS"):
         assert f"== {title}" in page

@@ -12,7 +12,8 @@ from backends.cuda import emulation
 
 pytestmark = pytest.mark.skipif(emulation.find_nvcc() is None, reason="nvcc was not found")
 
-OF_GPUS = [f"tests/backends/cuda/{name}on_device.py" for name in ("", "vectors_", "conv3x3_")]
+OF_GPUS = ["tests/backends/cuda/on_device.py", "tests/backends/cuda/vectors_on_device.py"]
+CONVOLUTION = "tests/backends/cuda/conv3x3_on_device.py"
 SUITES = ["tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py"]
 OWN = "statistics or append or finalise or pool_backward or maxpool or avgpool or maximum or nan"
 """The names of tests of kernels in CUDA C++, among those of all kernels."""
@@ -29,9 +30,9 @@ def test_every_kernel():
     run(OF_GPUS)
 
 
-def test_every_kernel_with_threads_in_reverse_order():
-    """In one dtype, and on vectors in all."""
-    run([*OF_GPUS, "-k", "bfloat16 or vectors_on_device"], order="reverse")
+def test_the_3x3_kernels():
+    """In one dtype; in both, and with threads in reverse order, in ``every_order.py``."""
+    run([CONVOLUTION, "-k", "not torch.float16"])
 
 
 def test_the_suite_of_all_backends():

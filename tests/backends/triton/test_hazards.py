@@ -20,7 +20,6 @@ from densenet_fast.backends.triton.hazards import disassembled, register_hazards
 from densenet_fast.backends.triton.tune import Shape, Step, row_of
 
 ROOT = Path(__file__).parents[3]
-VERSIONS = ("3.6.0", "3.9.0")
 """What torch 2.11 brings, and the newest, beside the one that is installed."""
 
 PRODUCT = "HGMMA.64x32x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0"
@@ -95,8 +94,11 @@ def test_a_product_that_is_not_waited_for(name, shown, dtype):
     assert hazards(item) == [] and (found >= 10 if shown else found == 0)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_other_versions_of_triton(version):
+def test_the_oldest_triton():
+    assert_well_compiled_by("3.6.0")
+
+
+def assert_well_compiled_by(version):
     """Every product's configuration for sm_90, where it is asynchronous, compiled by another version: see
     ``test_compile.py``."""
     folder = ROOT / "build/triton" / version
