@@ -10,11 +10,9 @@ from densenet_fast.backends import aten
 from densenet_fast.backends import cuda_kernels as backend
 from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
 from densenet_fast.backends.layout import to_image
-from on_gpu import triton_kernels
 from on_gpu.checks import Check, LeftOut, Record
 from on_gpu.kernels import Results, numerics, same_again, verdict
 from on_gpu.settings import Layer, Settings
-from on_gpu.triton_kernels import title
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -28,16 +26,6 @@ def checks(settings: Settings) -> list[Check]:
             for dtype, (part, layer) in itertools.product(DTYPES, parts.items())
         ),
         *(Check(f"bitwise the same, bf16, {part}", partial(repeats, settings, layer)) for part, layer in parts.items()),
-        *(
-            Check(
-                f"a layer with its 3x3 convolution, {dtype}, {title(layer)}", partial(a_layer, settings, layer, dtype)
-            )
-            for dtype, layer in itertools.product(("bf16", "fp16"), settings.layers)
-        ),
-        *(
-            Check(f"the same bitwise, bf16, {title(layer)}", partial(a_layer_again, settings, layer))
-            for layer in settings.layers
-        ),
     ]
 
 
@@ -104,18 +92,6 @@ def against_aten(settings: Settings, layer: Layer, name: str) -> Record:
         matrices = Matrices(layer, dtype, settings.device)
         truth, stock = matrices.run(aten, torch.float64), matrices.run(aten, dtype)
         return verdict(compare(truth, stock, matrices.run(backend, dtype), dtype))
-
-
-def a_layer(settings: Settings, layer: Layer, name: str) -> Record:
-    """Every kernel of a layer, of the 3x3 product those in CUDA C++."""
-    needed()
-    return triton_kernels.against_aten(settings, layer, name, native=True)
-
-
-def a_layer_again(settings: Settings, layer: Layer) -> Record:
-    """The same, many times."""
-    needed()
-    return triton_kernels.repeats(settings, layer, "bf16", native=True)
 
 
 def repeats(settings: Settings, layer: Layer) -> Record:

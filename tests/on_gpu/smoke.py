@@ -40,6 +40,7 @@ def groups(settings: Settings) -> list[Group]:
         Group("Triton", "on_gpu.triton_kernels", settings.interpreted, after=("warm-up",), wait=40.0),
         Group("machine", "on_gpu.machine", **built),
         Group("CUDA C++", "on_gpu.cuda_kernels", settings.library, **built),
+        Group("3x3 in CUDA C++", "on_gpu.convolution", {**settings.library, **settings.interpreted}, **both),
         Group("plans", "on_gpu.plans", {**settings.library, **settings.interpreted}, **both),
         Group("network", "on_gpu.network", **both),
         Group("speed", "on_gpu.speed", **both),
@@ -99,7 +100,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
         kernels(by_group.get("kernels", [])),
         choices(by_group.get("choices", [])),
         plans(records),
-        accuracy([r for name in ("Triton", "CUDA C++", "network") for r in by_group.get(name, [])]),
+        accuracy([r for name in ("Triton", "CUDA C++", "3x3 in CUDA C++", "network") for r in by_group.get(name, [])]),
         machine(by_group.get("machine", []), by_group.get("warm-up", []), by_group.get("build", [])),
     ]
 

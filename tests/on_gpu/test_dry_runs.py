@@ -36,6 +36,7 @@ def test_smoke(tmp_path):
         "Triton",
         "machine",
         "CUDA C++",
+        "3x3 in CUDA C++",
         "plans",
         "network",
         "speed",

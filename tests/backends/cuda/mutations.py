@@ -49,7 +49,7 @@ FAULTS = {
         "nobody waits for Z": ("wait_for_copies<0>();", "wait_for_copies<1>();"),
         "no barrier before the products": ("__syncthreads();  // dY's windows are there, and W2", ""),
         "no barrier after them": ("__syncthreads();  // Z's tile is there, and nobody reads dY's any more", ""),
-        "no barrier before storing": ("__syncthreads();  // scale * D is there", ""),
+        "no barrier before storing": ("__syncthreads();  // scale * D is there;", "//"),
         "taps the wrong way round": ("(8 - tap) * planes", "tap * planes"),
         "not transposed": ("load_matrices_transposed(b[n]", "load_matrices(b[n]"),
         "the gradient of what is below zero": ("<= 0 ? 0.0f", "> 0 ? 0.0f"),
