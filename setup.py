@@ -81,15 +81,15 @@ def gpu_code(nvcc: str, tensor_cores: bool) -> str:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         wanted = [f"{a[:-1]}.{a[-1]}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
         wanted[-1] += "+PTX"
-    flags, majors = [], set()
+    flags = []
     for entry in wanted:
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as '8.0;9.0+PTX', got {entry!r}")
         number = match[1] + match[2]
-        if tensor_cores and (match[1] in majors or int(match[1]) < 8) and wanted[-1] != entry:
-            continue
-        majors.add(match[1])
+        lesser = {f"{match[1]}.{minor}" for minor in range(int(match[2][0]))}
+        if tensor_cores and (lesser & set(wanted) or int(match[1]) < 8) and entry != wanted[-1]:
+            continue  # but the last: nvcc needs one
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")

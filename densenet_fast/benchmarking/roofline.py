@@ -58,11 +58,11 @@ SHARE = "the data sheet's {:g} T, times what an H200 reached of its own (403 of 
 REACHED = 403.3 / 494.7
 """Of the data sheet's products, in a matrix product on an H200."""
 WARPS = 0.63
-"""Of a Hopper GPU's products, by mma.sync."""
+"""Of a Hopper GPU's products, by mma.sync: assumed."""
 START = Figure(3e-6, f"measured on an H200, taken for all: unrolled_elementwise_kernel, 12 us in 4 launches ({RUN_3})")
 HOPPER_WGMMA = Figure(403.3e12, f"measured on an H200, the best matrix product ({RUN_3})")
 HOPPER_MMA = Figure(
-    WARPS * 403.3e12, f"{WARPS} of wgmma's: of the peak, by arXiv:2402.13499, the same share taken here"
+    WARPS * 403.3e12, f"assumed, {WARPS} of wgmma's: the share of the peak in arXiv:2402.13499, not checked here"
 )
 HOPPER = config.Device(90, 132)
 

@@ -1,9 +1,8 @@
 // The instructions of csrc/cuda/tensor_cores.h on a CPU.
 //
-// A copy that goes on while its thread works is made when the thread waits for
-// it or, where threads run in reverse order, as soon as it begins: whoever
-// reads too early, or overwrites what others still read, shows. Places outside
-// of shared memory, or not at a multiple of 16 bytes, are errors.
+// A copy that goes on while its thread works is made when the thread waits for it or, where threads run in reverse
+// order, as soon as it begins: whoever reads too early, or overwrites what others still read, shows. Places outside of
+// shared memory, or not at a multiple of 16 bytes, are errors.
 #pragma once
 
 #include <array>
@@ -33,9 +32,7 @@ inline void make(const Copy& copy) {
 template <bool CACHED>
 void copy_async(unsigned place, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes < 0 || bytes > 16)
-    block.fault =
-        "a copy from an address that is no multiple of 16 bytes, or "
-        "of another size";
+    block.fault = "a copy from an address that is no multiple of 16 bytes, or of another size";
   const Copy copy{place, from, bytes};
   if (in_reverse()) make(copy);
   block.running->copies.back().push_back(copy);

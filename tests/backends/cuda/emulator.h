@@ -1,12 +1,9 @@
-// Runs the kernels of csrc/cuda on a CPU, thread by thread, to test them where
-// there is no GPU.
+// Runs the kernels of csrc/cuda on a CPU, thread by thread, to test them where there is no GPU.
 //
-// Every thread of a block has a stack of its own and runs until a barrier or
-// its end, in the order of the threads or, with the environment variable
-// DENSENET_FAST_EMULATED_ORDER=reverse, against it: what depends on the order
-// is a race. Shared memory holds NaN at the start of every block. A barrier
-// that only some threads of a block reach is an error. An instruction of a warp
-// is executed once all of its lanes have reached it (emulated_tensor_cores.h).
+// Every thread of a block has a stack of its own and runs until a barrier or its end, in the order of the threads or,
+// with the environment variable DENSENET_FAST_EMULATED_ORDER=reverse, against it: what depends on the order is a race.
+// Shared memory holds NaN at the start of every block. A barrier that only some threads of a block reach is an error.
+// An instruction of a warp is executed once all of its lanes have reached it (emulated_tensor_cores.h).
 #pragma once
 
 #include <setjmp.h>
@@ -45,14 +42,12 @@ struct Copy {
 // What keeps a thread from going on
 enum class Stop { none, barrier, warp, end };
 
-// A stack of its own that a thread runs on, and the way back to where it was
-// resumed from
+// A stack of its own that a thread runs on, and the way back to where it was resumed from
 class Fiber {
  public:
   void (*body)() = nullptr;
   Stop stop = Stop::none;
-  std::vector<std::vector<Copy>> copies;  // groups that it has not waited for;
-                                          // the last is not committed yet
+  std::vector<std::vector<Copy>> copies;  // groups that it has not waited for; the last is not committed yet
 
   Fiber() {
     getcontext(&context_);
@@ -136,8 +131,7 @@ inline bool in_reverse() {
   return order != nullptr && !std::strcmp(order, "reverse");
 }
 
-// Threads `first` to `last` of the block until each is at a barrier or its end;
-// what went wrong, or null
+// Threads `first` to `last` of the block until each is at a barrier or its end; what went wrong, or null
 inline const char* run_warp(std::vector<std::unique_ptr<Fiber>>& fibers, size_t first, size_t last, unsigned width,
                             bool reverse) {
   for (;;) {

@@ -2,11 +2,13 @@
 
 import math
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from backends.cuda import emulation
@@ -161,6 +163,25 @@ def test_architectures_are_those_that_nvcc_knows(usage):
     listed = subprocess.run([cuobjdump(), "--list-ptx", extension.LIBRARY], capture_output=True, text=True, check=True)
     newest = max(expected, key=int)
     assert set(re.findall(r"sm_(\d+)", listed.stdout)) == {newest}
+
+
+ARCHITECTURES = {
+    # of TORCH_CUDA_ARCH_LIST, and of the tensor cores' kernels: none that a lesser one of the same major serves
+    "7.5;8.0;8.6;8.9;9.0+PTX": ["sm_80", "sm_90", "compute_90"],
+    "8.6;8.0;9.0": ["sm_80", "sm_90"],
+    "7.5;8.9;9.0a": ["sm_89", "sm_90a"],
+    "8.6": ["sm_86"],
+    "7.5": ["sm_75"],
+}
+
+
+@pytest.mark.parametrize("asked", ARCHITECTURES)
+def test_architectures_of_the_tensor_cores_kernels(asked, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(setuptools, "setup", lambda **metadata: None)
+    gpu_code = runpy.run_path(str(emulation.ROOT / "setup.py"))["gpu_code"]
+    assert re.findall(r",code=(\w+)", gpu_code("nvcc", True)) == ARCHITECTURES[asked]
+    assert len(re.findall(r",code=sm_", gpu_code("nvcc", False))) == len(asked.split(";"))
 
 
 def test_the_library_needs_nothing_of_cuda_and_shows_none_of_its_runtime():
