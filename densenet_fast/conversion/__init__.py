@@ -31,6 +31,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from densenet_fast.conversion import fused, layout
+from densenet_fast.conversion.candidates import block_layouts
+from densenet_fast.conversion.expected import STATE
 from densenet_fast.conversion.layout import BlockLayout, Layout, TransitionLayout, Unlike
 from densenet_fast.conversion.probe import differs
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition
@@ -113,7 +115,7 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 def _revert_edited(model: nn.Module) -> None:
     """Undoes :func:`convert` for the parts of ``model`` that were edited since, and for what holds no other part."""
     for module in model.modules():
-        known = vars(module).get(layout.STATE) if fused.is_converted(module) else None
+        known = vars(module).get(STATE) if fused.is_converted(module) else None
         if known is not None and layout.outdated(module, known):
             fused.revert(module)
     for module in model.modules():
@@ -164,12 +166,12 @@ def _survey(module: nn.Module, name: str, seen: set[int]) -> Iterator[Part]:
 
 
 def _examine(module: nn.Module, name: str) -> Part | None:
-    known = module.__dict__.get(layout.STATE) if fused.is_converted(module) else None
+    known = module.__dict__.get(STATE) if fused.is_converted(module) else None
     if known is not None:
         return Part(name, "DenseBlock" if isinstance(known, BlockLayout) else "Transition", module, known, "")
     layers = layout.dense_layers(module)
     if layers:
-        found, reason = _recognise(module, _block_layouts)
+        found, reason = _recognise(module, block_layouts)
         if found is not None or len(layers) > 1:
             return Part(name, "DenseBlock", module, found, reason)
     found, reason = _recognise(module, _transition_layouts)
@@ -197,13 +199,6 @@ def _recognise(module: nn.Module, layouts: Callable[[nn.Module], Iterator[Layout
     except Unlike as error:
         reason = str(error)
     return None, reason
-
-
-def _block_layouts(module: nn.Module) -> Iterator[BlockLayout]:
-    found = layout.read_block(module)
-    yield found
-    if any(layer.drop_rate for layer in found.layers):
-        yield layout.without_drop_rates(module, found)
 
 
 def _transition_layouts(module: nn.Module) -> Iterator[TransitionLayout]:

@@ -13,19 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_fast import functional
-from densenet_fast.conversion.layout import (
-    CHANNEL_DROPOUTS,
-    RECOMPUTATION_FLAGS,
-    STATE,
-    BlockLayout,
-    Layer,
-    Layout,
-    TransitionLayout,
-    obstacle,
-    replaced,
-)
+from densenet_fast.conversion.expected import RECOMPUTATION_FLAGS, STATE
+from densenet_fast.conversion.layout import BlockLayout, Dropout, Layout, TransitionLayout, at, obstacle, replaced
 from densenet_fast.nn import calls, fusion
-from densenet_fast.nn.memory_format import handed_out, is_channels_last
+from densenet_fast.nn.memory_format import copied, handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory, all_below
 from densenet_fast.operands import BlockOperands, ConvOperands
 from densenet_fast.ops.stage import autocast_dtype
@@ -126,8 +117,17 @@ _memory = Memory(_examined, all_below, known=[STATE])
 
 def run(module: nn.Module, x: Tensor, *, operands: Operands, contiguous: bool, kept: bool) -> Tensor:
     """``module`` as one op on ``x``; the result contiguous or else channels last in memory, and a copy if it is
-    ``kept`` for the backward pass and may be changed in place."""
-    return fusion.run(lambda x: handed_out(apply(operands, x), not contiguous, kept), x)
+    ``kept`` for the backward pass and may be changed in place, or a part of what the op makes."""
+    layout = module.__dict__[STATE]
+
+    def part(x: Tensor) -> Tensor:
+        made = apply(operands, x)
+        returned = wanted(made, x, layout)
+        if returned is made:
+            return handed_out(made, not contiguous, kept)
+        return copied(returned, not contiguous)
+
+    return fusion.run(part, x)
 
 
 def _keeps_output(module: nn.Module) -> bool:
@@ -141,31 +141,36 @@ def apply(operands: Operands, x: Tensor) -> Tensor:
     return functional.run_bn_relu_conv1x1_avgpool(x, operands)[0]
 
 
+def wanted(made: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """Of what the op ``made`` of ``x`` that which the module returns."""
+    if not isinstance(layout, BlockLayout) or not layout.new_only:
+        return made
+    start, count = 0 if layout.prepend else x.shape[1], made.shape[1] - x.shape[1]
+    return made.narrow(1, start, count)
+
+
 def gathered(module: nn.Module, layout: Layout) -> Operands:
     """What the op that ``layout`` says ``module`` is takes: its tensors, modes and rates as they are now."""
     if isinstance(layout, TransitionLayout):
         return ConvOperands(fusion.unit(module, layout.unit.norm, layout.unit.conv))
-    rates, whole_channels = [], []
-    for layer in layout.layers:
-        rate, channels = _dropout(module, layer)
-        rates.append(rate)
-        whole_channels.append(channels)
+    dropouts = [dropout for layer in layout.layers for dropout in layer.dropouts]
+    if not any(layer.dropouts[:-1] != (None,) * (len(layer.units) - 1) for layer in layout.layers):
+        dropouts = [layer.dropouts[-1] for layer in layout.layers]  # none behind the 1x1 convolutions
     return BlockOperands(
         [[fusion.unit(module, unit.norm, unit.conv) for unit in layer.units] for layer in layout.layers],
-        rates,
+        [_rate(module, dropout) for dropout in dropouts],
         _recomputes(module, layout),
-        any(whole_channels),
+        any(dropout is not None and dropout.whole_channels for dropout in dropouts),
+        layout.prepend,
     )
 
 
-def _dropout(block: nn.Module, layer: Layer) -> tuple[float, bool]:
-    """The rate at which ``layer`` drops its new features now, and whether it drops whole channels."""
-    if layer.dropout is not None:
-        dropout = fusion.child(block, layer.dropout)
-        return (dropout.p if dropout.training else 0.0), type(dropout) in CHANNEL_DROPOUTS
-    holder = fusion.child(block, layer.path)
-    rate = getattr(holder, layer.drop_rate) if layer.drop_rate is not None and holder.training else 0.0
-    return max(float(rate), 0.0), False
+def _rate(block: nn.Module, dropout: Dropout | None) -> float:
+    """The rate of a dropout in ``block`` now."""
+    if dropout is None:
+        return 0.0
+    holder = at(block, dropout.path)
+    return max(float(getattr(holder, dropout.rate)), 0.0) if holder.training else 0.0
 
 
 def _recomputes(block: nn.Module, layout: BlockLayout) -> list[bool]:

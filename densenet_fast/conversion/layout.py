@@ -7,6 +7,7 @@ made. What the modules do not say (a functional ReLU, where the features are con
 """
 
 from collections.abc import Iterator
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -16,33 +17,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from densenet_fast import reference
 from densenet_fast.conversion.classes import Classes, classes_of
+from densenet_fast.conversion.expected import Expected, changed, expected_of
 from densenet_fast.nn import fusion
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-DROP_RATES = ("drop_rate", "droprate", "dropout_rate")
-"""Attributes in which layers keep the rate of a functional dropout of their new features."""
-RECOMPUTATION_FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")
-"""Attributes by which libraries ask for a bottleneck to be recomputed in the backward pass."""
-
-STATE = "_densenet_fast"
-"""Where a converted module keeps its layout."""
-_OWN = set(vars(nn.Module())) | {*RECOMPUTATION_FLAGS, STATE}
-_NORM = set(vars(nn.BatchNorm2d(1)))
 
 
 class Unlike(Exception):
     """Why a module is not a dense block or transition that can run as one op."""
-
-
-class Expected(NamedTuple):
-    """What a module was when it was recognised; another class, child or attribute may compute something else."""
-
-    kind: type[nn.Module]
-    attributes: tuple[tuple[str, Any], ...]
-    size: int | None
-    """How many attributes it had, of whatever name; None if they do not count."""
-    children: tuple[tuple[str, "Expected"], ...]
 
 
 class Unit(NamedTuple):
@@ -53,19 +36,30 @@ class Unit(NamedTuple):
     kernel: int
 
 
+class Dropout(NamedTuple):
+    """What drops out behind a unit: the path of the module that knows the rate and the mode, its attribute with the
+    rate, and whether whole channels are dropped."""
+
+    path: str
+    rate: str
+    whole_channels: bool
+
+
 class Layer(NamedTuple):
-    """One dense layer: its path in the block, its units, and the path of its dropout module or the attribute that holds
-    its dropout rate, if any."""
+    """One dense layer: its path in the block, its units, and what drops out behind each of them."""
 
     path: str
     units: tuple[Unit, ...]
-    dropout: str | None
-    drop_rate: str | None
+    dropouts: tuple[Dropout | None, ...]
 
 
 class BlockLayout(NamedTuple):
     dims: int
     layers: tuple[Layer, ...]
+    prepend: bool
+    """Whether new features stand in front of those that they were made of."""
+    new_only: bool
+    """Whether the new features are returned alone, without the block's input."""
     expected: Expected
     classes: Classes
 
@@ -117,8 +111,18 @@ def dense_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def convolutions(module: nn.Module) -> list[_ConvNd]:
-    """All convolutions of ``module``, without transposed ones."""
-    return [m for m in module.modules() if isinstance(m, _ConvNd) and not isinstance(m, _ConvTransposeNd)]
+    """All convolutions of ``module``, without transposed ones, in the order in which layers use them: 1x1 first."""
+    found = [m for m in module.modules() if isinstance(m, _ConvNd) and not isinstance(m, _ConvTransposeNd)]
+    return sorted(found, key=_kernel)
+
+
+def _kernel(conv: nn.Module) -> int:
+    return max(conv.kernel_size)
+
+
+def at(module: nn.Module, path: str) -> nn.Module:
+    """The module at ``path`` below ``module``; itself at the empty path."""
+    return fusion.child(module, path) if path else module
 
 
 def read_block(block: nn.Module) -> BlockLayout:
@@ -139,19 +143,8 @@ def read_block(block: nn.Module) -> BlockLayout:
         raise Unlike("some of its layers have a bottleneck and some none")
     if len({type(fusion.child(block, unit.conv)) for layer in layers for unit in layer.units}) != 1:
         raise Unlike("its convolutions differ in dimensions")
-    dropouts = {type(fusion.child(block, layer.dropout)) if layer.dropout else nn.Dropout for layer in layers}
-    if len({kind in CHANNEL_DROPOUTS for kind in dropouts}) != 1:
-        raise Unlike("some of its layers drop whole channels and some do not")
     dims = fusion.DIMENSIONS[type(fusion.child(block, layers[0].units[0].conv))]
-    rates = {layer.path: layer.drop_rate for layer in layers if layer.drop_rate}
-    return _checked(block, BlockLayout(dims, layers, _expected(block, "", rates), _classes(block)))
-
-
-def without_drop_rates(block: nn.Module, layout: BlockLayout) -> BlockLayout:
-    """``layout`` for a block whose layers use their drop rates in a way of their own: it holds while they do not
-    change."""
-    layers = tuple(layer._replace(drop_rate=None) for layer in layout.layers)
-    return BlockLayout(layout.dims, layers, _expected(block, "", {}), layout.classes)
+    return _checked(block, BlockLayout(dims, layers, False, False, expected_of(block, {}), _classes(block)))
 
 
 def read_transition(module: nn.Module) -> TransitionLayout:
@@ -169,18 +162,18 @@ def read_transition(module: nn.Module) -> TransitionLayout:
         raise Unlike(f"{(leaves.dropouts + leaves.others)[-1]} is not a part of BN-ReLU-convolution-pooling")
     pool = leaves.others[0] if leaves.others else None
     dims = fusion.DIMENSIONS[type(fusion.child(module, unit.conv))]
-    return _checked(module, TransitionLayout(dims, unit, pool, _expected(module, "", {}), _classes(module)))
+    return _checked(module, TransitionLayout(dims, unit, pool, expected_of(module, {}), _classes(module)))
 
 
 def obstacle(module: nn.Module, layout: Layout) -> str | None:
     """Why ``module``, which was recognised as ``layout``, cannot run as one op now, or None."""
-    return replaced(layout) or _changed(module, layout.expected, "") or _unlike(module, layout)
+    return replaced(layout) or changed(module, layout.expected) or _unlike(module, layout)
 
 
 def outdated(module: nn.Module, layout: Layout) -> bool:
     """Whether ``module`` is not what it was when it was recognised as ``layout``, hooks aside."""
-    changed = replaced(layout) or _changed(module, layout.expected, "", hooks=False)
-    return bool(changed or _unlike(module, layout))
+    edited = replaced(layout) or changed(module, layout.expected, hooks=False)
+    return bool(edited or _unlike(module, layout))
 
 
 def _unlike(module: nn.Module, layout: Layout) -> str | None:
@@ -208,7 +201,8 @@ def _checked(module: nn.Module, layout: Any) -> Any:
 def _unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
     norm = fusion.child(module, unit.norm)
     reason = fusion.convolution_obstacle(module, unit.conv, unit.kernel)
-    if reason is None and not isinstance(norm, reference.BATCH_NORMS[dims]):
+    probed = isinstance(norm, (reference.BATCH_NORMS[dims], nn.SyncBatchNorm)) or fusion.is_frozen_norm(norm)
+    if reason is None and not probed:
         reason = fusion.norm_obstacle(module, unit.norm, dims)
     return reason
 
@@ -223,68 +217,16 @@ def replaced(layout: Layout) -> str | None:
     return None if function is None else f"{function} was replaced since the conversion"
 
 
-def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = True) -> str | None:
-    """Which module below ``module`` has a hook, or which has changed since ``expected``, or None."""
-    for name, value in expected.attributes:
-        now = getattr(module, name, None)
-        if now is not value and not (type(now) is type(value) and isinstance(now, (int, float, str)) and now == value):
-            return f"{path}{name} has changed since the conversion"
-    if expected.size not in (None, len(module.__dict__)):
-        added = _hiding(module, expected)
-        if added is not None:
-            return f"{path}{added} has changed since the conversion"
-    if [name for name, _ in expected.children] != [name for name, m in module._modules.items() if m is not None]:
-        return f"the children of {path.rstrip('.') or 'the module'} are {', '.join(module._modules) or 'none'}"
-    for name, part in expected.children:
-        child = module._modules[name]
-        synchronised = type(child) in fusion.SYNC_BATCH_NORMS and part.kind in reference.BATCH_NORMS.values()
-        if type(child) is not part.kind and not synchronised:
-            return f"{path}{name} is a {type(child).__name__}, not a {part.kind.__name__}"
-        if fusion.has_hooks(child) if hooks else "forward" in vars(child):
-            return f"{path}{name} has a hook or a forward of its own"
-        reason = _changed(child, part, f"{path}{name}.", hooks)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _hiding(module: nn.Module, expected: Expected) -> str | None:
-    """An attribute that ``module`` has got since, in front of one of its class, or None."""
-    known = {name for name, _ in expected.attributes} | _OWN | set(DROP_RATES) | {"forward"}
-    return next((name for name in vars(module) if name not in known and hasattr(type(module), name)), None)
-
-
-def _expected(module: nn.Module, path: str, drop_rates: dict[str, str]) -> Expected:
-    """What to hold ``module`` to; the attribute of a layer that ``drop_rates`` names by its path may change."""
-    if isinstance(module, (_ConvNd, nn.ReLU, nn.modules.dropout._DropoutNd)) or type(module) in _STOCK:
-        attributes, size = (), None  # what counts of these is read, or checked, at every call
-    else:
-        ignored = _OWN | (_NORM if isinstance(module, _BatchNorm) else set()) | {drop_rates.get(path)}
-        attributes = tuple((name, value) for name, value in vars(module).items() if name not in ignored)
-        size = len(vars(module)) + (not path)  # a converted module keeps its layout too
-    children = [
-        (name, _expected(child, f"{path}.{name}" if path else name, drop_rates))
-        for name, child in module._modules.items()
-        if child is not None
-    ]
-    return Expected(type(module), attributes, size, tuple(children))
-
-
-_STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}
-
-
 def _read_layer(block: nn.Module, path: str, layer: nn.Module) -> Layer:
     leaves = _leaves(layer, f"{path}.")
     _refuse_tensors(layer, path)
     if leaves.others:
         other = fusion.child(block, leaves.others[0])
         raise Unlike(f"{leaves.others[0]} is a {type(other).__name__}, not a part of BN-ReLU-convolutions")
-    if len(leaves.dropouts) > 1:
-        raise Unlike(f"{path} has {len(leaves.dropouts)} dropout modules")
+    if len(leaves.dropouts) > len(leaves.convs):
+        raise Unlike(f"{path} has {len(leaves.dropouts)} dropout modules and {len(leaves.convs)} convolutions")
     units = _units(block, leaves, (1, 3) if len(leaves.convs) == 2 else (3,))
-    rates = [name for name in DROP_RATES if isinstance(vars(layer).get(name), (int, float))]
-    dropout = leaves.dropouts[0] if leaves.dropouts else None
-    return Layer(path, units, dropout, rates[0] if rates and dropout is None else None)
+    return Layer(path, units, (None,) * len(units))
 
 
 def _units(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple[Unit, ...]:
@@ -294,14 +236,26 @@ def _units(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple
             f"expected as many batch normalisations as convolutions, got {', '.join(leaves.norms) or 'none'} and "
             f"{', '.join(leaves.convs)}"
         )
-    for norm, conv, kernel in zip(leaves.norms, leaves.convs, kernels):
+    convs = sorted(leaves.convs, key=lambda path: _kernel(fusion.child(module, path)))
+    for conv, kernel in zip(convs, kernels):
         reason = fusion.convolution_obstacle(module, conv, kernel)
         if reason is not None:
             raise Unlike(reason)
-        features, channels = fusion.child(module, norm).num_features, fusion.child(module, conv).in_channels
-        if features != channels:
-            raise Unlike(f"{norm} normalises {features} channels and {conv} reads {channels}")
-    return tuple(Unit(*unit) for unit in zip(leaves.norms, leaves.convs, kernels))
+    read = [fusion.child(module, conv).in_channels for conv in convs]
+    normalised = {path: fusion.normalised_channels(fusion.child(module, path)) for path in leaves.norms}
+    orders = permutations(leaves.norms)
+    norms = next((order for order in orders if [normalised[path] for path in order] == read), None)
+    if norms is None:
+        norm, conv, channels = next(
+            (norm, conv, n) for norm, conv, n in zip(leaves.norms, convs, read) if normalised[norm] != n
+        )
+        raise Unlike(f"{norm} normalises {normalised[norm]} channels and {conv} reads {channels}")
+    return tuple(Unit(*unit) for unit in zip(norms, convs, kernels))
+
+
+def dropout_modules(block: nn.Module, layer: Layer) -> list[str]:
+    """Paths of the dropout modules of ``layer``, in order of registration."""
+    return _leaves(fusion.child(block, layer.path), f"{layer.path}.").dropouts
 
 
 def _leaves(module: nn.Module, prefix: str) -> Leaves:
@@ -310,7 +264,7 @@ def _leaves(module: nn.Module, prefix: str) -> Leaves:
     for path, leaf in _walk(module, prefix):
         if isinstance(leaf, _ConvNd):
             leaves.convs.append(path)
-        elif isinstance(leaf, _BatchNorm):
+        elif _is_norm(leaf):
             leaves.norms.append(path)
         elif type(leaf) is nn.Dropout or type(leaf) in CHANNEL_DROPOUTS:
             leaves.dropouts.append(path)
@@ -320,7 +274,7 @@ def _leaves(module: nn.Module, prefix: str) -> Leaves:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, (_ConvNd, _BatchNorm)):
+    if isinstance(module, _ConvNd) or _is_norm(module):
         raise Unlike(f"{prefix.rstrip('.')} is a {type(module).__name__}, not BN-ReLU-convolutions")
     for name, child in module._modules.items():
         path = prefix + name
@@ -328,15 +282,22 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             continue
         if "." in name:
             raise Unlike(f"{path} has a dot in its name")
-        if type(child) in CONTAINERS or type(child).forward is nn.Sequential.forward:
-            _refuse_tensors(child, path)
-            yield from _walk(child, f"{path}.")
-            continue
-        yield path, child
-        if isinstance(child, _BatchNorm):  # some hold their activation
+        if isinstance(child, _ConvNd):
+            yield path, child
+        elif _is_norm(child):  # some hold their activation
+            yield path, child
             for inner, leaf in child._modules.items():
                 if not isinstance(leaf, (nn.ReLU, nn.Identity)):
                     raise Unlike(f"{path}.{inner} is a {type(leaf).__name__}, not a ReLU")
+        elif child._modules or isinstance(child, CONTAINERS):
+            _refuse_tensors(child, path)
+            yield from _walk(child, f"{path}.")
+        else:
+            yield path, child
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or fusion.is_frozen_norm(module)
 
 
 def _refuse_tensors(module: nn.Module, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from densenet_fast import operands, reference
@@ -272,11 +273,34 @@ def normalises_by_batch(normalise: nn.Module) -> bool:
     return normalise.training or normalise.running_mean is None
 
 
+FROZEN = ("weight", "bias", "running_mean", "running_var")
+FROZEN_EPS = 1e-5
+"""Of frozen normalisations without an attribute for it."""
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """Whether ``module`` has the tensors of a batch normalisation by running statistics alone, as torchvision's
+    FrozenBatchNorm2d has them: what it computes, they do not tell."""
+    if module is None or isinstance(module, _NormBase):
+        return False
+    tensors = {n: t for n, t in (module._parameters | module._buffers).items() if t is not None}
+    sizes = {tuple(tensors[name].shape) if name in tensors else () for name in FROZEN}
+    return len(sizes) == 1 and len(sizes.pop()) == 1 and tensors.keys() <= {*FROZEN, "num_batches_tracked"}
+
+
+def normalised_channels(normalise: nn.Module) -> int:
+    """How many channels a batch normalisation, or a frozen one, normalises."""
+    return normalise.num_features if isinstance(normalise, _NormBase) else normalise.running_mean.numel()
+
+
 def batch_norm(normalise: nn.Module) -> operands.BatchNorm:
-    """The tensors and options of a batch normalisation as the functional ops take them."""
+    """The tensors and options of a batch normalisation, or a frozen one, as the functional ops take them."""
+    if not isinstance(normalise, _NormBase):
+        tensors = [getattr(normalise, name) for name in FROZEN]
+        return operands.BatchNorm(*tensors, None, False, eps=getattr(normalise, "eps", FROZEN_EPS))
     tracking = normalise.track_running_stats or not normalise.training
     group = None
-    if type(normalise) in SYNC_BATCH_NORMS and normalise.training and torch.distributed.is_initialized():
+    if isinstance(normalise, SYNC_BATCH_NORMS) and normalise.training and torch.distributed.is_initialized():
         group = normalise.process_group or torch.distributed.group.WORLD
     return operands.BatchNorm(
         normalise.weight,
