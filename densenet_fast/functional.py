@@ -172,7 +172,7 @@ def bn_conv1x1_avgpool(
     *,
     statistics: BatchStatistics | None = None,
 ) -> Tensor:
-    """The transition without ReLU, ``avg_pool(conv(batch_norm(x), weight, bias), 2)``; it pools first, which is the same.
+    """The transition without ReLU: ``avg_pool(conv(batch_norm(x), weight, bias), 2)``, pooling first.
 
     Saved for the backward pass: ``x`` and its centred mean over the windows. Arguments, result and errors as for
     :func:`bn_relu_conv1x1_avgpool`; a RuntimeError too if the batch is normalised over several processes.

@@ -57,9 +57,7 @@ def _dropping(block: nn.Module, layout: BlockLayout) -> Iterator[BlockLayout]:
         yield from _placed(block, layout, modules)
         return
     for whole_channels in (False, True):
-        rates = [
-            tuple(_rate(block, layer, unit.conv, whole_channels) for unit in layer.units) for layer in layout.layers
-        ]
+        rates = [_rates(block, layer, whole_channels) for layer in layout.layers]
         if any(map(any, rates)):
             yield from _placed(block, layout, rates)
     yield layout  # whatever it does with a rate, it holds while that does not change
