@@ -62,7 +62,9 @@ class Part(NamedTuple):
 
     @property
     def converted(self) -> bool:
-        return fused.is_converted(self.module)
+        if self.names:
+            return fused.is_converted(self.module) and self.names in [s.names for s in segments_of(self.module)]
+        return fused.is_converted(self.module) and fused.mixin(self.module) is fused.Fused
 
     @property
     def first(self) -> nn.Module:
@@ -134,7 +136,7 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             fused.change_class(part.module, fused.Fused, part.layout)
     for module in reversed(list(model.modules())):
         chains = any(isinstance(child, fused.Converted) for child in module._modules.values())
-        if (module in held or chains) and type(module).forward is nn.Sequential.forward:
+        if (module in held or chains) and runs_in_turn(module):
             fused.change_class(module, FusedSequential, (*held[module],) if module in held else None)
     return model
 
@@ -197,10 +199,12 @@ def _survey(module: nn.Module, name: str, seen: set[int]) -> Iterator[Part]:
 def _found(module: nn.Module) -> tuple[Recognised | None, list[Recognised]]:
     """What ``module`` is as a whole, or resembles, and what some of its children are together."""
     if fused.is_converted(module):
-        known = vars(module).get(STATE)
         if fused.mixin(module) is FusedSequential:
-            return None, [Recognised(s.layout.kind, s.layout, "", s.names) for s in segments_of(module)]
-        return (None if known is None else Recognised(known.kind, known, "")), []
+            known = [Recognised(s.layout.kind, s.layout, "", s.names) for s in segments_of(module)]
+            pieces = known + segments(module, {name for piece in known for name in piece.names})
+            return None if any(piece.kind == "DenseBlock" for piece in pieces) else examine(module), pieces
+        layout = vars(module).get(STATE)
+        return (None if layout is None else Recognised(layout.kind, layout, "")), []
     whole = examine(module)
     if (whole is not None and whole.layout is not None) or not runs_in_turn(module):
         return whole, []

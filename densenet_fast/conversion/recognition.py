@@ -1,7 +1,7 @@
 """What a module is: a dense block, a transition, a stem; and what the children of a Sequential are together."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -12,7 +12,7 @@ from densenet_fast.conversion.candidates import block_layouts
 from densenet_fast.conversion.fused import Converted
 from densenet_fast.conversion.layout import Layout, Unlike
 from densenet_fast.conversion.probe import differs
-from densenet_fast.conversion.sequential import Stretch
+from densenet_fast.conversion.sequential import FusedSequential, Stretch
 from densenet_fast.conversion.stem import (
     MEANS,
     head_layouts,
@@ -25,6 +25,7 @@ from densenet_fast.conversion.transition import resembles_transition, transition
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, fusion
 
 OURS = (DenseBlock, Transition, BNReLUConv1x1)
+KNOWN = "it is known already"
 Layouts = Callable[[nn.Module], Iterator[Layout]]
 
 
@@ -57,7 +58,8 @@ def examine(module: nn.Module) -> Recognised | None:
 
 def runs_in_turn(module: nn.Module) -> bool:
     """Whether ``module`` is a Sequential that calls its children one after the other."""
-    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    forward = type(module).forward
+    return forward in (nn.Sequential.forward, FusedSequential.forward) and "forward" not in vars(module)
 
 
 def _recognise(module: nn.Module, layouts: Layouts) -> tuple[Layout | None, str]:
@@ -81,26 +83,25 @@ def _recognise(module: nn.Module, layouts: Layouts) -> tuple[Layout | None, str]
     return None, reason
 
 
-def segments(module: nn.Module) -> list[Recognised]:
-    """What children of ``module``, which :func:`runs_in_turn`, are together, or resemble, in order."""
+def segments(module: nn.Module, known: Collection[str] = ()) -> list[Recognised]:
+    """What children of ``module``, which :func:`runs_in_turn`, are together, or resemble, but for those ``known``."""
     names = [name for name, child in module._modules.items() if child is not None]
-    found = [*_runs(module, names)]
-    taken = {name for part in found if part.layout is not None for name in part.names}
-    for i, name in enumerate(names):
-        part = None if name in taken else _behind_norm(module, names[i:])
-        if part is not None:
-            found.append(part)
-    return sorted(found, key=lambda part: names.index(part.names[0]))
+    found = [*_runs(module, names, known)]
+    taken = {*known, *(name for part in found if part.layout is not None for name in part.names)}
+    parts = (_behind_norm(module, names[i:]) for i, name in enumerate(names) if name not in taken)
+    return found + [part for part in parts if part is not None]
 
 
-def _runs(module: nn.Module, names: Sequence[str]) -> Iterator[Recognised]:
+def _runs(module: nn.Module, names: Sequence[str], known: Collection[str]) -> Iterator[Recognised]:
     """Runs of dense layers among the children, and what resembles one."""
     windows = [*_windows(module, names)]
     if windows == [[name for name in names if type(module._modules[name]) is not nn.Identity]]:
         return  # it is a block as a whole, or is none
     for window in windows:
         together = len(window) > 1
-        for stretch, reason in _alike(window, [_unlike(module, name) for name in window]):
+        for stretch, reason in _alike(window, [KNOWN if name in known else _unlike(module, name) for name in window]):
+            if reason is KNOWN:
+                continue
             if reason is not None:
                 yield from _left(together, stretch, reason)
             elif together or _unlike(module._modules[stretch[0]]) is not None:
