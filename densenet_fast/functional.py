@@ -201,7 +201,7 @@ def _bn_conv1x1_avgpool(
     check_input(x)
     group, (stage,) = operands.group(), operands.stages
     check(group is None, RuntimeError, "norm.group", "batch statistics of one process", group)
-    out, mean, var = without_autocast(ops.bn_conv1x1_avgpool)(x, *_known(x, operands.reader, statistics, group), stage)
+    out, mean, var = ops.bn_conv1x1_avgpool(x, *_known(x, operands.reader, statistics, group), stage)
     mean, var, count = mean.detach(), var.detach(), global_count(0, x, None)
     if _beyond_range(x, var, group):
         out, mean, var, count, *_ = _on_stock(stock.bn_conv_pool, x, stage, None, None)

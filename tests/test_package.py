@@ -57,7 +57,7 @@ LEVELS = [
     ["conversion.fused"],
     ["conversion.probe", "conversion.sequential"],
     ["conversion.candidates"],
-    ["conversion.recognition"],
+    ["conversion.recognition", "conversion.graphs"],
     ["models", "conversion"],
     ["explain"],
     [""],

@@ -25,12 +25,13 @@ import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from densenet_fast.conversion import fused, layout
+from densenet_fast.conversion import fused, graphs, layout
 from densenet_fast.conversion.expected import STATE
 from densenet_fast.conversion.layout import Layout
 from densenet_fast.conversion.recognition import OURS, Recognised, examine, runs_in_turn, segments
@@ -136,7 +137,7 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
             fused.change_class(part.module, fused.Fused, part.layout)
     for module in reversed(list(model.modules())):
         chains = any(isinstance(child, fused.Converted) for child in module._modules.values())
-        if (module in held or chains) and runs_in_turn(module):
+        if (module in held or chains) and type(module).forward is nn.Sequential.forward:
             fused.change_class(module, FusedSequential, (*held[module],) if module in held else None)
     return model
 
@@ -179,6 +180,13 @@ def _survey(module: nn.Module, name: str, seen: set[int]) -> Iterator[Part]:
     if id(module) in seen or isinstance(module, OURS):
         return
     seen.add(id(module))
+    if isinstance(module, torch.fx.GraphModule):
+        reason = graphs.taken_apart(module)
+        if reason is not None:
+            yield Part(name, "Graph", module, None, reason)
+        for path, child in graphs.called(module).items():
+            yield from _survey(child, _join(name, path), seen)
+        return
     whole, pieces = _found(module)
     if whole is not None:
         yield Part(name, whole.kind, module, whole.layout, whole.reason)

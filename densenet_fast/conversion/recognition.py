@@ -71,8 +71,8 @@ def _recognise(module: nn.Module, layouts: Layouts) -> tuple[Layout | None, str]
         for candidate in layouts(module):
             if type(module).forward is nn.Module.forward:
                 return None, (
-                    f"a {type(module).__name__} has no forward: its layers are called one by one, as in a graph that "
-                    "torch.fx made; extract one with the blocks as leaf modules, or use hooks"
+                    f"a {type(module).__name__} has no forward: give it one that loops over its layers, or let each "
+                    "layer concatenate and put them into an nn.Sequential"
                 )
             difference = differs(module, candidate)
             if difference is None:

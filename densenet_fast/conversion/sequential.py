@@ -44,10 +44,9 @@ class FusedSequential(Converted):
     """A Sequential that holds converted parts, or keeps :class:`Segment` s."""
 
     def forward(self, input: Any) -> Any:
-        steps = _steps(self)
         if fusion.chain_obstacle(input) is None:
-            return _through(input, steps)
-        for step in steps:
+            return _through(input, _steps(self))
+        for step in _steps(self, within=False):
             input = step.alone(input)
         return input
 
@@ -127,8 +126,9 @@ class SegmentStep(Step):
         calls.note(self.owner, reason, operands, self.segment.names[0])
 
 
-def _steps(module: nn.Module) -> list[Step]:
-    """The children of a Sequential in order, those of a segment as one; and those of Sequentials among them."""
+def _steps(module: nn.Module, within: bool = True) -> list[Step]:
+    """The children of a Sequential in order, those of a segment as one; and instead of Sequentials among them, if asked
+    to look ``within`` them, their children."""
     first = {segment.names[0]: (place, segment) for place, segment in enumerate(segments_of(module))}
     names, i = list(module._modules), 0
     steps: list[Step] = []
@@ -140,7 +140,7 @@ def _steps(module: nn.Module) -> list[Step]:
             i += len(segment.names)
             continue
         child = module._modules[names[i]]
-        steps += _steps(child) if _is_chained(child) else [Step(child)]
+        steps += _steps(child) if within and _is_chained(child) else [Step(child)]
         i += 1
     return steps
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from densenet_fast.backends.affine import accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.ops import stock
-from densenet_fast.ops.stage import Stage
+from densenet_fast.ops.stage import Stage, without_autocast
 
 
 class _BatchStatistics(torch.autograd.Function):
@@ -38,6 +38,7 @@ class _BatchStatistics(torch.autograd.Function):
         return centred.mul_(slope).add_(constant).to(x.dtype)
 
 
+@without_autocast
 def bn_conv1x1_avgpool(
     x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage
 ) -> tuple[Tensor, Tensor, Tensor]:

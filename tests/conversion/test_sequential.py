@@ -278,7 +278,7 @@ LEFT_ALONE = {
         "pool is not a plain average over 2: kernel_size=3",
     ),
     "dropout elsewhere": (
-        lambda: nn.Sequential(seq.Narrowing(8, 4), Late(OrderedDict(seq.down(4, 4)._modules))),
+        lambda: nn.Sequential(seq.Narrowing(8, 4), Late(OrderedDict(seq.down(4, 4, kind=nn.Dropout)._modules))),
         1,
         "drops out in another place or in another way: let it stand between the convolution and the pool",
     ),
