@@ -203,8 +203,8 @@ class BlockOperands(Operands):
                 made = unit.weight.shape[0]
             channels += made
         rates, flags, n = self.drop_rates, self.recomputed, len(self.layers)
-        right = {n: f"{n} rates", len(self.norms): f"{n} or {len(self.norms)} rates"}
-        check(len(rates) in right, ValueError, "drop_rates", [*right.values()][-1], len(rates))
+        either = {n: None, len(self.norms): None}
+        check(len(rates) in either, ValueError, "drop_rates", f"{' or '.join(map(str, either))} rates", len(rates))
         check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
         check(len(flags) == n, ValueError, "memory_efficient", f"{n} flags", len(flags))
 

@@ -180,8 +180,8 @@ def dense_block(
     prepend: bool,
 ) -> None:
     """The whole block: fills the columns of features [M, C_total] but the first ``in_channels``, or to ``prepend`` the
-    last, which are there with their statistics, the packed statistics, with ``describe`` those of all features, and each layer's bottleneck [M, B] where
-    there are any to fill.
+    last, which are there with their statistics; the packed statistics, with ``describe`` those of all features; and
+    each layer's bottleneck [M, B] where there are any to fill.
 
     Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
     the convolutions' weights so too or in the features' dtype.

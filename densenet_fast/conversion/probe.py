@@ -45,7 +45,8 @@ def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, Fa
                 if runs.error is not None:
                     return f"its forward failed on one tensor: {runs.error}"
                 if not runs.agree():
-                    return f"its forward {_difference(runs, clones)}{' in training' if training else ''}"
+                    difference, advice = _difference(runs, clones)
+                    return f"its forward {difference}{' in training' if training else ''}{advice}"
     finally:
         torch.default_generator.set_state(state)
         torch.set_num_threads(threads)
@@ -77,60 +78,61 @@ class _Runs:
         return next((name for ours, (name, stock) in self.buffers if not _same(ours, stock)), None)
 
 
-def _difference(runs: _Runs, clones: "Clones") -> str:
-    """What the module's forward does otherwise than the op."""
+def _difference(runs: _Runs, clones: "Clones") -> tuple[str, str]:
+    """What the module's forward does otherwise than the op, and what to do about it."""
     got, expected = runs.got, runs.expected
     if not isinstance(expected, Tensor):
-        return f"returns a {type(expected).__name__}, not a feature map: return torch.cat(features, 1)"
+        return f"returns a {type(expected).__name__}, not a feature map", ""
     block = isinstance(clones.layout, BlockLayout)
-    if block and _is_reordered(clones.widths(), runs):
-        return f"orders the features otherwise: {ORDERS}"
-    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-        return f"returns {_kind(expected)} where {_kind(got)} was expected"
     if _same(got, expected):
-        return f"updates {runs.other_buffer()} otherwise"
-    if runs.training and _Runs(clones, runs.x, True, (0.0, 0.0)).agree():
-        return f"drops out in another place or in another way: {PLACES if block else PLACE}"
-    return f"computes something else: {COMPUTED[clones.layout.kind]}" if not block else "computes something else"
+        return f"updates {runs.other_buffer()} otherwise", ""
+    if _Runs(clones, runs.x, runs.training, (0.0, 0.0)).agree():
+        places = PLACES if block else PLACE
+        return ("drops out in another place or in another way", places) if runs.training else ("drops out", INFERENCE)
+    if block and _is_reordered(clones, runs):
+        return "orders the features otherwise", ORDERS
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        return f"returns {_kind(expected)} where {_kind(got)} was expected", ""
+    return "computes something else", "" if block else COMPUTED[clones.layout.kind]
 
 
 ORDERS = (
-    "let every layer make torch.cat([x, new], 1), or every one torch.cat([new, x], 1), and return the last, or of its "
-    "channels all those that are new"
+    ": let every layer make torch.cat([x, new], 1), or every one torch.cat([new, x], 1), and return the last of these, "
+    "or of its channels those that are new"
 )
-PLACE = "let it stand between the convolution and the pool"
+PLACE = ": let it stand between the convolution and the pool"
 COMPUTED = {
-    "Transition": "let it be batch normalisation, ReLU, a 1x1 convolution and an average over 2, in this order",
-    "BNReLUConv1x1": "let it be batch normalisation, ReLU and a 1x1 convolution, in this order",
-    "Stem": "let it be a convolution, batch normalisation, ReLU and a maximum over 3, in this order",
-    "Head": "let it be batch normalisation, ReLU, a mean over all pixels and a flattening, in this order",
+    "Transition": ": let it be batch normalisation, ReLU, a 1x1 convolution and an average over 2, in this order",
+    "BNReLUConv1x1": ": let it be batch normalisation, ReLU and a 1x1 convolution, in this order",
+    "Stem": ": let it be a convolution, batch normalisation, ReLU and a maximum over 3, in this order",
+    "Head": ": let it be batch normalisation, ReLU, a mean over all pixels and a flattening, in this order",
 }
-PLACES = "let it stand behind a layer's convolutions, before the concatenation, at the same places in all layers"
+INFERENCE = " in inference too: hand training=self.training to its dropout"
+PLACES = ": let it stand behind convolutions, before the concatenation, at the same places in all layers"
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
-def _is_reordered(widths: list[int], runs: _Runs) -> bool:
-    """Whether the module makes the features of a block, but returns them in another order: the input, ``widths[0]``
-    channels, and those of each layer, ``widths[1:]``, or only the latter. Layers that read them in another order make
-    other features, but for the first one's."""
-    expected, given = runs.expected, widths[0]
-    if (expected.dtype, expected.shape[0], expected.shape[2:]) != (runs.got.dtype, len(runs.x), runs.x.shape[2:]):
+def _is_reordered(clones: "Clones", runs: _Runs) -> bool:
+    """Whether the module, whose layout says that new features are appended, makes the same ones, but returns the input
+    amid others, or what it returns in another order. Layers that read them in another order make other ones."""
+    layout, expected, widths = clones.layout, runs.expected, clones.widths()
+    if layout.prepend or layout.new_only or expected.dtype != runs.got.dtype or expected.dim() != runs.got.dim():
         return False
-    behind = range(1, expected.shape[1] - given + 1)
-    if any(_same(runs.x, expected[:, start : start + given]) for start in behind):
+    given, channels = widths[0], expected.shape[1]
+    if any(_same(runs.x, expected[:, start : start + given]) for start in range(1, channels - given)):
         return True
     parts, start = list(runs.got.split(widths, 1)), 0
-    if expected.shape[1] == sum(widths[1:]):
+    if channels == sum(widths[1:]):
         del parts[0]
     while parts:
         found = next((i for i, p in enumerate(parts) if _same(p, expected[:, start : start + p.shape[1]])), None)
         if found is None:
             return False
         start += parts.pop(found).shape[1]
-    return start == expected.shape[1]
+    return start == channels
 
 
 def _same(got: Tensor, expected: Any) -> bool:

@@ -40,7 +40,9 @@ class Recognised(NamedTuple):
 
 
 def examine(module: nn.Module) -> Recognised | None:
-    """What ``module`` is, by itself and as a whole; None if it is nothing of the kind."""
+    """What ``module`` is, by itself and as a whole; None if it is nothing of the kind, or holds parts of ours."""
+    if any(isinstance(part, OURS) for part in module.modules()):
+        return None
     layers = layout.dense_layers(module)
     if layers:
         found, reason = _recognise(module, block_layouts)
@@ -105,18 +107,19 @@ def _runs(module: nn.Module, names: Sequence[str], known: Collection[str]) -> It
             if reason is not None:
                 yield from _left(together, stretch, reason)
             elif together or _unlike(module._modules[stretch[0]]) is not None:
-                yield from _split(module, stretch)
+                yield from _split(module, stretch, together)
 
 
-def _split(module: nn.Module, names: Sequence[str]) -> Iterator[Recognised]:
-    """The longest runs that compute what a dense block does, among children that are built as its layers are."""
+def _split(module: nn.Module, names: Sequence[str], shown: bool) -> Iterator[Recognised]:
+    """The longest runs that compute what a dense block does, among children that are built as its layers are; the
+    others too, if they are to be ``shown``."""
     found, reason = _together(module, names)
     if found is not None:
         yield Recognised("DenseBlock", found, "", (*names,))
         return
     alone = [_together(module, [name]) for name in names]
     if len(names) == 1 or not any(layout is not None for layout, _ in alone):
-        yield from _left(len(names) > 1, names, reason)
+        yield from _left(shown, names, reason)
         return
     for stretch, other in _alike(names, [None if found is not None else why for found, why in alone]):
         found, reason = _together(module, stretch) if other is None else (None, other)

@@ -1,8 +1,8 @@
 """densenet_fast::dense_block: a whole dense block as one op that never concatenates.
 
 The block owns one matrix F of M x C_total. Layer l reads its first C columns and writes its k new ones behind them; the
-statistics of a column are computed once, when it is written. Where new features are prepended, F is filled from its end:
-layer l reads the last C columns and writes its new ones before them. Below stands the first case.
+statistics of a column are computed once, when it is written. To prepend new features, F is filled from its end: layer l
+reads the last C columns and writes its new ones before them.
 
     Z = relu(bn1(F[:, :C])) @ W1^T;  Y = conv3x3(relu(bn2(Z)), W2) -> F[:, C:C+k]
 

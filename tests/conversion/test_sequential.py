@@ -187,7 +187,7 @@ def stage(*kinds):
 MIXED = {
     "another function": (
         (seq.Unit, seq.Unit, Scaling, seq.Unit),
-        {"1...2": "", "3": "computes something else", "4": ""},
+        {"1...2": "", "3": "computes something else", "3.conv1": "", "4": ""},
     ),
     "another activation": ((Gelu, seq.Unit, seq.Unit), {"1": "1.conv1.activ is a GELU", "2...3": ""}),
     "none of them": ((Gelu, Gelu), {"1": "1.conv1.activ is a GELU", "2": "2.conv1.activ is a GELU"}),
@@ -260,7 +260,7 @@ LEFT_ALONE = {
     "stem in another order": (
         lambda: nn.Sequential(OwnStem(3, 8), seq.Narrowing(8, 4)),
         0,
-        "computes something else: let it be a conv",
+        "computes something else in training: let it be a conv",
     ),
     "stem's pool": (
         lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2), seq.Narrowing(8, 4)),
@@ -280,7 +280,7 @@ LEFT_ALONE = {
     "dropout elsewhere": (
         lambda: nn.Sequential(seq.Narrowing(8, 4), Late(OrderedDict(seq.down(4, 4, kind=nn.Dropout)._modules))),
         1,
-        "drops out in another place or in another way: let it stand between the convolution and the pool",
+        "drops out in another place or in another way in training: let it stand between the convolution and the pool",
     ),
 }
 
