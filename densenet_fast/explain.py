@@ -65,9 +65,9 @@ def explain(model: nn.Module) -> Report:
     backend, and why not otherwise; and what its last call did.
 
     The parts are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem
-    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it). A dense block or
-    transition of another library, or what resembles one, is listed too: converted (:func:`densenet_fast.convert`), not
-    converted yet, or left alone, and why.
+    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it). Those of another
+    library, or what resembles one, are listed too: converted (:func:`densenet_fast.convert`), not converted yet, or
+    left alone, and why. What children of an nn.Sequential are together has a name such as ``stage1.unit1...unit6``.
 
     A part that was never called, though two others were, does not count as fused: its network leaves it out, or runs
     its children one by one.

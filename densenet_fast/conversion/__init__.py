@@ -16,9 +16,10 @@ makes the first one safe: a copy of torchvision's block with a residual scale, a
 in another place has the same modules and is left alone. What cannot be seen from a run, that a user changes an
 attribute later, is checked at every call.
 
-An nn.Sequential that holds converted modules changes its class too: between a block and a transition it keeps feature
-maps channels last in memory, and behind them gives them the memory format that the first one's input had, so that code
-that calls ``view`` on the result works as before.
+An nn.Sequential that holds converted modules, or children that make a part together (the layers of a block that has no
+module of its own, a stem, a head), changes its class too (:mod:`densenet_fast.conversion.sequential`). It runs such
+children as one op; their classes stay. Between parts it keeps feature maps channels last in memory, and behind them it
+gives them the memory format that stock's would have, so that code that calls ``view`` on the result works as before.
 """
 
 import copy
@@ -90,11 +91,12 @@ class Part(NamedTuple):
 
 
 def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
-    """Makes every dense block and transition of ``model`` run as one op, as densenet_fast's own do.
+    """Makes every dense block and transition of ``model``, and the stem, run as one op, as densenet_fast's own do.
 
     ``model`` may be of torchvision, timm, MONAI, torchxrayvision, gpleiss/efficient_densenet_pytorch, d2l.ai, or a copy
     of one of these: they are recognised by what they hold and compute, on 1, 2 or 3 spatial dimensions, and
-    :func:`densenet_fast.explain` lists what was converted, what was left and why.
+    :func:`densenet_fast.explain` lists what was converted, what was left and why. A graph that torch.fx or torch.export
+    made of a model cannot be converted: convert the model before.
 
     Parameters, buffers, module names, ``state_dict``, hooks, modes, optimizers, copies and pickles of the model are as
     before, and so are its numbers, but for rounding and one correction: with ``memory_efficient`` (torchvision,

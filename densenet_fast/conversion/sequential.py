@@ -56,14 +56,13 @@ class Step:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        known = vars(module).get(STATE) if isinstance(module, Fused) else None
-        self.layout: Layout | None = None if known is None or fusion.has_hooks(module) else known
+        self.layout: Layout | None = vars(module).get(STATE) if isinstance(module, Fused) else None
 
     def found(self) -> Found[Operands]:
         """Why it is not one op, or its operands."""
-        return (
-            Found("it is a part of its own", None) if self.layout is None else fused.structure(self.module, self.layout)
-        )
+        if self.layout is None or fusion.has_hooks(self.module):
+            return Found("it is a part of its own", None)
+        return fused.structure(self.module, self.layout)
 
     def obstacle(self, x: Any) -> str | None:
         """Why it cannot run as its op on ``x``, or None."""
