@@ -246,6 +246,7 @@ def dense_block(
     memory_efficient: bool | Sequence[bool] = False,
     *,
     drop_channels: bool = False,
+    prepend: bool = False,
     statistics: BatchStatistics | None = None,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, BatchStatistics]:
@@ -258,11 +259,14 @@ def dense_block(
         x: [N, C0, *spatial], floating.
         layers: at least one; each (1x1 unit, 3x3 unit), or in every layer (3x3 unit,) for no bottleneck. Convolutions
             of stride 1, the 3x3 ones padded by 1; weights of x's dtype unless autocast is on.
-        drop_rates: the rate at which each layer's new features are dropped, [len(layers)]; None for no dropout. Masks
-            come from torch's default generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
+        drop_rates: the rate at which each layer's new features are dropped, [len(layers)], or at which what each unit's
+            convolution makes is, in the order of the units; None for no dropout. Masks come from torch's default
+            generator: in training, the ones that ``F.dropout`` draws on contiguous memory.
         memory_efficient: whether to recompute the bottlenecks in the backward pass: of all layers or, [len(layers)],
             of each.
         drop_channels: whether dropout takes whole channels of an image, as ``F.dropout2d`` does, instead of values.
+        prepend: whether each layer's features come before those that it reads, ``torch.cat([new, x], 1)``, instead of
+            behind them.
         statistics: x's, as the function that made x returned them; else they are computed where they are needed.
         return_statistics: whether to return the result's statistics too, for a transition or head that reads it. They
             are differentiable, and the pass over the features that its gradient would take is saved.
@@ -275,7 +279,7 @@ def dense_block(
             value per channel where the batch is normalised.
         RuntimeError: channels, kernel sizes, dtypes or devices do not match.
     """
-    operands = BlockOperands(layers, drop_rates, memory_efficient, drop_channels)
+    operands = BlockOperands(layers, drop_rates, memory_efficient, drop_channels, prepend)
     features, own = _dense_block(x, operands, operands.check, statistics, return_statistics)
     return (features, own) if return_statistics else features
 
@@ -315,13 +319,13 @@ def _dense_block(
         describe,
         group,
         _link(x) if differentiable and x.requires_grad else None,
+        operands.prepend,
     )
     if _beyond_range(x, var, group):
         n = 2 if operands.bottleneck else 1
         per_layer = [stages[i : i + n] for i in range(0, len(stages), n)]
-        keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in rates]
         bottlenecks: list[Tensor] = []
-        features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, keep_scales, bottlenecks)
+        features, *_ = made = _on_stock(stock.dense_block, x, per_layer, masks, rates, operands.prepend, bottlenecks)
         mean, var = map(torch.cat, zip(*map(_summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
     _update_running_statistics(x, operands, mean, var, count, updates)
@@ -358,6 +362,7 @@ def run_dense_block_and_reader(
         operands.bottleneck,
         operands.saved[not differentiable],
         reader.reads_statistics,
+        operands.prepend,
         _link(x) if differentiable and x.requires_grad else None,
         reader.stages,
         *((True, describe) if is_transition else ()),
@@ -415,10 +420,10 @@ def _known(
 
 
 def _masks(x: Tensor, operands: BlockOperands) -> list[Tensor]:
-    """A dropout mask for each layer."""
+    """A dropout mask for each drop rate."""
     if not operands.drops:
         return []
-    return [_mask(x, k, p, operands.drop_channels) for k, p in zip(operands.growths, operands.drop_rates)]
+    return [_mask(x, k, p, operands.drop_channels) for k, p in zip(operands.dropped_channels, operands.drop_rates)]
 
 
 def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:

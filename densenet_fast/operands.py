@@ -171,21 +171,26 @@ class BlockOperands(Operands):
         drop_rates: Sequence[float] | None = None,
         memory_efficient: bool | Sequence[bool] = False,
         drop_channels: bool = False,
+        prepend: bool = False,
     ) -> None:
         sizes = {len(layer) for layer in layers if not isinstance(layer, BNReLUConv)}
         check(sizes in ({1}, {2}), ValueError, "layers", "one or two BN-ReLU-convolutions in every layer", sizes)
         units = [unit for layer in layers for unit in layer]
         _check_kinds(units)
-        self.layers, self.bottleneck, self.drop_channels = layers, sizes == {2}, drop_channels
+        self.layers, self.bottleneck, self.drop_channels, self.prepend = layers, sizes == {2}, drop_channels, prepend
         self.growths = [layer[-1].weight.shape[0] for layer in layers]
         self.drop_rates = Fixed([0.0] * len(layers) if drop_rates is None else map(float, drop_rates))
         self.drops = any(self.drop_rates)
+        self.dropped_channels = [unit.weight.shape[0] for unit in units]
+        """How many channels each drop rate is of."""
+        if len(self.drop_rates) != len(units):
+            self.dropped_channels = self.growths
         whole = isinstance(memory_efficient, bool)
         self.recomputed = [memory_efficient] * len(layers) if whole else list(memory_efficient)
         self.saved = Fixed(not flag for flag in self.recomputed), Fixed(False for _ in self.recomputed)
         """Of which layers the bottleneck is kept for a backward pass, where there is to be one, and where not."""
         norms, read = [unit.norm for unit in units], [layer[0].norm for layer in layers]
-        super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers))
+        super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers, prepend))
 
     def check(self, x: Tensor) -> None:
         self._check_input(x)
@@ -198,18 +203,19 @@ class BlockOperands(Operands):
                 made = unit.weight.shape[0]
             channels += made
         rates, flags, n = self.drop_rates, self.recomputed, len(self.layers)
-        check(len(rates) == n, ValueError, "drop_rates", f"{n} rates", len(rates))
+        either = {n: None, len(self.norms): None}
+        check(len(rates) in either, ValueError, "drop_rates", f"{' or '.join(map(str, either))} rates", len(rates))
         check(all(0 <= p <= 1 for p in rates), ValueError, "drop_rates", "probabilities between 0 and 1", rates)
         check(len(flags) == n, ValueError, "memory_efficient", f"{n} flags", len(flags))
 
 
-def packed_ranges(layers: Sequence[Sequence[BNReLUConv]]) -> list[slice]:
+def packed_ranges(layers: Sequence[Sequence[BNReLUConv]], prepend: bool) -> list[slice]:
     """Where each normalisation's statistics stand in the op's packed vectors, in the order of the units."""
     channels = layers[0][0].weight.shape[1]
-    bottleneck = channels + sum(layer[-1].weight.shape[0] for layer in layers)
+    columns = bottleneck = channels + sum(layer[-1].weight.shape[0] for layer in layers)
     ranges = []
     for layer in layers:
-        ranges.append(slice(0, channels))
+        ranges.append(slice(columns - channels, columns) if prepend else slice(0, channels))
         if len(layer) == 2:
             ranges.append(slice(bottleneck, bottleneck + layer[0].weight.shape[0]))
             bottleneck = ranges[-1].stop

@@ -121,10 +121,13 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.ModuleDict):
     """``num_layers`` dense layers, each reading the block's input and all features made before it.
 
-    Its output is the concatenation of its input and all new features: [N, C + num_layers * k, *spatial].
+    Its output is the concatenation of its input and all new features: [N, C + num_layers * k, *spatial]. With
+    ``prepend`` each layer's features come before those that it reads, instead of behind them: the last layer's first,
+    the input last.
     """
 
     layer_type = DenseLayer
+    prepend = False
 
     def __init__(
         self,
@@ -133,9 +136,12 @@ class DenseBlock(nn.ModuleDict):
         bn_size: int | None = 4,
         growth_rate: int = 32,
         drop_rate: float = 0.0,
+        *,
+        prepend: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
+        self.prepend = prepend
         for i in range(num_layers):
             channels = num_input_features + i * growth_rate
             layer = self.layer_type(channels, growth_rate, bn_size, drop_rate, **options)
@@ -149,7 +155,7 @@ class DenseBlock(nn.ModuleDict):
         """Its layers in turn, each called on the list of all features so far."""
         features = [init_features]
         for layer in self.values():
-            features.append(layer(features))
+            features.insert(0 if self.prepend else len(features), layer(features))
         return torch.cat(features, 1)
 
 

@@ -60,16 +60,20 @@ struct Stage {
 
 struct Layer {
   Stage first, second;
-  int64_t start, bottleneck, growth;  // reads columns 0 ... start, writes start ... start + growth
+  int64_t width, bottleneck, growth;  // reads `width` columns, makes `growth`
+  int64_t read, made;                 // the first column that it reads, and the first that it makes
   int64_t packed;                     // where the statistics of its bottleneck stand, behind those of all columns
 };
 
 struct Block {
   std::vector<Layer> layers;
   int64_t columns, packed, widest = 0;
-  bool described;  // the statistics of all features have a reader behind the block
+  int64_t own = 0;  // the first column of the block's input
+  bool described;   // the statistics of all features have a reader behind the block
 
-  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels, bool described)
+  // With `prepend` new features come before those that are read, else behind them
+  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels, bool described,
+        bool prepend)
       : columns(in_channels), described(described) {
     STD_TORCH_CHECK(eps.size() % 2 == 0 && tensors.size() == kStageTensors * eps.size(),
                     "tensors: expected six for each of two stages a layer");
@@ -77,13 +81,18 @@ struct Block {
       const Tensor* first = &tensors[i * kStageTensors];
       const Tensor* second = first + kStageTensors;
       const int64_t bottleneck = first[4].size(0), growth = second[4].size(0);
-      layers.push_back(
-          {Stage(first, eps[i], columns), Stage(second, eps[i + 1], bottleneck), columns, bottleneck, growth, 0});
+      layers.push_back({Stage(first, eps[i], columns), Stage(second, eps[i + 1], bottleneck), columns, bottleneck,
+                        growth, 0, columns, 0});
       columns += growth;
       widest = std::max(widest, bottleneck);
     }
     packed = columns;
+    if (prepend) own = columns - in_channels;
     for (Layer& layer : layers) {
+      if (prepend) {
+        layer.read = columns - layer.width;
+        layer.made = layer.read - layer.growth;
+      }
       layer.packed = packed;
       packed += layer.bottleneck;
     }
@@ -104,13 +113,14 @@ Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
   return {static_cast<T*>(buffer.data_ptr()), rows, cols, cols};
 }
 
-// Fills columns in_channels ... of features; the first ones and their statistics are there. The bottlenecks are kept
-// where there is one for each layer.
+// Fills the columns of features but those of the block's input, which are there with their statistics. The bottlenecks
+// are kept where there is one for each layer.
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
-                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var, bool describe) {
+                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var, bool describe,
+                 bool prepend) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
-    const Block block(tensors, eps, in_channels, describe);
+    const Block block(tensors, eps, in_channels, describe, prepend);
     const Matrix<T> f(features, "features");
     STD_TORCH_CHECK(f.cols == block.columns, "features: expected ", block.columns, " columns, got ", f.cols);
     const bool keep = !bottlenecks.empty();
@@ -126,11 +136,11 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
       };
       const Matrix<T> z = keep ? Matrix<T>(bottlenecks[i], "bottlenecks") : within<T>(buffer, f.rows, layer.bottleneck);
       STD_TORCH_CHECK(z.rows == f.rows && z.cols == layer.bottleneck, "bottlenecks: expected [M, B]");
-      const Matrix<const T> inputs = f.columns(0, layer.start).readonly();
-      const Matrix<T> made = f.columns(layer.start, layer.growth);
+      const Matrix<const T> inputs = f.columns(layer.read, layer.width).readonly();
+      const Matrix<T> made = f.columns(layer.made, layer.growth);
       const Weight<T> weight(layer.first.conv);
       const Filters<T> filters(layer.second.conv);
-      const Folded first = layer.first.fold(m, v);
+      const Folded first = layer.first.fold(m + layer.read, v + layer.read);
       if (layer.second.frozen() && !keep) {
         const Folded second = layer.second.fold(nullptr, nullptr);
         const Affine then = second.affine();
@@ -143,7 +153,7 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
         const Affine affine = second.affine();
         conv3x3<T>(z.readonly(), &affine, filters, nullptr, image, made);
       }
-      if (block.normalised_by_batch(i + 1)) column_statistics<T>(made.readonly(), statistics_of(layer.start, 0));
+      if (block.normalised_by_batch(i + 1)) column_statistics<T>(made.readonly(), statistics_of(layer.made, 0));
     }
   });
 }
@@ -177,11 +187,11 @@ void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Mat
 void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
                           double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
                           Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed, Tensor q_packed,
-                          bool described) {
+                          bool described, bool prepend) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<T> result(grad_x, "grad_x");
-    const Block block(tensors, eps, result.cols, described);
+    const Block block(tensors, eps, result.cols, described, prepend);
     const Matrix<const T> f(features, "features"), incoming(grad, "grad");
     STD_TORCH_CHECK(
         f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
@@ -200,15 +210,16 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
         incoming;  // where the gradient of F stands: the incoming one until the last layer has written G
     for (size_t i = block.layers.size(); i-- > 0;) {
       const Layer& layer = block.layers[i];
-      const int64_t packed = layer.packed;
+      const int64_t packed = layer.packed, read = layer.read;
       const Tensor *of_first = &gradients[2 * i * kStageTensors], *of_second = of_first + kStageTensors;
-      const Folded first = layer.first.fold(m, v), second = layer.second.fold(m + packed, v + packed);
-      const Matrix<const T> inputs = f.columns(0, layer.start);
+      const Folded first = layer.first.fold(m + read, v + read);
+      const Folded second = layer.second.fold(m + packed, v + packed);
+      const Matrix<const T> inputs = f.columns(read, layer.width);
       const Weight<T> weight(layer.first.conv);
 
-      Matrix<const T> dy = source.columns(layer.start, layer.growth);
+      Matrix<const T> dy = source.columns(layer.made, layer.growth);
       if (block.normalised_by_batch(i + 1)) {
-        const int64_t c = layer.start;
+        const int64_t c = layer.made;
         const Matrix<T> target = g.columns(c, layer.growth);
         finalise<T>({f.columns(c, layer.growth), m + c, p + c, q + c, count}, dy, target);
         dy = target.readonly();
@@ -234,21 +245,22 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
       if (!layer.second.frozen()) {
         gradient.finalise.emplace(z.readonly(), m + packed, p + packed, q + packed, count);
       }
-      sums.resize(2 * layer.start);
-      const Matrix<const T> before = source.columns(0, layer.start);
-      const Matrix<T> after = g.columns(0, layer.start);
+      sums.resize(2 * layer.width);
+      const Matrix<const T> before = source.columns(read, layer.width);
+      const Matrix<T> after = g.columns(read, layer.width);
       const Tensor& grad_weight = of_first[4];
-      STD_TORCH_CHECK(grad_weight.numel() == layer.bottleneck * layer.start && grad_weight.is_contiguous() &&
+      STD_TORCH_CHECK(grad_weight.numel() == layer.bottleneck * layer.width && grad_weight.is_contiguous() &&
                           grad_weight.scalar_type() == ScalarType::Float,
                       "gradients: expected [B, C, 1, 1], contiguous float32");
       conv1x1_backward<T>(gradient, inputs, first.affine(), weight, &before, &after,
                           static_cast<float*>(grad_weight.data_ptr()), sums.data());
-      collect(layer.first, first, sums, of_first, p, q);
+      collect(layer.first, first, sums, of_first, p + read, q + read);
       source = g.readonly();
     }
-    const Matrix<const T> rest = source.columns(0, result.cols);
+    const int64_t own = block.own;
+    const Matrix<const T> rest = source.columns(own, result.cols);
     if (block.normalised_by_batch(0)) {
-      finalise<T>({f.columns(0, result.cols), m, p, q, count}, rest, result);
+      finalise<T>({f.columns(own, result.cols), m + own, p + own, q + own, count}, rest, result);
     } else {
       for (int64_t row = 0; row < rest.rows; ++row) std::copy_n(rest.row(row), rest.cols, result.row(row));
     }

@@ -177,16 +177,17 @@ def dense_block(
     bottlenecks: list[Tensor],
     statistics: Statistics,
     describe: bool,
+    prepend: bool,
 ) -> None:
-    """The whole block: fills columns ``in_channels``... of features [M, C_total], whose first ones and their statistics
-    are there, the packed statistics, with ``describe`` those of all features, and each layer's bottleneck [M, B] where
-    there are any to fill.
+    """The whole block: fills the columns of features [M, C_total] but the first ``in_channels``, or to ``prepend`` the
+    last, which are there with their statistics; the packed statistics, with ``describe`` those of all features; and
+    each layer's bottleneck [M, B] where there are any to fill.
 
     Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
     the convolutions' weights so too or in the features' dtype.
     """
     mean, var = statistics[:2]
-    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, mean, var, describe)
+    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, mean, var, describe, prepend)
 
 
 def dense_block_backward(
@@ -204,14 +205,14 @@ def dense_block_backward(
     p: Tensor,
     q: Tensor,
     described: bool,
+    prepend: bool,
 ) -> None:
     """The backward pass of that, from grad [M, C_total]: fills grad_x [M, C0] and the gradients of the stages' weights,
     biases and convolutions, float32, in the places of ``tensors``. Without bottlenecks it recomputes them. To ``p`` and
     ``q``, the gradients with respect to the packed statistics, it adds its own; if they are not zero it was
     ``described``."""
-    kernels.cpu_dense_block_backward(
-        grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid, grad_x, gradients, p, q, described
-    )
+    kept = (grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid)
+    kernels.cpu_dense_block_backward(*kept, grad_x, gradients, p, q, described, prepend)
 
 
 def _evenly_spaced(weight: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ class DenseBlock(reference.DenseBlock):
             layers, or, set on one of them, of that layer.
         bias: whether the convolutions have biases.
         spatial_dims: 1, 2 or 3.
+        prepend: whether each layer's features come before those that it reads, ``torch.cat([new, x], 1)``, instead of
+            behind them.
 
     Input [N, C0, *spatial], output [N, C0 + L * k, *spatial], in its input's memory format. Under autocast the whole
     output has its dtype; the channels of a float32 input, which stock keeps in float32, are rounded to it.
@@ -88,9 +90,10 @@ class DenseBlock(reference.DenseBlock):
         *,
         bias: bool = False,
         spatial_dims: int = 2,
+        prepend: bool = False,
     ) -> None:
         options = {"memory_efficient": memory_efficient, "bias": bias, "spatial_dims": spatial_dims}
-        super().__init__(num_layers, num_input_features, bn_size, growth_rate, drop_rate, **options)
+        super().__init__(num_layers, num_input_features, bn_size, growth_rate, drop_rate, prepend=prepend, **options)
         self.spatial_dims = spatial_dims
 
     @property
@@ -127,6 +130,7 @@ class DenseBlock(reference.DenseBlock):
             [layer.units() for layer in layers],
             [layer.drop_rate if layer.training else 0.0 for layer in layers],
             [layer.memory_efficient for layer in layers],
+            prepend=self.prepend,
         )
 
     def found(self) -> Found[BlockOperands]:

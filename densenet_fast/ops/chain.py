@@ -16,7 +16,7 @@ from densenet_fast.ops import planned, stock
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
-from densenet_fast.ops.dense_block import Plan
+from densenet_fast.ops.dense_block import Plan, own_features
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
 from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
@@ -41,6 +41,7 @@ class Chain:
         bottleneck: bool,
         saved: Sequence[bool],
         described: bool,
+        prepend: bool,
         link: Tensor | None,
         read_stages: Sequence[Stage],
         *options: Any,
@@ -48,10 +49,10 @@ class Chain:
         """From what the block's op takes, without masks and group, and what the reader's takes beside the features,
         which are ``described`` to it or not: the reader's result; the block's packed mean and variance, and its count;
         and all else that the reader's op returns."""
-        given = (x, mean, var, stages, drop_rates, bottleneck, saved, described, link, read_stages, *options)
+        given = (x, mean, var, stages, drop_rates, bottleneck, saved, described, prepend, link, read_stages, *options)
         compile_ahead(self, *given)
         stages, read_stages = (s if isinstance(s, Stages) else Stages(s) for s in (stages, read_stages))
-        inputs = (x, mean, var, stages.tensors, stages.eps, drop_rates, bottleneck, saved, described)
+        inputs = (x, mean, var, stages.tensors, stages.eps, drop_rates, bottleneck, saved, described, prepend)
         inputs += (read_stages.tensors, read_stages.eps, *options)
         followed, read = stages.followed(), read_stages.followed()
         with named(self.name):
@@ -68,12 +69,13 @@ class Chain:
         bottleneck: bool,
         saved: list[bool],
         described: bool,
+        prepend: bool,
         read_tensors: list[Tensor],
         read_eps: list[float],
         *options: Any,
     ) -> tuple[Any, ...]:
         """What the block returns and what the reader does."""
-        given = (tensors, eps, [], drop_rates, bottleneck, saved, described, None, None)
+        given = (tensors, eps, [], drop_rates, bottleneck, saved, described, None, None, prepend)
         features, packed_mean, packed_var, count, bottlenecks = block_parts.forward.body(x, mean, var, *given)
         columns = slice(0, features.shape[1])
         known = (packed_mean[columns], packed_var[columns]) if described else (None, None)
@@ -95,6 +97,7 @@ class Chain:
         bottleneck: bool,
         in_channels: int,
         needs: list[bool],
+        prepend: bool,
         read_mean: Tensor,
         read_var: Tensor,
         read_count: Tensor,
@@ -111,7 +114,8 @@ class Chain:
         if not read_needs[0]:
             return features.new_empty(0), [None] * len(tensors), own
         block = (features, mean, var, count, bottlenecks, saved, tensors, eps, [], drop_rates, bottleneck)
-        grad_x, grads = block_parts.backward.body(grad, *through, *block, in_channels, None, [needs[0], *needs[2:]])
+        block += (in_channels, None, [needs[0], *needs[2:]], prepend)
+        grad_x, grads = block_parts.backward.body(grad, *through, *block)
         return grad_x, grads, own
 
     def on_stock(self, ctx: Any, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
@@ -121,7 +125,7 @@ class Chain:
         def run(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
             x = value + x if linked else value
             plan = Plan(x, tensors[:size], ctx.eps, ctx.bottleneck, ctx.drop_rates)
-            made = block_parts.on_stock(x, plan.layers, [], plan.keep_scales)
+            made = block_parts.on_stock(x, plan.layers, [], ctx.drop_rates, ctx.prepend)
             return [self.reader.on_stock(made, None, None, *unflatten(tensors[size:], ctx.read_eps), *ctx.options)]
 
         return run
@@ -137,7 +141,7 @@ class _Node(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         made = planned.run(chain.name, chain.forward, inputs)
         features, mean, var, count, bottlenecks, out, *read = made
-        x, _, _, tensors, ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved, ctx.described, *rest = inputs
+        x, _, _, tensors, ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved, ctx.described, ctx.prepend, *rest = inputs
         read_tensors, ctx.read_eps, *ctx.options = rest
         *ctx.followed, link = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
@@ -161,7 +165,7 @@ class _Node(torch.autograd.Function):
         read_tensors = saved_stages(ctx.reader, rest[of_stages + of_bottlenecks :])
         followed, behind = ctx.followed
         if stock.needed_in_backward(grad):
-            value = features.detach()[:, : ctx.in_channels]
+            value = own_features(features.detach(), ctx.in_channels, ctx.prepend)
             run = ctx.chain.on_stock(ctx, value, link is not None, len(tensors))
             inputs = [value if link is None else link, *tensors, *read_tensors]
             grad_x, *grads = stock.differentiable_gradients(run, inputs, [grad], None)
@@ -189,6 +193,7 @@ class _Node(torch.autograd.Function):
                     ctx.bottleneck,
                     ctx.in_channels,
                     needs,
+                    ctx.prepend,
                     *read,
                     read_tensors,
                     ctx.read_eps,

@@ -1,7 +1,8 @@
 """densenet_fast::dense_block: a whole dense block as one op that never concatenates.
 
 The block owns one matrix F of M x C_total. Layer l reads its first C columns and writes its k new ones behind them; the
-statistics of a column are computed once, when it is written.
+statistics of a column are computed once, when it is written. To prepend new features, F is filled from its end: layer l
+reads the last C columns and writes its new ones before them.
 
     Z = relu(bn1(F[:, :C])) @ W1^T;  Y = conv3x3(relu(bn2(Z)), W2) -> F[:, C:C+k]
 
@@ -40,6 +41,7 @@ from densenet_fast.ops.stage import (
     Prepared,
     Stage,
     StageGradients,
+    by_stage,
     global_count,
     global_sum,
     present,
@@ -68,19 +70,20 @@ class Plan:
         bottleneck: bool,
         drop_rates: list[float],
         described: bool = False,
+        prepend: bool = False,
     ) -> None:
         self.stages, per_layer = unflatten(tensors, eps), 2 if bottleneck else 1
-        self.described = described
+        self.described, self.prepend = described, prepend
         self.layers = [tuple(self.stages[i : i + per_layer]) for i in range(0, len(self.stages), per_layer)]
         self.bottleneck = bottleneck
         self.grid = (x.shape[0], *x.shape[2:])
-        self.keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in drop_rates]
-        self.dropped = [p > 0 for p in drop_rates]
-        self.starts = [x.shape[1]]
-        """Layer l reads columns 0..starts[l] and writes starts[l]..starts[l + 1]."""
+        self.drop_rates = by_stage(drop_rates, len(self.stages), 0.0)
+        self.keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in self.drop_rates]
+        self.widths = [x.shape[1]]
+        """How many columns layer l reads; behind those of all layers, how many there are."""
         for layer in self.layers:
-            self.starts.append(self.starts[-1] + layer[-1].conv_weight.shape[0])
-        self.columns = self.starts[-1]
+            self.widths.append(self.widths[-1] + layer[-1].conv_weight.shape[0])
+        self.columns = self.widths[-1]
         self.bottlenecks = []
         """The packed range of each layer's bottleneck."""
         packed = self.columns
@@ -89,9 +92,7 @@ class Plan:
             packed = self.bottlenecks[-1].stop
         self.packed = packed
         self.ranges = [
-            columns
-            for i in range(len(self.layers))
-            for columns in (slice(0, self.starts[i]), *self.bottlenecks[i : i + 1])
+            columns for i in range(len(self.layers)) for columns in (self.read(i), *self.bottlenecks[i : i + 1])
         ]
         """The packed range that each stage normalises."""
         self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
@@ -113,14 +114,29 @@ class Plan:
             and backend.walks(self.grid)
             and self.bottleneck
             and group is None
-            and not any(self.dropped)
+            and not any(self.drop_rates)
             and len(set(saved)) == 1
             and all(map(plain, self.stages))
         )
 
+    def read(self, i: int) -> slice:
+        """The columns that layer i reads; the block's input for the first."""
+        return slice(self.columns - self.widths[i], self.columns) if self.prepend else slice(0, self.widths[i])
+
     def new(self, i: int) -> slice:
         """The columns that layer i writes."""
-        return slice(self.starts[i], self.starts[i + 1])
+        if self.prepend:
+            return slice(self.columns - self.widths[i + 1], self.columns - self.widths[i])
+        return slice(self.widths[i], self.widths[i + 1])
+
+    def last_read(self, i: int) -> slice:
+        """Of the columns that layer i reads, from 0, those that no earlier layer reads."""
+        new = self.widths[i] - (self.widths[i - 1] if i else 0)
+        return slice(0, new) if self.prepend else slice(self.widths[i] - new, self.widths[i])
+
+    def masks(self, masks: list[Tensor]) -> list[Tensor | None]:
+        """Of each stage the dropout mask, None where nothing is dropped, from an op's."""
+        return [m if p > 0 else None for m, p in zip(by_stage(masks, len(self.stages), None), self.drop_rates)]
 
     def bottleneck_buffer(self, features: Tensor) -> Tensor:
         """Room for any layer's bottleneck, for one at a time."""
@@ -133,7 +149,7 @@ class Plan:
 
     def without_statistics(self) -> list[slice]:
         """The packed ranges of whose columns no statistics are made."""
-        columns = (slice(0, self.starts[0]), *map(self.new, range(len(self.layers))))
+        columns = (self.read(0), *map(self.new, range(len(self.layers))))
         unread = [c for i, c in enumerate(columns) if not self.normalised_by_batch(i)]
         return unread + [c for c, layer in zip(self.bottlenecks, self.layers) if layer[1].frozen]
 
@@ -156,6 +172,7 @@ def _forward(
     describe: bool,
     group: str | None,
     link: Tensor | None,
+    prepend: bool = False,
 ) -> Outputs:
     """From x [N, C0, *spatial] to (features [N, C_total, *spatial], mean, var, count, bottlenecks).
 
@@ -163,18 +180,19 @@ def _forward(
         x: the block's input, any memory format.
         x_mean, x_var: its batch statistics [C0], if they are known; the gradient of x is whole all the same.
         tensors, eps: the flattened stages, two a layer with a bottleneck (1x1, 3x3), else one (3x3).
-        masks: one [N, k, *spatial] bool per layer, empty where its drop rate is 0; none where all are.
-        drop_rates: one per layer.
+        masks: one [N, channels, *spatial] bool per drop rate, empty where that is 0; none where all are.
+        drop_rates: one per layer, of its new features, or one per stage, of what its convolution makes.
         bottleneck: whether the layers have one.
         saved: of each layer, whether to return its Z [M, B] for the backward pass, which else recomputes it.
         describe: whether the statistics of all features are wanted, and not of those alone that a layer normalises.
         group: name of the process group whose batches are normalised together, None for this process's alone.
         link: a tensor of x's shape and gradient but without its memory, through which second derivatives reach x.
+        prepend: whether new features come before those that are read, instead of behind them.
 
     ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where they are not wanted; those of
     the features are differentiable. ``count`` is the number of rows they are over, empty without a group.
     """
-    plan = Plan(x, tensors, eps, bottleneck, drop_rates, describe)
+    plan = Plan(x, tensors, eps, bottleneck, drop_rates, describe, prepend)
     backend = select(x.device, x.dtype)
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
@@ -184,43 +202,45 @@ def _forward(
     prepared = Prepared([] if walked else plan.stages, backend, x)
     for columns in plan.without_statistics():
         prepared.zero(packed.mean[columns]), prepared.zero(packed.var[columns])
-    own = packed.of(slice(0, plan.starts[0])) if plan.normalised_by_batch(0) else None
+    own = packed.of(plan.read(0)) if plan.normalised_by_batch(0) else None
     if own is not None and x_mean is not None:
         prepared.copy(own.mean, x_mean), prepared.copy(own.var, x_var), prepared.rstd(own.rstd, x_var, plan.eps)
         own = None
     prepared.done()
-    backend.append_features(x, features[:, : plan.starts[0]], own)
+    backend.append_features(x, features[:, plan.read(0)], own)
     synchronise(own, rows, group)
     bottlenecks = []
     if walked:
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
-        given = (present(tensors, x), eps, plan.grid, bottlenecks, packed, describe)
-        backend.dense_block(features, plan.starts[0], *given)
+        given = (present(tensors, x), eps, plan.grid, bottlenecks, packed, describe, prepend)
+        backend.dense_block(features, plan.widths[0], *given)
         return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
     def affine(j: int) -> Affine:
         return prepared.affine(j, packed.of(plan.ranges[j]))
 
     shared = None if all(saved) else plan.bottleneck_buffer(features)
+    masks = plan.masks(masks)
     for i, layer in enumerate(plan.layers):
-        j, inputs = i * len(layer), features[:, : plan.starts[i]]
+        j, inputs = i * len(layer), features[:, plan.read(i)]
         normalise: Affine | None = affine(j)
         if bottleneck:
-            weight, bias = prepared.weights[j]
+            (weight, bias), mask, keep_scale = prepared.weights[j], masks[j], plan.keep_scales[j]
             j += 1
             z = plan.bottleneck_in(None if saved[i] else shared, i, features)
             own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
-            then = affine(j) if layer[1].frozen and not saved[i] else None
-            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, own, then)
+            then = affine(j) if layer[1].frozen and not saved[i] and mask is None else None
+            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, own if mask is None else None, then)
+            if mask is not None:
+                backend.append_features(to_image(z, plan.grid), z, own, mask, keep_scale)
             synchronise(own, rows, group)
             inputs, normalise = z, affine(j) if then is None else None
             if saved[i]:
                 bottlenecks.append(z)
         weight, bias = prepared.weights[j]
-        mask = masks[i] if plan.dropped[i] else None
         own = packed.of(plan.new(i)) if plan.normalised_by_batch(i + 1) else None
         out = features[:, plan.new(i)]
-        backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, mask, plan.keep_scales[i], own)
+        backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, masks[j], plan.keep_scales[j], own)
         synchronise(own, rows, group)
     return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
@@ -239,6 +259,7 @@ def _(
     describe: bool,
     group: str | None,
     link: Tensor | None,
+    prepend: bool = False,
 ) -> Outputs:
     plan = Plan(x, tensors, eps, bottleneck, drop_rates)
     image = empty_image(x, plan.grid, plan.columns)
@@ -295,22 +316,23 @@ class BlockGradients:
         self.dz = plan.bottleneck_buffer(self.features)
         self.source = to_matrix(grad)
         """Where the gradient of F stands: the incoming one until the last layer has written G, then G."""
-        image = empty_image(self.features, plan.grid, plan.starts[0]) if need_x else self.features.new_empty(0)
-        own = slice(0, plan.starts[0])
+        image = empty_image(self.features, plan.grid, plan.widths[0]) if need_x else self.features.new_empty(0)
+        self.masks = plan.masks(masks)
 
         kept, completed = iter(reversed(bottlenecks)), None
         for i in reversed(range(first, len(plan.layers))):
             dy = self.finalise(plan.new(i), i + 1) if completed is None else completed
-            if plan.dropped[i]:
-                dy = dy * to_matrix(masks[i]) * plan.keep_scales[i]
+            j = (i + 1) * per_layer - 1
+            if self.masks[j] is not None:
+                dy = dy * to_matrix(self.masks[j]) * plan.keep_scales[j]
             z = next(kept) if plan.bottleneck and saved[i] else None
             if i > first:
-                completed = self.layer(i, dy, z, plan.new(i - 1), self.grad[:, plan.new(i - 1)])
+                completed = self.layer(i, dy, z, self.grad[:, plan.new(i - 1)])
             else:
-                completed = self.layer(i, dy, z, own, to_matrix(image) if need_x else None)
+                completed = self.layer(i, dy, z, to_matrix(image) if need_x else None)
             self.source = self.grad
         if need_x and completed is None:
-            self.finalise(own, 0, to_matrix(image))
+            self.finalise(plan.read(0), 0, to_matrix(image))
         return image, [t for g in self.gradients for t in g.tensors()]
 
     def finalise(self, columns: slice, reader: int, out: Tensor | None = None) -> Tensor:
@@ -329,17 +351,17 @@ class BlockGradients:
         """What completes the gradient of columns of F."""
         return ThroughStatistics(self.features[:, columns], self.mean[columns], p, q, self.count)
 
-    def layer(self, i: int, dy: Tensor, z: Tensor | None, last: slice, target: Tensor | None) -> Tensor | None:
+    def layer(self, i: int, dy: Tensor, z: Tensor | None, target: Tensor | None) -> Tensor | None:
         """One layer's backward: its stages' gradients, and (2) on the columns it read, unless their gradients are not
-        needed: no ``target``. Of them nobody before it reads the ``last``: (1), into the target, which is returned if
+        needed: no ``target``. On those of them that nobody before it reads (1), into the target, which is returned if
         that was done."""
         plan = self.plan
-        j, start = i * len(plan.layers[i]), plan.starts[i]
-        inputs, affine, gradients = self.features[:, :start], self.affines[j], self.gradients[j]
+        j, columns = i * len(plan.layers[i]), plan.read(i)
+        inputs, affine, gradients = self.features[:, columns], self.affines[j], self.gradients[j]
         weight, like = self.weights[j][0], gradients.stage.conv_weight
         need_d = target is not None or gradients.needs_norm
-        before = None if self.pair is None else (self.pair[0][:start], self.pair[1][:start])
-        after = self.spare[0][0][:start], self.spare[0][1][:start]
+        before = None if self.pair is None else (self.pair[0][columns], self.pair[1][columns])
+        after = self.spare[0][0][columns], self.spare[0][1][columns]
         reader, completion = gradients.reader(before, after), None
         if not plan.bottleneck:
             scaled = torch.empty_like(inputs, memory_format=torch.contiguous_format) if need_d else None
@@ -348,26 +370,31 @@ class BlockGradients:
             )
             gradients.convolution(grad_weight, dy)
             if target is not None:
-                torch.add(self.source[:, :start], scaled, out=self.grad[:, :start])
+                torch.add(self.source[:, columns], scaled, out=self.grad[:, columns])
         else:
             need_dz = need_d or gradients.needs_any
             dz, unfinished = self.bottleneck(i, dy, z, need_dz)
             if not need_dz:
                 return None
-            if unfinished.through is not None and gradients.needs_conv_bias:
+            mask = self.masks[j]
+            if unfinished.through is not None and (gradients.needs_conv_bias or mask is not None):
                 self.backend.finalise_gradient(dz, unfinished.through, dz)
                 unfinished.through = None
+            if mask is not None:
+                dz.mul_(to_matrix(mask)).mul_(plan.keep_scales[j])
             if target is not None and reader.after is not None and self.group is None:
-                completion = Completion(last, self.through(last, after[0][last], after[1][last]), target)
+                last = plan.last_read(i)
+                through = self.through(plan.new(i - 1) if i else columns, after[0][last], after[1][last])
+                completion = Completion(last, through, target)
             grad_weight, _ = self.backend.bn_relu_conv1x1_backward(
                 dz,
                 inputs,
                 affine,
                 weight.flatten(1),
-                None if target is None else self.grad[:, :start],
+                None if target is None else self.grad[:, columns],
                 gradients.needs_conv_weight,
                 need_d,
-                self.source[:, :start] if self.source is not self.grad else None,
+                self.source[:, columns] if self.source is not self.grad else None,
                 reader,
                 completion,
                 unfinished,
@@ -375,7 +402,7 @@ class BlockGradients:
             )
             gradients.convolution(grad_weight, dz)
         if need_d and reader.after is not None:
-            self.pair = after
+            self.pair = self.spare[0]
             self.spare.reverse()
         return None if completion is None else target
 
@@ -384,9 +411,11 @@ class BlockGradients:
         plan, columns, j = self.plan, self.plan.bottlenecks[i], 2 * i + 1
         gradients = self.gradients[j]
         if z is None:
-            (weight, bias), inputs = self.weights[j - 1], self.features[:, : plan.starts[i]]
+            (weight, bias), inputs, mask = self.weights[j - 1], self.features[:, plan.read(i)], self.masks[j - 1]
             z = plan.bottleneck_in(self.z, i, self.features)
             self.backend.bn_relu_conv1x1(inputs, self.affines[j - 1], weight.flatten(1), bias, z, None)
+            if mask is not None:
+                self.backend.append_features(to_image(z, plan.grid), z, None, mask, plan.keep_scales[j - 1])
         scaled = plan.bottleneck_in(self.dz, i, self.features) if need_dz or gradients.needs_norm else None
         p, q = (v[columns.start - plan.columns : columns.stop - plan.columns] for v in self.bottleneck_pair)
         through = ThroughStatistics(z, self.mean[columns], p, q, self.count)
@@ -430,6 +459,7 @@ def _backward(
     in_channels: int,
     group: str | None,
     needs: list[bool],
+    prepend: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stages' tensors, empty where ``needs`` (x's, then one per tensor) says so.
 
@@ -438,7 +468,7 @@ def _backward(
     the forward pass.
     """
     described = grad_mean is not None
-    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described)
+    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described, prepend)
     backend = select(features.device, features.dtype)
     trained = [j % STAGE_TENSORS in (0, 1, 4) and t is not None and t.numel() > 0 for j, t in enumerate(tensors)]
     if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
@@ -451,7 +481,7 @@ def _backward(
         if described:
             p[: plan.columns].copy_(grad_mean[: plan.columns]), q[: plan.columns].copy_(grad_var[: plan.columns])
         kept = (to_matrix(features), bottlenecks, mean, var, rows_of(count, to_matrix(features).shape[0]))
-        out = (to_matrix(image), gradients, p, q, described)
+        out = (to_matrix(image), gradients, p, q, described, prepend)
         backend.dense_block_backward(to_matrix(grad), *kept, present(tensors, features), eps, plan.grid, *out)
         return image, [
             None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
@@ -480,14 +510,21 @@ def _(
     in_channels: int,
     group: str | None,
     needs: list[bool],
+    prepend: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     grid = (features.shape[0], *features.shape[2:])
     grad_x = empty_image(features, grid, in_channels) if needs[0] else features.new_empty(0)
     return grad_x, [torch.empty_like(t) if need else features.new_empty(0) for t, need in zip(tensors, needs[1:])]
 
 
+def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:
+    """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
+    return features[:, features.shape[1] - in_channels :] if prepend else features[:, :in_channels]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
-    x, _, _, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.saved, _, ctx.group, link = inputs
+    x, _, _, tensors, ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.saved, _, ctx.group, *rest = inputs
+    link, ctx.prepend = rest
     *described, count, bottlenecks = outputs
     ctx.mark_non_differentiable(count, *bottlenecks)
     ctx.set_materialize_grads(False)
@@ -520,7 +557,8 @@ def _gradients(
             grad_mean, grad_var = (torch.zeros_like(mean) if g is None else g for g in (grad_mean, grad_var))
         saved = (features, mean, var, count, bottlenecks, ctx.saved, tensors)
         options = (ctx.eps, masks, ctx.drop_rates, ctx.bottleneck, ctx.in_channels, ctx.group)
-        grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options, [needs[0], *needs[2:]])
+        options += ([needs[0], *needs[2:]], ctx.prepend)
+        grad_x, gradients = _backward(grad, grad_mean, grad_var, *saved, *options)
     return grad_x if needs[0] else None, None, None, gradients
 
 
@@ -532,12 +570,12 @@ def _differentiable_gradients(
     tensors: list[Tensor | None],
     masks: list[Tensor],
 ) -> list[Tensor | None]:
-    value = features.detach()[:, : ctx.in_channels]
+    value = own_features(features.detach(), ctx.in_channels, ctx.prepend)
 
     def block(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x = value if link is None else value + x
         plan = Plan(x, tensors, ctx.eps, ctx.bottleneck, ctx.drop_rates)
-        made = stock.dense_block(x, plan.layers, masks, plan.keep_scales)
+        made = stock.dense_block(x, plan.layers, masks, ctx.drop_rates, ctx.prepend)
         return made, *stock.batch_statistics(made)
 
     grads = (grads[0], *(None if g is None else g[: features.shape[1]] for g in grads[1:]))

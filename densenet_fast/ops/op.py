@@ -133,10 +133,10 @@ def with_autograd(
         save(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, mean, _, tensors, *_ = ctx.needs_input_grad
+        x, mean, _, tensors, *given = ctx.needs_input_grad  # without defaults, which the dispatcher leaves out
         grad_x, *statistics, rest = gradients(ctx, [x, mean, *tensors], *grads)
         rest = [g if need else None for g, need in zip(rest, tensors)]
-        return in_format(grad_x, ctx), *statistics, rest, *ctx.constants
+        return in_format(grad_x, ctx), *statistics, rest, *ctx.constants[: len(given)]
 
     op.custom_op.register_autograd(backward, setup_context=setup_context)
 

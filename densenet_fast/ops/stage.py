@@ -19,6 +19,9 @@ from densenet_fast.backends.inputs import Fixed
 from densenet_fast.backends.layout import as_output
 
 Pair = tuple[Tensor, Tensor]
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 STAGE_TENSORS = 6
 """Tensors of a stage in a flat list."""
@@ -181,6 +184,14 @@ def unflatten(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> list[St
     return [Stage(*tensors[i * STAGE_TENSORS : (i + 1) * STAGE_TENSORS], e) for i, e in enumerate(eps)]
 
 
+def by_stage(values: Sequence[Value], stages: int, absent: Value) -> list[Value]:
+    """Of what stands one for each stage, one for each layer of two, of its second stage, or nowhere: one for each
+    stage, ``absent`` where there is none."""
+    if not values:
+        return [absent] * stages
+    return [*values] if len(values) == stages else [v for value in values for v in (absent, value)]
+
+
 def save_stages(ctx: Any, tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
     """What ``ctx`` has to save for :func:`saved_stages` to return ``tensors``, an op's flat list."""
     ctx.stages = tensors if type(tensors) is Fixed else None
@@ -281,10 +292,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
-
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
 def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_fast.backends.affine import accumulation_dtype
-from densenet_fast.ops.stage import Stage
+from densenet_fast.ops.stage import Stage, by_stage
 
 
 class BatchNorm(torch.autograd.Function):
@@ -104,20 +104,24 @@ def dense_block(
     x: Tensor,
     layers: Sequence[Sequence[Stage]],
     masks: Sequence[Tensor],
-    keep_scales: Sequence[float],
+    drop_rates: Sequence[float],
+    prepend: bool = False,
     bottlenecks: list[Tensor] | None = None,
 ) -> Tensor:
     """The dense block of ``layers``, concatenating after each; each layer's bottleneck is appended to ``bottlenecks``,
-    if they are given."""
-    for i, stages in enumerate(layers):
+    if they are given. Masks and drop rates as the op takes them."""
+    stages = sum(map(len, layers))
+    drops = iter(zip(by_stage(masks, stages, None), by_stage(drop_rates, stages, 0.0)))
+    for layer in layers:
         new = x
-        for stage in stages:
+        for stage in layer:
             if bottlenecks is not None and new is not x:
                 bottlenecks.append(new)
             new = bn_relu_conv(new, stage)
-        if keep_scales[i] != 1:
-            new = new * masks[i] * keep_scales[i]
-        x = torch.cat([x, new], 1)
+            mask, rate = next(drops)
+            if rate > 0:
+                new = new * mask * (1 / (1 - rate) if rate < 1 else 0.0)
+        x = torch.cat([new, x] if prepend else [x, new], 1)
     return x
 
 

@@ -111,6 +111,11 @@ def test_append_features(backend, dtype, channels, grid, channels_last, masked):
     case.x.zero_()
     backend.append_features(new, case.x, None, *dropout)
     assert case.buffer.equal(before)
+    if masked:
+        case.x.copy_(to_matrix(new))
+        backend.append_features(to_image(case.x, grid), case.x, statistics, *dropout)
+        assert case.buffer.equal(before)
+        assert_statistics(statistics, case.x)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -177,13 +182,15 @@ def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
 def test_bn_relu_conv1x1_backward_completes_its_gradient(backend, dtype, channels, grid):
     case = Case(grid, channels, dtype)
     rows = case.x.shape[0]
-    z, grad = torch.randn(2, rows, case.k + 3).to(dtype)[:, :, 1 : 1 + case.k]
+    buffers = torch.randn(2, rows, case.k + 3).to(dtype)
+    z, grad = buffers[:, :, 1 : 1 + case.k]
     vectors = torch.randn(3, case.k).to(accumulation_dtype(dtype))
     through = ThroughStatistics(z, *vectors, 2 * rows)
     results = []
     for complete in (True, False):
         grad_x = torch.zeros_like(case.x)
-        dz = backend.finalise_gradient(grad, through, torch.empty_like(grad)) if complete else grad
+        dz = buffers[1].clone()[:, 1 : 1 + case.k]
+        dz = backend.finalise_gradient(grad, through, dz) if complete else dz
         unfinished = Unfinished(None if complete else through)
         arguments = (dz, case.x, case.affine, case.w1.flatten(1), grad_x, True, True)
         grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, unfinished=unfinished)

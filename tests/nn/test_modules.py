@@ -47,6 +47,10 @@ def fused_calls(monkeypatch):
             lambda d: DenseBlock(3, 6, None, 4, 0.2, True, bias=True, spatial_dims=d),
             lambda d: reference.DenseBlock(3, 6, None, 4, 0.2, bias=True, spatial_dims=d),
         ),
+        (
+            lambda d: DenseBlock(3, 6, 4, 4, 0.3, spatial_dims=d, prepend=True),
+            lambda d: reference.DenseBlock(3, 6, 4, 4, 0.3, spatial_dims=d, prepend=True),
+        ),
         (lambda d: Transition(6, 5, spatial_dims=d), lambda d: reference.Transition(6, 5, spatial_dims=d)),
         (
             lambda d: Transition(6, 9, bias=True, spatial_dims=d),

@@ -20,7 +20,7 @@ def make_unit(channels, out, kernel, dims, *, bias=False, dtype=torch.float64, *
     return BNReLUConv(make_norm(channels, dtype=dtype, **norm), weight.requires_grad_(), b)
 
 
-def make_layers(c0, k=2, width=3, depth=2, dims=2, bottleneck=True, **options):
+def make_layers(c0, k=2, width=3, depth=2, dims=2, bottleneck=True, prepend=False, **options):
     layers = []
     for i in range(depth):
         channels = c0 + i * k
@@ -73,37 +73,41 @@ BLOCKS = [
     dict(dims=3),
     dict(dims=1, bottleneck=False),
     dict(dims=3, bottleneck=False),
+    dict(prepend=True),
+    dict(prepend=True, bottleneck=False, training=False),
 ]
 
 
 @pytest.mark.parametrize("options", BLOCKS, ids=str)
 def test_gradcheck_dense_block(options):
-    dims = options.get("dims", 2)
+    dims, prepend = options.get("dims", 2), options.get("prepend", False)
     layers = [tuple(map(untracked, layer)) for layer in make_layers(3, **options)]
     x = torch.randn(2, 3, *SPATIAL[dims], dtype=torch.float64, requires_grad=True)
 
     inputs = (x, *leaves(u for layer in layers for u in layer))
 
     def block(x, *_):
-        return functional.dense_block(x, layers)
+        return functional.dense_block(x, layers, prepend=prepend)
 
     assert torch.autograd.gradcheck(block, inputs)
     output = block(x)
     cotangent = torch.randn_like(output)
-    recomputed = functional.dense_block(x, layers, memory_efficient=True)
+    recomputed = functional.dense_block(x, layers, memory_efficient=True, prepend=prepend)
     assert torch.equal(recomputed, output)
     for got, expected in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in (recomputed, output)), strict=True):
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("rates", [(0.4, 0.0), (0.3, 0.6), (1.0, 0.5)])
-def test_gradcheck_dense_block_with_dropout(rates):
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(3)]
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("rates", [(0.4, 0.0), (1.0, 0.5), (0.5, 0.2, 0.3, 0.0)], ids=str)
+def test_gradcheck_dense_block_with_dropout(rates, recomputed):
+    """Of each layer's new features, or of what each of its convolutions makes."""
+    layers = [tuple(map(untracked, layer)) for layer in make_layers(3, bias=recomputed)]
     x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def block(x, *_):
         torch.manual_seed(1)
-        return functional.dense_block(x, layers, rates)
+        return functional.dense_block(x, layers, rates, recomputed)
 
     assert torch.autograd.gradcheck(block, (x, *leaves(u for layer in layers for u in layer)))
 
@@ -156,7 +160,8 @@ def opcheck_arguments(options, save, known):
     masks = [torch.rand(2, 16, *SPATIAL[dims]) > 0.5, x.new_empty(0)]
     link = x.new_zeros(()).expand(x.shape)
     statistics = (torch.zeros(16), torch.ones(16)) if known else (None, None)
-    return x, *statistics, tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True), save, known, None, link
+    stages = (tensors, eps, masks, [0.5, 0.0], options.get("bottleneck", True))
+    return x, *statistics, *stages, save, known, None, link, options.get("prepend", False)
 
 
 KEPT = [([False, False], False), ([True, True], True), ([True, False], True)]
@@ -494,13 +499,15 @@ def bad_calls():
     yield "empty", {**good, "x": torch.randn(0, 3, 4, 4, dtype=torch.float64)}, ValueError, "at least one value"
     yield "no layers", {**good, "layers": []}, ValueError, "layers"
     yield "unlike layers", {**good, "layers": [(unit,), *make_layers(3)]}, ValueError, "layers"
-    yield "rates", {**good, "drop_rates": [0.5]}, ValueError, "drop_rates: expected 2 rates, got 1"
+    yield "rates", {**good, "drop_rates": [0.5]}, ValueError, "drop_rates: expected 2 or 4 rates, got 1"
     yield "kernel", {**good, "layers": [(unit,)]}, RuntimeError, r"weight \(4, 3, 3, 3\), got \(4, 3, 1, 1\)"
     (a, b), rest = good["layers"]
     yield "weight", {**good, "layers": [(b, a), rest]}, RuntimeError, "layers|channels"
     yield "unit", {**good, "layers": [(torch.nn.Conv2d(3, 4, 1),)]}, TypeError, "BNReLUConv"
     yield "no list", {**good, "layers": [a]}, ValueError, "layers"
     yield "rate", {**good, "drop_rates": [0.5, float("nan")]}, ValueError, "drop_rates: expected probabilities"
+    plain = {**good, "layers": make_layers(3, bottleneck=False), "drop_rates": [0.5]}
+    yield "rates of plain layers", plain, ValueError, "drop_rates: expected 2 rates, got 1"
     half = a._replace(norm=a.norm._replace(running_var=None))
     yield "half of the statistics", {**good, "layers": [(half, b), rest]}, ValueError, "running_mean and running_var"
     meta = a._replace(norm=a.norm._replace(running_var=a.norm.running_var.to("meta")))

@@ -24,6 +24,8 @@ BLOCKS = {
     "unlike epsilons": dict(eps=(1e-5, 0.3, 1e-2, 1e-5, 0.1, 1.0)),
     "wide": dict(channels=64, width=128, k=32, spatial=(14, 14)),
     "channels last weights": dict(memory_format=torch.channels_last),
+    "new features first": dict(prepend=True),
+    "new features first, odd sizes": dict(channels=5, width=7, k=3, spatial=(5, 7), prepend=True),
 }
 
 
@@ -39,8 +41,9 @@ def make(
     affine=True,
     eps=(1e-5,) * 6,
     memory_format=torch.contiguous_format,
+    prepend=False,
 ):
-    """x and the layers of a block, whose convolutions are in ``dtype``."""
+    """x, the layers of a block, whose convolutions are in ``dtype``, and whether they prepend."""
 
     def norm(columns, is_frozen, e):
         weight, bias = torch.randn(2, columns).unbind() if affine else (None, None)
@@ -54,10 +57,10 @@ def make(
         w1, w2 = (w.to(dtype).contiguous(memory_format=memory_format) for w in (w1, w2))
         first = BNReLUConv(norm(channels + i * k, frozen[0], eps[2 * i]), w1)
         layers.append((first, BNReLUConv(norm(width, frozen[1], eps[2 * i + 1]), w2)))
-    return torch.randn(3, channels, *spatial), layers
+    return torch.randn(3, channels, *spatial), layers, prepend
 
 
-def run(x, layers, dtype, memory_efficient, autocast=False):
+def run(x, layers, prepend, dtype, memory_efficient, autocast=False):
     """Output, gradients of x and of every parameter, and running statistics of one step in ``dtype``."""
     x, layers = x.to(dtype), copy.deepcopy(layers)
     half = dtype == torch.bfloat16 and not autocast
@@ -77,7 +80,7 @@ def run(x, layers, dtype, memory_efficient, autocast=False):
     units = [unit for layer in layers for unit in layer]
     leaves = [x.requires_grad_()] + [t for u in units for t in (u.norm.weight, u.norm.bias, u.weight) if t is not None]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = functional.dense_block(x, layers, memory_efficient=memory_efficient)
+        output = functional.dense_block(x, layers, memory_efficient=memory_efficient, prepend=prepend)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     gradients = torch.autograd.grad(output, leaves, cotangent.to(output.dtype))
     buffers = [t for u in units for t in (u.norm.running_mean, u.norm.running_var)]
@@ -103,10 +106,10 @@ def test_both_walks_agree(options, mode, memory_efficient, counted, monkeypatch)
     dtype, autocast = torch.float32 if mode == "float32" else torch.bfloat16, mode == "autocast"
     errors = torch.zeros(2, 2)
     for repetition in range(6 if autocast else 1):
-        x, layers = make(torch.bfloat16 if mode == "bfloat16" else torch.float32, **options)
-        truth = run(x.to(dtype), layers, torch.float64, memory_efficient)
+        x, *block = make(torch.bfloat16 if mode == "bfloat16" else torch.float32, **options)
+        truth = run(x.to(dtype), *block, torch.float64, memory_efficient)
         assert len(counted) == 2 * repetition
-        arguments = (x, layers, dtype, memory_efficient, autocast)
+        arguments = (x, *block, dtype, memory_efficient, autocast)
         walked = run(*arguments)
         assert counted[-2:] == ["dense_block", "dense_block_backward"]
         with monkeypatch.context() as patch:
@@ -145,7 +148,7 @@ def test_what_is_not_plain_is_left_to_the_op(change, backward, counted):
 
 def test_wrong_arguments_raise():
     kernels = torch.ops.densenet_fast
-    x, layers = make(torch.float32, spatial=(6, 6))
+    x, layers, _ = make(torch.float32, spatial=(6, 6))
     stages = [unit.stage() for layer in layers for unit in layer]
     tensors, eps = pack(stages, x)
     features, mean, var = torch.zeros(3 * 36, 8 + 3 * 4), torch.zeros(20 + 48), torch.ones(20 + 48)

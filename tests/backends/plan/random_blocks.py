@@ -44,7 +44,7 @@ class Block:
             self.layers.append([self.unit(*each) for each in sizes])
             read += new
         self.recomputed = [draw.random() < 0.4 for _ in self.layers]
-        self.given, self.returned = draw.random() < 0.4, draw.random() < 0.5
+        self.given, self.returned, self.prepend = draw.random() < 0.4, draw.random() < 0.5, draw.random() < 0.3
         self.grads = [self.normal(shape[0], read, *shape[1:]), *(self.normal(read).float() for _ in range(2))]
         self.grads[0] = self.grads[0].contiguous(memory_format=torch.channels_last)
         self.read = [True, *(self.returned and draw.random() < 0.6 for _ in range(2))]
@@ -92,9 +92,8 @@ class Block:
         if self.given:
             var, mean = torch.var_mean(self.x.detach().float(), [0, 2, 3], correction=0)
             statistics = BatchStatistics(mean, var)
-        made = functional.dense_block(
-            self.x, self.layers, None, self.recomputed, statistics=statistics, return_statistics=self.returned
-        )
+        options = dict(prepend=self.prepend, statistics=statistics, return_statistics=self.returned)
+        made = functional.dense_block(self.x, self.layers, None, self.recomputed, **options)
         made = [made[0], *made[1][:2]] if self.returned else [made]
         found = list(made)
         asked = [(t, g) for t, g, read in zip(made, self.grads, self.read) if read and t.requires_grad]
