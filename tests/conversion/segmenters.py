@@ -1,5 +1,5 @@
-"""Networks that segment, with dense blocks on the way down, and on the way up: the fully convolutional DenseNet, and U-Nets
-over the encoder of a library's DenseNet."""
+"""Networks that segment: the fully convolutional DenseNet, with dense blocks on the way up too, and U-Nets over a
+library's DenseNet."""
 
 import torch
 import torch.nn.functional as F

@@ -20,7 +20,7 @@ def conv3x3(channels, out, bias=False):
 
 
 def plan(init, growth, layers):
-    """Of each block the channels that each of its layers reads, and what the block makes; all but the last are halved."""
+    """Of each block the channels that each of its layers reads, and what it makes, of which the next block has half."""
     channels = init
     for count in layers:
         yield [channels + i * growth for i in range(count)], channels + count * growth

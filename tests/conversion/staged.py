@@ -1,5 +1,5 @@
-"""DenseNets in the styles of libraries, beside those of ``conversion.small_images.py``: a stage holds a transition and layers,
-layers stand in one Sequential without blocks, normalisations are frozen, layers drop channels or are checkpointed."""
+"""DenseNets in the styles of libraries, for large images: a stage holds a transition and layers, layers stand in one
+Sequential without blocks, normalisations are frozen, layers drop channels or are checkpointed."""
 
 from collections import OrderedDict
 
