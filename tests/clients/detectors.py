@@ -86,6 +86,8 @@ def suppress(candidates, scores, iou_threshold):
 
 def pool(features, rois, output_size, spatial_scale, sampling_ratio):
     """Features [K, C, *output_size] sampled in each of ``rois`` [K, 5]: image, left, top, right, bottom."""
+    if not len(rois):
+        return features.new_zeros(0, features.shape[1], *output_size)
     height, width = features.shape[2:]
     size = torch.tensor([width, height], dtype=rois.dtype) / spatial_scale
     low, high = (2 * rois[:, i : i + 2] / size - 1 for i in (1, 3))
