@@ -49,6 +49,12 @@ def frozen(model, *parts):
     return model
 
 
+def prepending(model):
+    """With new features before the others in the first block."""
+    model.features.denseblock1.prepend = True
+    return model
+
+
 def normalised_as_ever(model, part):
     model.get_submodule(part).eval()
     return model
@@ -56,6 +62,7 @@ def normalised_as_ever(model, part):
 
 NETWORKS = {
     "recomputed": lambda: network(2, memory_efficient=True),
+    "new features first": lambda: prepending(network(2)),
     "some readers' parameters": lambda: frozen(network(), "features.transition1.norm.weight", "features.norm5.bias"),
     "no reader's parameter": lambda: frozen(network(), "features.transition1", "features.norm5"),
     "the reader's alone": lambda: frozen(network(), "features.conv0", "features.denseblock1"),
@@ -85,7 +92,7 @@ def test_without_a_gradient_before_the_block_or_the_reader(parts):
 
 def test_the_two_make_what_one_makes():
     """With a gradient that is a batch's, and with second derivatives, too, of which sums differ in order alone."""
-    model, images_ = network(2).eval(), images()
+    model, images_ = prepending(network(2)).eval(), images()
 
     def made(how):
         with how, plans() as bodies:
