@@ -141,6 +141,7 @@ MONAI = {
     "DenseNet121, 2-D": Case(lambda: monai_nets.DenseNet121(2, 3, 4), images(), 4, 3),
     "DenseNet121, 3-D": Case(lambda: monai_nets.DenseNet121(3, 1, 4), images(32, 1, 3), 4, 3),
     "DenseNet169, 2-D": Case(lambda: monai_nets.DenseNet169(2, 1, 4), images(64, 1), 4, 3),
+    "AHNet": Case(lambda: monai_nets.AHNet(spatial_dims=2, psp_block_num=0), images(64, 1), 0, 0),
     "DenseBlock of given layers": Case(given_layers, (2, 12, 9, 7), 1, 0),
 }
 
@@ -208,6 +209,8 @@ PYTORCHCV = {
     "DenseNet": Case(lambda: pytorchcv_densenet.DenseNet(**CV_IMAGENET), images(112)),
     "DenseNet drop": Case(lambda: pytorchcv_densenet.DenseNet(**CV_IMAGENET, dropout_rate=0.2), images(112)),
     "densenet121": Case(lambda: pytorchcv_densenet.densenet121(), (2, 3, 224, 224), 4, 3),
+    "IBN-DenseNet": Case(lambda: ibndensenet.IBNDenseNet(**CV_IMAGENET), images(112), 2, 2, "InstanceNorm2d"),
+    "X-DenseNet": Case(lambda: xdensenet.XDenseNet(**CV_IMAGENET), images(112), 0, 2, "XConv2d"),
     "densenet40_k12_cifar10": Case(lambda: densenet_cifar.densenet40_k12_cifar10(), images(32)),
     "densenet40_k12_bc_cifar10": Case(lambda: densenet_cifar.densenet40_k12_bc_cifar10(), images(32)),
     "densenet100_k12_bc_cifar100": Case(lambda: densenet_cifar.densenet100_k12_bc_cifar100(), images(32)),
@@ -243,13 +246,13 @@ def test_equals_the_unconverted_network(name):
 
 
 LEFT_ALONE = {
-    "MONAI AHNet": (lambda: monai_nets.AHNet(spatial_dims=2), "convolutions"),
-    "MONAI HoVerNet": (lambda: monai_nets.HoVerNet(mode="fast", np_out_channels=2), "convolution"),
+    "MONAI HoVerNet": (
+        lambda: monai_nets.HoVerNet(mode="fast", np_out_channels=2),
+        "layers.conv2 is not a plain convolution of kernel size 3: groups=4",
+    ),
     "MONAI DenseNet, instance norm": (lambda: own_monai(2, norm="instance"), "norm1 is a InstanceNorm2d"),
-    "pytorchcv IBN": (lambda: ibndensenet.ibn_densenet121(), "IBN"),
-    "pytorchcv CondenseNet": (lambda: condensenet.condensenet74_c4_g4(), "conv"),
-    "pytorchcv PeleeNet": (lambda: peleenet.peleenet(), "conv"),
-    "pytorchcv X-DenseNet": (lambda: xdensenet.xdensenet121_2(), "conv"),
+    "pytorchcv CondenseNet": (lambda: condensenet.condensenet74_c4_g4(), "conv1 has tensors of its own: index"),
+    "pytorchcv X-DenseNet": (lambda: xdensenet.xdensenet121_2(), "conv1.conv is a XConv2d"),
 }
 
 
@@ -259,6 +262,12 @@ def test_what_is_no_such_block_is_left_alone_for_a_reason(name):
     model = make()
     rows = [row for row in densenet_fast.explain(model) if row.kind == "DenseBlock"]
     assert rows and all(not row.fused and reason in row.reason for row in rows), rows
+
+
+def test_a_network_without_such_blocks():
+    """PeleeNet's layers normalise behind their convolutions."""
+    with pytest.raises(ValueError, match="found none in a PeleeNet"):
+        densenet_fast.convert(peleenet.peleenet())
 
 
 def test_a_feature_extractor_is_made_of_the_converted_network():
