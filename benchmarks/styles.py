@@ -49,12 +49,10 @@ SIMPLE40 = Setting(12, (12, 12, 12), 32, 64)
 IMAGENET = Setting(32, (6, 12, 24, 16), 128, 8)
 SETTINGS = {
     "dropout behind each convolution, no bottleneck": SIMPLE40,
-    "volumes, dropout of channels": Setting(32, (6, 12, 24, 16), 64, 4),
+    "volumes, dropout of channels": Setting(32, (6, 12, 24, 16), 64, 8),
     "fully convolutional": Setting(12, (4, 4, 4, 4, 4, 4), 128, 4),
-    "U-Net": Setting(32, (6, 12, 24, 16), 128, 8),
-    "U-Net, skips from transitions": Setting(32, (6, 12, 24, 16), 128, 8),
 }
-"""Of those that are neither BC-100 for small images nor DenseNet-121."""
+"""Of those that are neither DenseNet-BC-100 for small images nor DenseNet-121 (the encoders of U-Nets are)."""
 
 
 def setting_of(style: str) -> Setting:
@@ -78,6 +76,7 @@ class Entry:
     """A network in one style, stock or converted, in one memory layout; as ``measure_times`` takes it."""
 
     style: str
+    setting: Setting
     converted: bool
     channels_last: bool
     compiled = False
@@ -88,7 +87,7 @@ class Entry:
 
     def model(self, device: torch.device, train: bool) -> nn.Module:
         torch.manual_seed(0)
-        growth, layers, size, _ = setting_of(self.style)
+        growth, layers, size, _ = self.setting
         network = STYLES[self.style].make(growth, layers, size)
         if self.converted:
             densenet_fast.convert(network)
@@ -107,6 +106,11 @@ class Entry:
         return thing.to(memory_format=torch.channels_last_3d if volumes else torch.channels_last)
 
 
+def entry_of(fields: dict[str, Any]) -> Entry:
+    """From JSON."""
+    return Entry(**{**fields, "setting": Setting(*fields["setting"])})
+
+
 def main() -> None:
     parser = parser_of("styles", __doc__)
     parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), metavar="STYLE")
@@ -115,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.peak:
         torch.set_num_threads(options.threads)
-        print(peak_here(Entry(**json.loads(options.peak)), options.device))
+        print(peak_here(entry_of(json.loads(options.peak)), options.device))
         return
     figure, rows = Figure("styles", options), []
     for style in options.styles:
@@ -127,7 +131,7 @@ def main() -> None:
 def row_of(style: str, options: argparse.Namespace) -> dict[str, Any]:
     """What was measured of ``style``."""
     setting, device = setting_of(style), options.device
-    entries = [Entry(style, converted, last) for converted in (False, True) for last in (False, True)]
+    entries = [Entry(style, setting, converted, last) for converted in (False, True) for last in (False, True)]
     fused, left = parts(entries[0], entries[2], device)
     turns = [(entry, setting.batch) for entry in entries]
     timings = measure_times(turns, setting.size, torch.float32, True, device, options.repeats)
@@ -150,7 +154,7 @@ def parts(stock: Entry, converted: Entry, device: torch.device) -> tuple[str, st
     Raises:
         Disagreement: its logits are not ``stock``'s.
     """
-    setting, logits = setting_of(stock.style), []
+    setting, logits = stock.setting, []
     for entry in (stock, converted):
         model = entry.model(device, True)
         torch.manual_seed(2)
@@ -178,8 +182,7 @@ def peak(entry: Entry, options: argparse.Namespace) -> int:
 
 def peak_here(entry: Entry, device: torch.device) -> int:
     """:func:`peak` in this process, which should have done nothing else."""
-    setting = setting_of(entry.style)
-    model, images = entry.model(device, True), entry.images(setting.batch, setting.size, device)
+    model, images = entry.model(device, True), entry.images(entry.setting.batch, entry.setting.size, device)
     memory = PeakMemory(device)
     enqueue(model, images, torch.float32, True)
     return memory.read().added

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from conversion.styles import STYLES
 from helpers import assert_same, error, randomise
 
 GROWTH, LAYERS = 4, (2, 3, 2)
+PAGE = Path(densenet_fast.__file__).parents[1] / "docs/conversion-styles.md"
 
 
 def make(name):
@@ -85,3 +88,8 @@ def outputs(model, x, names=None):
     for handle in handles:
         handle.remove()
     return result, seen
+
+
+def test_the_page_has_every_style():
+    text = PAGE.read_text().partition("<!-- style table -->")[2].partition("<!-- end of style table -->")[0]
+    assert re.findall(r"^\| (.*?) \|", text, re.MULTILINE)[1:] == list(STYLES)
