@@ -1,4 +1,4 @@
-"""How a dense block or a transition of any library is built, read from its modules alone, and whether it still is.
+"""How a dense block of any library is built, read from its modules alone, and whether it still is.
 
 Names, classes and import paths do not count. A dense layer is whatever holds one or two pairs of batch normalisation
 and convolution; a block is a module of such layers, each of which reads as many channels as its predecessor read and
@@ -8,7 +8,7 @@ made. What the modules do not say (a functional ReLU, where the features are con
 
 from collections.abc import Iterator
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -63,17 +63,42 @@ class BlockLayout(NamedTuple):
     expected: Expected
     classes: Classes
 
+    kind = "DenseBlock"
 
-class TransitionLayout(NamedTuple):
+    def channels(self, module: nn.Module) -> int:
+        """How many channels it reads."""
+        return fusion.child(module, self.layers[0].units[0].conv).in_channels
+
+
+class Layout(Protocol):
+    """How a part is built. One that is no :class:`BlockLayout` knows itself what is asked of it in ``PartLayout``."""
+
     dims: int
-    unit: Unit
-    pool: str | None
-    """Path of its average pool; None if the pooling is functional."""
     expected: Expected
     classes: Classes
+    kind: str
+    """What :func:`densenet_fast.explain` calls it."""
+
+    def channels(self, module: nn.Module) -> int:
+        """How many channels ``module`` reads."""
 
 
-Layout = BlockLayout | TransitionLayout
+class PartLayout(Layout, Protocol):
+    """That of a transition, a stem or a head."""
+
+    convolves: bool
+    """Whether a convolution makes its result, in autocast's dtype."""
+    pools: bool
+    """Whether it ends with a pool, which autocast on CPUs runs in float32 for volumes."""
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Which part of ``module`` has no place in an op, or None."""
+
+    def dropouts(self) -> list[Dropout]:
+        """What drops out in it."""
+
+    def gathered(self, module: nn.Module) -> Any:
+        """What a call of ``module`` takes: its tensors, modes and rates as they are now."""
 
 
 class Leaves(NamedTuple):
@@ -125,6 +150,14 @@ def at(module: nn.Module, path: str) -> nn.Module:
     return fusion.child(module, path) if path else module
 
 
+def rate_now(module: nn.Module, dropout: Dropout | None) -> float:
+    """The rate of a dropout in ``module`` now."""
+    if dropout is None:
+        return 0.0
+    holder = at(module, dropout.path)
+    return max(float(getattr(holder, dropout.rate)), 0.0) if holder.training else 0.0
+
+
 def read_block(block: nn.Module) -> BlockLayout:
     """The layout of ``block``, which has dense layers.
 
@@ -137,32 +170,14 @@ def read_block(block: nn.Module) -> BlockLayout:
     for name, child in holder._modules.items():
         if child is None or (container + dot + name not in found and type(child) is not nn.Identity):
             raise Unlike(f"{container}{dot}{name} is a {type(child).__name__}, not a dense layer")
-    _refuse_tensors(block, "it")
+    refuse_tensors(block, "it")
     layers = tuple(_read_layer(block, path, layer) for path, layer in found.items())
     if len({len(layer.units) for layer in layers}) != 1:
         raise Unlike("some of its layers have a bottleneck and some none")
     if len({type(fusion.child(block, unit.conv)) for layer in layers for unit in layer.units}) != 1:
         raise Unlike("its convolutions differ in dimensions")
     dims = fusion.DIMENSIONS[type(fusion.child(block, layers[0].units[0].conv))]
-    return _checked(block, BlockLayout(dims, layers, False, False, expected_of(block, {}), _classes(block)))
-
-
-def read_transition(module: nn.Module) -> TransitionLayout:
-    """The layout of ``module`` as a transition: batch normalisation, ReLU, 1x1 convolution, average over 2.
-
-    Raises:
-        Unlike: it is built in another way.
-    """
-    leaves = _leaves(module, "")
-    _refuse_tensors(module, "it")
-    if len(leaves.convs) != 1:
-        raise Unlike(f"it has {len(leaves.convs)} convolutions")
-    (unit,) = _units(module, leaves, (1,))
-    if leaves.dropouts or len(leaves.others) > 1:
-        raise Unlike(f"{(leaves.dropouts + leaves.others)[-1]} is not a part of BN-ReLU-convolution-pooling")
-    pool = leaves.others[0] if leaves.others else None
-    dims = fusion.DIMENSIONS[type(fusion.child(module, unit.conv))]
-    return _checked(module, TransitionLayout(dims, unit, pool, expected_of(module, {}), _classes(module)))
+    return _checked(block, BlockLayout(dims, layers, False, False, expected_of(block, {}), classes_below(block)))
 
 
 def obstacle(module: nn.Module, layout: Layout) -> str | None:
@@ -178,14 +193,11 @@ def outdated(module: nn.Module, layout: Layout) -> bool:
 
 def _unlike(module: nn.Module, layout: Layout) -> str | None:
     """Which normalisation, convolution or pool of ``module`` has no place in an op, or None."""
-    if isinstance(layout, TransitionLayout):
-        reason = _unit_obstacle(module, layout.unit, layout.dims)
-        if reason is None and layout.pool is not None:
-            reason = fusion.average_pool_obstacle(module, layout.pool, layout.dims)
-        return reason
+    if not isinstance(layout, BlockLayout):
+        return layout.obstacle(module)
     for layer in layout.layers:
         for unit in layer.units:
-            reason = _unit_obstacle(module, unit, layout.dims)
+            reason = unit_obstacle(module, unit, layout.dims)
             if reason is not None:
                 return reason
     return None
@@ -198,16 +210,19 @@ def _checked(module: nn.Module, layout: Any) -> Any:
     return layout
 
 
-def _unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
-    norm = fusion.child(module, unit.norm)
-    reason = fusion.convolution_obstacle(module, unit.conv, unit.kernel)
-    probed = isinstance(norm, (reference.BATCH_NORMS[dims], nn.SyncBatchNorm)) or fusion.is_frozen_norm(norm)
-    if reason is None and not probed:
-        reason = fusion.norm_obstacle(module, unit.norm, dims)
-    return reason
+def unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
+    """Why ``unit`` of ``module`` is no batch normalisation and plain convolution, or None."""
+    return fusion.convolution_obstacle(module, unit.conv, unit.kernel) or norm_obstacle(module, unit.norm, dims)
 
 
-def _classes(module: nn.Module) -> Classes:
+def norm_obstacle(module: nn.Module, norm: str, dims: int) -> str | None:
+    """Why the child ``norm`` of ``module`` is no batch normalisation, also one that holds its activation, or None."""
+    part = fusion.child(module, norm)
+    probed = isinstance(part, (reference.BATCH_NORMS[dims], nn.SyncBatchNorm)) or fusion.is_frozen_norm(part)
+    return None if probed else fusion.norm_obstacle(module, norm, dims)
+
+
+def classes_below(module: nn.Module) -> Classes:
     return classes_of(type(part) for part in module.modules())
 
 
@@ -218,18 +233,18 @@ def replaced(layout: Layout) -> str | None:
 
 
 def _read_layer(block: nn.Module, path: str, layer: nn.Module) -> Layer:
-    leaves = _leaves(layer, f"{path}.")
-    _refuse_tensors(layer, path)
+    leaves = leaves_of(layer, f"{path}.")
+    refuse_tensors(layer, path)
     if leaves.others:
         other = fusion.child(block, leaves.others[0])
         raise Unlike(f"{leaves.others[0]} is a {type(other).__name__}, not a part of BN-ReLU-convolutions")
     if len(leaves.dropouts) > len(leaves.convs):
         raise Unlike(f"{path} has {len(leaves.dropouts)} dropout modules and {len(leaves.convs)} convolutions")
-    units = _units(block, leaves, (1, 3) if len(leaves.convs) == 2 else (3,))
+    units = units_of(block, leaves, (1, 3) if len(leaves.convs) == 2 else (3,))
     return Layer(path, units, (None,) * len(units))
 
 
-def _units(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple[Unit, ...]:
+def units_of(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple[Unit, ...]:
     """Each normalisation with the convolution behind it."""
     if len(leaves.norms) != len(leaves.convs):
         raise Unlike(
@@ -255,16 +270,16 @@ def _units(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple
 
 def dropout_modules(block: nn.Module, layer: Layer) -> list[str]:
     """Paths of the dropout modules of ``layer``, in order of registration."""
-    return _leaves(fusion.child(block, layer.path), f"{layer.path}.").dropouts
+    return leaves_of(fusion.child(block, layer.path), f"{layer.path}.").dropouts
 
 
-def _leaves(module: nn.Module, prefix: str) -> Leaves:
+def leaves_of(module: nn.Module, prefix: str) -> Leaves:
     """What ``module`` is made of; ReLU and identity count as nothing."""
     leaves = Leaves([], [], [], [])
     for path, leaf in _walk(module, prefix):
         if isinstance(leaf, _ConvNd):
             leaves.convs.append(path)
-        elif _is_norm(leaf):
+        elif is_norm(leaf):
             leaves.norms.append(path)
         elif type(leaf) is nn.Dropout or type(leaf) in CHANNEL_DROPOUTS:
             leaves.dropouts.append(path)
@@ -274,7 +289,7 @@ def _leaves(module: nn.Module, prefix: str) -> Leaves:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, _ConvNd) or _is_norm(module):
+    if isinstance(module, _ConvNd) or is_norm(module):
         raise Unlike(f"{prefix.rstrip('.')} is a {type(module).__name__}, not BN-ReLU-convolutions")
     for name, child in module._modules.items():
         path = prefix + name
@@ -284,23 +299,23 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             raise Unlike(f"{path} has a dot in its name")
         if isinstance(child, _ConvNd):
             yield path, child
-        elif _is_norm(child):  # some hold their activation
+        elif is_norm(child):  # some hold their activation
             yield path, child
             for inner, leaf in child._modules.items():
                 if not isinstance(leaf, (nn.ReLU, nn.Identity)):
                     raise Unlike(f"{path}.{inner} is a {type(leaf).__name__}, not a ReLU")
         elif child._modules or isinstance(child, CONTAINERS):
-            _refuse_tensors(child, path)
+            refuse_tensors(child, path)
             yield from _walk(child, f"{path}.")
         else:
             yield path, child
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or fusion.is_frozen_norm(module)
 
 
-def _refuse_tensors(module: nn.Module, name: str) -> None:
+def refuse_tensors(module: nn.Module, name: str) -> None:
     own = [key for table in (module._parameters, module._buffers) for key, value in table.items() if value is not None]
     own += [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
     if own:

@@ -19,6 +19,7 @@ from densenet_fast.conversion.layout import BlockLayout, Layout, at
 from densenet_fast.nn import fusion
 
 SPATIAL = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
+STEM_SPATIAL = {1: (19,), 2: (13, 16), 3: (9, 8, 11)}
 TOLERANCE = 1e-8
 """Relative; what rounding makes in float64 is less, another eps or order of features more."""
 
@@ -33,12 +34,11 @@ def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, Fa
         torch.default_generator.get_state(),
         torch.get_num_threads(),
     )
-    units = layout.layers[0].units if isinstance(layout, BlockLayout) else [layout.unit]
-    channels = fusion.child(module, units[0].conv).in_channels
+    sizes = (STEM_SPATIAL if layout.kind == "Stem" else SPATIAL)[layout.dims]
     torch.set_num_threads(1)  # too little work to divide
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            x = torch.randn(2, channels, *SPATIAL[layout.dims], generator=generator, dtype=torch.float64)
+            x = torch.randn(2, layout.channels(module), *sizes, generator=generator, dtype=torch.float64)
             clones = Clones(module, layout, generator)
             for training in modes:
                 runs = _Runs(clones, x, training, DROP_RATES)
@@ -66,7 +66,7 @@ class _Runs:
             self.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
         torch.default_generator.manual_seed(0)
-        self.got = wanted(apply(gathered(ours, clones.layout), x), x, clones.layout)
+        self.got = wanted(apply(gathered(ours, clones.layout), x)[0], x, clones.layout)
         self.buffers = list(zip(ours.buffers(), stock.named_buffers()))
 
     def agree(self) -> bool:
@@ -86,19 +86,27 @@ def _difference(runs: _Runs, clones: "Clones") -> tuple[str, str]:
     block = isinstance(clones.layout, BlockLayout)
     if _same(got, expected):
         return f"updates {runs.other_buffer()} otherwise", ""
-    if block and _Runs(clones, runs.x, runs.training, (0.0, 0.0)).agree():
-        return ("drops out in another place or in another way", PLACES) if runs.training else ("drops out", INFERENCE)
+    if _Runs(clones, runs.x, runs.training, (0.0, 0.0)).agree():
+        places = PLACES if block else PLACE
+        return ("drops out in another place or in another way", places) if runs.training else ("drops out", INFERENCE)
     if block and _is_reordered(clones, runs):
         return "orders the features otherwise", ORDERS
     if (got.shape, got.dtype) != (expected.shape, expected.dtype):
         return f"returns {_kind(expected)} where {_kind(got)} was expected", ""
-    return "computes something else", ""
+    return "computes something else", "" if block else COMPUTED[clones.layout.kind]
 
 
 ORDERS = (
     ": let every layer make torch.cat([x, new], 1), or every one torch.cat([new, x], 1), and return the last of these, "
     "or of its channels those that are new"
 )
+PLACE = ": let it stand between the convolution and the pool"
+COMPUTED = {
+    "Transition": ": let it be batch normalisation, ReLU, a 1x1 convolution and an average over 2, in this order",
+    "BNReLUConv1x1": ": let it be batch normalisation, ReLU and a 1x1 convolution, in this order",
+    "Stem": ": let it be a convolution, batch normalisation, ReLU and a maximum over 3, in this order",
+    "Head": ": let it be batch normalisation, ReLU, a mean over all pixels and a flattening, in this order",
+}
 INFERENCE = " in inference too: hand training=self.training to its dropout"
 PLACES = ": let it stand behind convolutions, before the concatenation, at the same places in all layers"
 
@@ -156,7 +164,10 @@ class Clones:
                 part.__class__ = reference.BATCH_NORMS[self.layout.dims]
             elif isinstance(part, nn.SyncBatchNorm) and training and torch.distributed.is_initialized():
                 part.__class__ = _alone(self.layout.dims)
-        for layer in self.layout.layers if isinstance(self.layout, BlockLayout) else ():
+        block = isinstance(self.layout, BlockLayout)
+        for dropout in () if block else self.layout.dropouts():
+            setattr(at(clone, dropout.path), dropout.rate, drop_rates[0])
+        for layer in self.layout.layers if block else ():
             for dropout, rate in zip(reversed(layer.dropouts), reversed(drop_rates)):
                 if dropout is not None:
                     setattr(at(clone, dropout.path), dropout.rate, rate)
