@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import densenet
 
 import densenet_fast
-from conversion import twins
+from conversion import twins, twins_blocks
 from densenet_fast.nn import calls
 from helpers import assert_same, randomise
 
@@ -40,7 +40,20 @@ def name_anew(transition):
     transition._modules["last"] = transition._modules.pop("pool")
 
 
+def front(kind=twins_blocks.Front):
+    return lambda: twins_blocks.sequential(kind)
+
+
+def to_dropout(block):
+    for layer in block.children():
+        layer.net[-1] = nn.Dropout2d(0.4)
+
+
 EDITS = {
+    "front's last layer deleted": (front(), delete_last),
+    "front's new dropout": (front(twins_blocks.FrontOfOneNet), lambda b: [m.net.append(nn.Dropout(0.3)) for m in b]),
+    "another dropout": (lambda: twins_blocks.sequential(twins_blocks.FrontOfOneNet, dropout=0.2), to_dropout),
+    "other path": (lambda: twins_blocks.PathBlock(2, 12, 8), lambda b: setattr(b, "upsample", False)),
     "layer inserted": (xray, insert),
     "torchvision's last layer deleted": (torchvision_block, delete_last),
     "own list": (lambda: twins.OwnBlock(3, 12, 8), lambda b: b.units.pop(-1)),
