@@ -291,8 +291,10 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     if module is None or isinstance(module, (_NormBase, LazyModuleMixin)):
         return False
     tensors = {n: t for n, t in (module._parameters | module._buffers).items() if t is not None}
-    sizes = {tuple(tensors[name].shape) if name in tensors else () for name in FROZEN}
-    return len(sizes) == 1 and len(sizes.pop()) == 1 and tensors.keys() <= {*FROZEN, "num_batches_tracked"}
+    if tensors.keys() - {"num_batches_tracked"} != {*FROZEN}:
+        return False
+    shapes = {tensors[name].shape for name in FROZEN}
+    return len(shapes) == 1 and len(shapes.pop()) == 1
 
 
 def normalised_channels(normalise: nn.Module) -> int:

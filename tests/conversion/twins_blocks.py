@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conversion import twins
+from densenet_fast.reference import BATCH_NORMS, CONVOLUTIONS
 
 
 def sequential(layer, layers=3, channels=12, growth=8, **options):
@@ -61,19 +62,19 @@ class FrontBlock(twins.OwnBlock):
 
 
 class PathLayer(nn.Sequential):
-    def __init__(self, channels, growth, drop=0.2):
+    def __init__(self, channels, growth, dims=2, drop=0.2):
         super().__init__()
-        self.add_module("norm", nn.BatchNorm2d(channels))
+        self.add_module("norm", BATCH_NORMS[dims](channels))
         self.add_module("relu", nn.ReLU(True))
-        self.add_module("conv", nn.Conv2d(channels, growth, 3, padding=1))
-        self.add_module("drop", nn.Dropout2d(drop))
+        self.add_module("conv", CONVOLUTIONS[dims](channels, growth, 3, padding=1))
+        self.add_module("drop", (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[dims - 1](drop))
 
 
 class PathBlock(nn.Module):
-    def __init__(self, layers, channels, growth, upsample=True, front=False):
+    def __init__(self, layers, channels, growth, upsample=True, front=False, dims=2):
         super().__init__()
         self.upsample, self.front = upsample, front
-        self.units = nn.ModuleList([PathLayer(channels + i * growth, growth) for i in range(layers)])
+        self.units = nn.ModuleList([PathLayer(channels + i * growth, growth, dims) for i in range(layers)])
 
     def joined(self, x, new):
         return torch.cat([new, x] if self.front else [x, new], 1)
@@ -189,10 +190,17 @@ class ByModule(Dropping):
         return self.drops["ab".index(place) if len(self.drops) > 1 else 0](x)
 
 
+class ByClass(Dropping):
+    """At a rate that stands on the class."""
+
+    drop_rate = 0.0
+
+    def drop(self, place, x):
+        return F.dropout(x, self.drop_rate, self.training)
+
+
 class DroppingBlock(twins.OwnBlock):
     """Drops out its layers' features itself."""
-
-    dropout = 0.3
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
