@@ -1,4 +1,4 @@
-# make demo | make test | make emulate | make lint | make smoke | make gpu. To use an environment that is active already, with its own
+# make demo | make test | make emulate | make clients | make lint | make smoke | make gpu. To use an environment that is active already, with its own
 # torch (for CUDA, say):
 #     make test PYTHON=python VENV=
 VENV ?= .venv
@@ -6,8 +6,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1; sys_platform == 'linux'
-# What convert() is tested with; without their dependencies, which their DenseNets do without.
-LIBRARIES ?= timm==1.0.31 monai==1.6.1
+# Libraries that convert() is tested with; those of make test without their dependencies, which their DenseNets do without.
+CLIENTS := tests/clients/requirements.txt
+LIBRARIES ?= $(shell grep -E '^(timm|monai)==' $(CLIENTS))
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -19,7 +20,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test emulate lint smoke gpu versions sanitize clean installed-in-active-environment
+.PHONY: demo test emulate clients lint smoke gpu versions sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -47,6 +48,18 @@ gpu:
 emulate: $(INSTALLED)
 	$(RUN) -m pytest -n auto --dist worksteal tests/on_gpu/full_dry_run.py tests/backends/triton/newest.py \
 		tests/backends/cuda/every_order.py tests/backends/cuda/mutations.py
+
+# Other libraries' networks, as they are on PyPI, converted, beside themselves: in an environment of their own, with all
+# that they depend on (1.5 gigabytes), and the compiled library of this checkout. Some minutes.
+clients: $(INSTALLED) build/clients/.installed
+	build/clients/bin/python -m pytest -n auto --dist worksteal tests/clients/clients.py
+
+build/clients/.installed: $(CLIENTS)
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install --quiet $(TORCH) numpy tqdm "pytest>=8" pytest-xdist
+	build/clients/bin/python -m pip install --quiet --no-deps $(TORCHVISION)
+	build/clients/bin/python -m pip install --quiet --requirement $(CLIENTS)
+	touch $@
 
 # The library under other versions of torch, as installed and built with each, in environments of their own (some
 # gigabytes each).

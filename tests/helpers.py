@@ -45,7 +45,12 @@ def randomise(model: nn.Module) -> nn.Module:
                 if module.running_mean is not None:
                     module.running_mean.normal_()
                     module.running_var.uniform_(0.5, 2)
-            elif isinstance(module, nn.Linear):
+            elif {"weight", "running_mean"} <= module._buffers.keys():  # frozen
+                module.weight.normal_(1, 0.5)
+                module.bias.normal_(0, 0.5)
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+            elif isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.normal_()
     return model
 
@@ -75,7 +80,7 @@ def twin(model: nn.Module, other: nn.Module) -> nn.Module:
 
 def step(model: nn.Module, x: Tensor, seed: int = 7) -> Iterator[tuple[str, Tensor]]:
     """Names and values of what one forward and backward pass of ``model`` on ``x`` makes: the output, the gradients of
-    x and of every parameter under a random cotangent, and the buffers."""
+    x and of every parameter under a random cotangent (zeros for one that was not used), and the buffers."""
     x = x.detach().clone().requires_grad_()
     model.zero_grad()
     torch.manual_seed(seed)
@@ -87,7 +92,7 @@ def step(model: nn.Module, x: Tensor, seed: int = 7) -> Iterator[tuple[str, Tens
     yield "output", output
     yield "grad x", x.grad
     for name, parameter in model.named_parameters():
-        yield f"grad {name}", parameter.grad
+        yield f"grad {name}", torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     yield from model.named_buffers()
 
 

@@ -1,0 +1,213 @@
+"""Time and memory of a training step in each style that people write DenseNets in, stock beside converted:
+``python benchmarks/styles.py``.
+
+The networks are those of ``tests/conversion/styles.py``, in float32 on the sizes below. Times are of steps in turns, in
+one process; each of the two has its faster memory layout, and stock the memory of the layout that needs less. Peak
+memory is what the first step adds, in a process of its own. Files are written after every network.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import densenet_fast
+from densenet_fast.benchmarking.steps import Disagreement, enqueue
+from densenet_fast.benchmarking.times import Timing, measure_times
+from densenet_fast.memory import PeakMemory
+from densenet_fast.table import table
+from figures import Figure, parser_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from conversion.styles import STYLES  # noqa: E402
+
+MARGIN = 1e-2
+"""Relative error of the converted network's logits against stock's, in float32."""
+MIB = 1 << 20
+
+
+class Setting(NamedTuple):
+    """The network's growth, its layers in each block, and its input."""
+
+    growth: int
+    layers: tuple[int, ...]
+    size: int
+    batch: int
+
+
+BC100 = Setting(12, (16, 16, 16), 32, 64)
+SIMPLE40 = Setting(12, (12, 12, 12), 32, 64)
+IMAGENET = Setting(32, (6, 12, 24, 16), 128, 8)
+SETTINGS = {
+    "dropout behind each convolution, no bottleneck": SIMPLE40,
+    "volumes, dropout of channels": Setting(32, (6, 12, 24, 16), 64, 8),
+    "fully convolutional": Setting(12, (4, 4, 4, 4, 4, 4), 128, 4),
+}
+"""Of those that are neither DenseNet-BC-100 for small images nor DenseNet-121 (the encoders of U-Nets are)."""
+
+
+def setting_of(style: str) -> Setting:
+    return SETTINGS.get(style, BC100 if STYLES[style].small else IMAGENET)
+
+
+class Classifier(nn.Module):
+    """A network, whose logits of pixels, if it makes such, are averaged."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        return logits if logits.dim() == 2 else logits.flatten(2).mean(2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network in one style, stock or converted, in one memory layout; as ``measure_times`` takes it."""
+
+    style: str
+    setting: Setting
+    converted: bool
+    channels_last: bool
+    compiled = False
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
+
+    def model(self, device: torch.device, train: bool) -> nn.Module:
+        torch.manual_seed(0)
+        growth, layers, size, _ = self.setting
+        network = STYLES[self.style].make(growth, layers, size)
+        if self.converted:
+            densenet_fast.convert(network)
+        return self._placed(Classifier(network).to(device).train(train))
+
+    def images(self, batch: int, size: int, device: torch.device) -> Tensor:
+        style = STYLES[self.style]
+        shape = (batch, style.channels, *[size] * style.dims)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+        return self._placed(images)
+
+    def _placed(self, thing: Any) -> Any:
+        if not self.channels_last:
+            return thing
+        volumes = STYLES[self.style].dims == 3
+        return thing.to(memory_format=torch.channels_last_3d if volumes else torch.channels_last)
+
+
+def entry_of(fields: dict[str, Any]) -> Entry:
+    """From JSON."""
+    return Entry(**{**fields, "setting": Setting(*fields["setting"])})
+
+
+def main() -> None:
+    parser = parser_of("styles", __doc__)
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), metavar="STYLE")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps after one of warming up (5)")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        torch.set_num_threads(options.threads)
+        print(peak_here(entry_of(json.loads(options.peak)), options.device))
+        return
+    figure, rows = Figure("styles", options), []
+    for style in options.styles:
+        print(style, file=sys.stderr, flush=True)
+        rows.append(row_of(style, options))
+        write(figure, rows, show=style == options.styles[-1])
+
+
+def row_of(style: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured of ``style``."""
+    setting, device = setting_of(style), options.device
+    entries = [Entry(style, setting, converted, last) for converted in (False, True) for last in (False, True)]
+    fused, left = parts(entries[0], entries[2], device)
+    turns = [(entry, setting.batch) for entry in entries]
+    timings = measure_times(turns, setting.size, torch.float32, True, device, options.repeats)
+    stock, ours = (min(timings[i : i + 2], key=median) for i in (0, 2))
+    row = {"style": style, **setting._asdict(), "layers": " ".join(map(str, setting.layers))}
+    row |= {"stock_layout": stock.entry.layout, "stock_s": median(stock)}
+    row |= {"ours_layout": ours.entry.layout, "ours_s": median(ours), "speed_ratio": median(stock) / median(ours)}
+    row["stock_mib"] = min(peak(entry, options) for entry in entries[:2]) / MIB
+    row["ours_mib"] = peak(ours.entry, options) / MIB
+    return row | {"memory_ratio": row["ours_mib"] / row["stock_mib"], "fused": fused, "left": left}
+
+
+def median(timing: Timing) -> float:
+    return timing.quantile(0.5)
+
+
+def parts(stock: Entry, converted: Entry, device: torch.device) -> tuple[str, str]:
+    """What runs fused in a step of ``converted``, and what does not, by kind.
+
+    Raises:
+        Disagreement: its logits are not ``stock``'s.
+    """
+    setting, logits = stock.setting, []
+    for entry in (stock, converted):
+        model = entry.model(device, True)
+        torch.manual_seed(2)
+        images = entry.images(setting.batch, setting.size, device)
+        logits.append(enqueue(model, images, torch.float32, True).detach())
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    if not error <= MARGIN:
+        raise Disagreement(f"{stock.style}: the converted network's logits are off by {error:.1e}")
+    report = densenet_fast.explain(model)
+    return told(row.kind for row in report if row.fused), told(row.kind for row in report if not row.fused)
+
+
+def told(kinds: Any) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
+
+
+def peak(entry: Entry, options: argparse.Namespace) -> int:
+    """Bytes that the first training step adds, in a new process that returns what it frees to the system at once."""
+    command = [sys.executable, __file__, "--peak", json.dumps(asdict(entry))]
+    command += ["--device", str(options.device), "--threads", str(options.threads)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return int(process.stdout)
+
+
+def peak_here(entry: Entry, device: torch.device) -> int:
+    """:func:`peak` in this process, which should have done nothing else."""
+    model, images = entry.model(device, True), entry.images(entry.setting.batch, entry.setting.size, device)
+    memory = PeakMemory(device)
+    enqueue(model, images, torch.float32, True)
+    return memory.read().added
+
+
+def write(figure: Figure, rows: list[dict[str, Any]], show: bool) -> None:
+    """The table and the files of what has been measured."""
+    header = ("style", "input", "stock ms", "ours ms", "speed", "stock MiB", "ours MiB", "memory", "fused", "left")
+    cells = [
+        (
+            row["style"],
+            f"{row['batch']} of {'x'.join([str(row['size'])] * STYLES[row['style']].dims)}",
+            f"{1e3 * row['stock_s']:.0f} ({row['stock_layout']})",
+            f"{1e3 * row['ours_s']:.0f} ({row['ours_layout']})",
+            f"{row['speed_ratio']:.2f}x",
+            f"{row['stock_mib']:.0f}",
+            f"{row['ours_mib']:.0f}",
+            f"{row['memory_ratio']:.2f}",
+            row["fused"],
+            row["left"] or "-",
+        )
+        for row in rows
+    ]
+    figure.write("A training step in each style, stock and converted, float32", rows, table(header, cells), show)
+
+
+if __name__ == "__main__":
+    main()
