@@ -37,7 +37,14 @@ from densenet_fast.conversion import fused, graphs, layout
 from densenet_fast.conversion.expected import STATE
 from densenet_fast.conversion.layout import Layout
 from densenet_fast.conversion.recognition import OURS, Recognised, examine, runs_in_turn, segments
-from densenet_fast.conversion.sequential import FusedSequential, Segment, Stretch, segment_obstacle, segments_of
+from densenet_fast.conversion.sequential import (
+    FusedSequential,
+    Segment,
+    Stretch,
+    follow_each_other,
+    segment_obstacle,
+    segments_of,
+)
 
 __all__ = ["Part", "convert", "restore", "survey"]
 
@@ -46,7 +53,7 @@ LOOKED_FOR = (
     "alone, each of which reads the block's input and all features made before it; or such layers one after the other "
     "in an nn.Sequential) and transitions (batch normalisation, ReLU, 1x1 convolution, average pooling over 2)"
 )
-EXTRAS = ("Stem", "Head")
+EXTRAS = ("Stem", "Head", "BNReLUConv1x1")
 """What makes no DenseNet by itself."""
 
 
@@ -211,7 +218,8 @@ def _found(module: nn.Module) -> tuple[Recognised | None, list[Recognised]]:
     """What ``module`` is as a whole, or resembles, and what some of its children are together."""
     if fused.is_converted(module):
         if fused.mixin(module) is FusedSequential:
-            known = [Recognised(s.layout.kind, s.layout, "", s.names) for s in segments_of(module)]
+            there = [s for s in segments_of(module) if follow_each_other(module, s.names)]
+            known = [Recognised(s.layout.kind, s.layout, "", s.names) for s in there]
             pieces = known + segments(module, {name for piece in known for name in piece.names})
             return None if any(piece.kind == "DenseBlock" for piece in pieces) else examine(module), pieces
         layout = vars(module).get(STATE)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import densenet_fast
 from conversion import twins
@@ -40,7 +41,7 @@ TRANSITIONS = {
     "functional dropout of channels": lambda: seq.Dropping(6, 4, drop=F.dropout2d),
     "no rate": lambda: seq.Dropping(6, 4, 0.0),
     "maximum": lambda: seq.Dropping(6, 4, pool=F.max_pool2d),
-    "no pool": lambda: seq.Dropping(6, 4, pool=None),
+    "no pool": lambda: nn.Sequential(seq.Dropping(6, 4, pool=None), seq.Narrowing(4, 4)),
     "modules": lambda: seq.down(6, 4),
     "dropout and average": lambda: seq.down(6, 4, kind=nn.Dropout, pool=nn.AvgPool2d(2)),
     "units": lambda: seq.Narrowing(6, 4),
@@ -81,12 +82,13 @@ def test_a_network_equals_itself_unconverted(name):
 def test_a_transition_equals_itself_unconverted(name, mode):
     stock = randomise(TRANSITIONS[name]().double())
     model = densenet_fast.convert(stock, inplace=False)
-    (row,) = densenet_fast.explain(model)
-    assert row.fused and row.kind == ("BNReLUConv1x1" if name == "no pool" else "Transition")
+    rows = densenet_fast.explain(model)
+    kinds = ["BNReLUConv1x1", "Transition"] if name == "no pool" else ["Transition"]
+    assert [row.kind for row in rows if row.fused] == kinds
     dims = 1 if "1-D" in name else 3 if "3-D" in name else 2
     x = torch.randn(SHAPES[dims], dtype=torch.float64)
     assert_same(mode(model), mode(stock), x, 1e-9)
-    assert calls.last(model).reason is None
+    assert {row.last_call for row in densenet_fast.explain(model)} == {"fused"}
     if dims == 2:
         assert model(x).stride() == stock(x).stride()
         wide = x.to(memory_format=torch.channels_last)
@@ -100,6 +102,26 @@ def test_a_rate_may_change():
         net.droprate = 0.6
     assert_same(model, stock, torch.randn(SHAPES[2], dtype=torch.float64), 1e-9)
     assert calls.last(model).reason is None
+
+
+def test_frozen_normalisations_of_another_class():
+    stock = seq.flat()
+    for name, module in list(stock.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            norm = FrozenBatchNorm2d(module.num_features)
+            for buffer in norm.buffers():
+                buffer.uniform_(0.5, 2)
+            parent, _, child = name.rpartition(".")
+            setattr(stock.get_submodule(parent), child, norm)
+    model = densenet_fast.convert(stock.double(), inplace=False)
+    assert [row.name for row in densenet_fast.explain(model) if row.fused] == FLAT
+    assert_same(model, stock, torch.randn(2, 2, 21, 18, dtype=torch.float64), 1e-9)
+
+
+def test_synchronised_normalisation_without_relu_is_left_to_stock():
+    model = densenet_fast.convert(seq.Linear(6, 4))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert "down_sample.0 is synchronised, and no ReLU follows it" in densenet_fast.explain(model)[0].reason
 
 
 def network():
@@ -132,8 +154,8 @@ CHANGES = {
     ),
     "order": (
         lambda f: f.stage2._modules.update(unit1=f.stage2._modules.pop("unit1")),
-        "features.stage2.unit1",
-        "do not follow each other any more",
+        "features.stage2.unit2...unit3",
+        "not converted; densenet_fast.convert(model) converts it",
     ),
     "attribute": (lambda f: setattr(f.stage1.unit1, "drops", None), "features.stage1", "unit1.drops has changed"),
 }
@@ -145,15 +167,25 @@ def test_what_is_changed_runs_as_it_is(change, where, reason):
     model(x)
     change(model.features)
     left = [row for row in densenet_fast.explain(model) if not row.fused]
-    assert [row.name.startswith(where) for row in left] == [True] and reason in left[0].reason
+    assert left[0].name.startswith(where) and reason in left[0].reason
+    assert len(left) == 1 + (change is CHANGES["order"][0])  # the unit that comes last reads what nobody made
     stock = densenet_fast.restore(copy.deepcopy(model))
-    if reason != "do not follow each other any more":
+    if not reason.startswith("not converted"):
         assert_same(model, stock, x, 1e-9)
         left = next(row for row in densenet_fast.explain(model) if not row.fused)
         assert left.last_call == f"stock: {left.reason}"
     else:
         with pytest.raises(RuntimeError):
             model(x)
+
+
+def test_a_unit_that_is_taken_out_of_a_run():
+    model = densenet_fast.convert(seq.StagedNet())
+    for name, left in (("unit2", ["unit1"]), ("unit1", [])):
+        del model.features.stage2._modules[name]
+        rows = [row for row in densenet_fast.explain(model) if "stage2.unit" in row.name]
+        assert [row.name for row in rows] == [f"features.stage2.{name}" for name in [*left, "unit3"]]
+        assert not any(row.fused for row in rows)
 
 
 def test_more_units_and_other_ones_after_the_conversion():
@@ -294,9 +326,10 @@ def test_what_is_left_alone_says_why(make, place, reason):
     assert [i for i, row in enumerate(report) if not row.fused] == [place] and reason in report[place].reason
 
 
-def test_a_stem_alone_is_no_densenet():
+@pytest.mark.parametrize("make", [lambda: seq.InitBlock(3, 4), lambda: seq.flat()[:4], lambda: seq.PreConv(6, 4, 1)])
+def test_a_stem_or_one_convolution_is_no_densenet(make):
     with pytest.raises(ValueError, match="expected dense blocks"):
-        densenet_fast.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1)))
+        densenet_fast.convert(make())
 
 
 @pytest.mark.parametrize("dims", [2, 3])
