@@ -12,8 +12,9 @@ their children find the children they had.
 
 How a block is recognised: by what it holds (:mod:`densenet_fast.conversion.layout`), then by what it computes, run on
 random numbers beside the op that would replace it (:mod:`densenet_fast.conversion.probe`). The second step is what
-makes the first one safe: a copy of torchvision's block with a residual scale, another order of concatenation or dropout
-in another place has the same modules and is left alone. What cannot be seen from a run, that a user changes an
+makes the first one safe: a copy of torchvision's block with a residual scale, dropout in front of a normalisation or
+layers that read their features in another order has the same modules and is left alone. What the modules leave open
+(:mod:`densenet_fast.conversion.candidates`) it decides. What cannot be seen from a run, that a user changes an
 attribute later, is checked at every call.
 
 An nn.Sequential that holds converted modules, or children that make a part together (the layers of a block that has no

@@ -29,17 +29,19 @@ def block_layouts(block: nn.Module) -> Iterator[BlockLayout]:
     Raises:
         Unlike: it is nothing of the kind.
     """
-    dropping = _dropping(block, read_block(block))
+    plain = read_block(block)
+    dropping = _dropping(block, plain)
     first = next(dropping)
     yield first
-    form = next((form for form in _forms(first) if differs(block, form, INFERENCE) is None), None)
+    form = next((form for form in _forms(plain) if differs(block, form, INFERENCE) is None), None)
     if form is None:
         return
-    if form is not first:
-        yield form
+    kind = dict(prepend=form.prepend, new_only=form.new_only)
+    if form is not plain:
+        yield first._replace(**kind)
     for layout in dropping:
-        yield layout._replace(prepend=form.prepend, new_only=form.new_only)
-    raise Unlike(differs(block, form))
+        yield layout._replace(**kind)
+    raise Unlike(differs(block, first._replace(**kind)))
 
 
 def _forms(layout: BlockLayout) -> Iterator[BlockLayout]:
@@ -84,7 +86,7 @@ def _rate(block: nn.Module, layer: Layer, conv: str) -> tuple[str, str] | None:
     while path:
         path = path.rpartition(".")[0] if len(path) > len(layer.path) else ""
         for name, value in vars(at(block, path)).items():
-            if "drop" in name.lower() and type(value) in (int, float):
+            if "drop" in name.lower() and type(value) in (int, float) and 0 <= value <= 1:
                 return path, name
     return None
 

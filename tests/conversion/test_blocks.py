@@ -14,6 +14,7 @@ from conversion import twins
 from conversion import twins_blocks as styles
 from conversion.libraries import optional, torchvision
 from densenet_fast.conversion.expected import STATE
+from densenet_fast.nn import fusion
 from helpers import assert_same, error, randomise
 
 layers = optional("timm.layers")
@@ -47,6 +48,7 @@ BLOCKS = {
     "by function, channels": lambda: styles.looped(styles.ByFunction, function="dropout2d"),
     "by function, in front": lambda: styles.looped(styles.ByFunction, styles.FrontBlock),
     "by function of the block": lambda: styles.DroppingBlock(3, 12, 8),
+    "no rate": lambda: styles.looped(styles.NoRate, styles.FrontBlock),
     "by one module": lambda: styles.looped(styles.ByModule),
     "by one module, behind the 1x1": lambda: styles.looped(styles.ByModule, places="a", kind=nn.Dropout2d),
     "by two modules": lambda: styles.looped(styles.ByModule, rates=(0.2, 0.4)),
@@ -206,6 +208,11 @@ def test_timms_synchronised_normalisation_where_processes_are_joined():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert densenet_fast.explain(densenet_fast.convert(model))[0].fused
+        norm = model.units[0].norm1
+        assert fusion.batch_norm(norm).group is dist.group.WORLD
+        norm.process_group = dist.new_group([0])
+        assert fusion.batch_norm(norm).group is norm.process_group
+        norm.process_group = None
         x = torch.randn(X, dtype=torch.float64)
         for training in (True, False):
             assert_same(model.train(training), stock.train(training), x, 1e-9)

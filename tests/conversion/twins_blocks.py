@@ -199,6 +199,17 @@ class ByClass(Dropping):
         return F.dropout(x, self.drop_rate, self.training)
 
 
+class NoRate(twins.OwnLayer):
+    """Has a number that is named like one."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.drop_up_to = 0
+
+    def forward(self, x):
+        return super().forward([x][self.drop_up_to])
+
+
 class DroppingBlock(twins.OwnBlock):
     """Drops out its layers' features itself."""
 
