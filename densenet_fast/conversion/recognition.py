@@ -118,7 +118,7 @@ def _split(module: nn.Module, names: Sequence[str], shown: bool) -> Iterator[Rec
         yield Recognised("DenseBlock", found, "", (*names,))
         return
     alone = [_together(module, [name]) for name in names]
-    if len(names) == 1 or not any(layout is not None for layout, _ in alone):
+    if len(names) == 1 or all(found is None for found, _ in alone):
         yield from _left(shown, names, reason)
         return
     for stretch, other in _alike(names, [None if found is not None else why for found, why in alone]):
