@@ -9,7 +9,6 @@ from torch.nn.modules.conv import _ConvNd
 from densenet_fast import conversion
 from densenet_fast.backends import select
 from densenet_fast.conversion import fused
-from densenet_fast.conversion.layout import TransitionLayout
 from densenet_fast.models import DenseNet
 from densenet_fast.nn import BNReLUConv1x1, DenseBlock, Transition, calls, fusion
 from densenet_fast.nn.features import Features
@@ -66,9 +65,9 @@ def explain(model: nn.Module) -> Report:
     backend, and why not otherwise; and what its last call did.
 
     The parts are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem
-    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it). A dense block or
-    transition of another library, or what resembles one, is listed too: converted (:func:`densenet_fast.convert`), not
-    converted yet, or left alone, and why.
+    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it). Those of another
+    library, or what resembles one, are listed too: converted (:func:`densenet_fast.convert`), not converted yet, or
+    left alone, and why. What children of an nn.Sequential are together has a name such as ``stage1.unit1...unit6``.
 
     A part that was never called, though two others were, does not count as fused: its network leaves it out, or runs
     its children one by one.
@@ -79,70 +78,75 @@ def explain(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report, heads = Report(), Report()
-    others = {id(part.module): part for part in conversion.survey(model)}
+    others: dict[int, list[conversion.Part]] = {}
+    for part in conversion.survey(model):
+        others.setdefault(id(part.first), []).append(part)
     given = _dtypes_given(model, others)
     for name, module in model.named_modules():
         kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
         if kind is not None:
-            report.append(_part(name, kind.__name__, module, module.spatial_dims, module.obstacle()))
-        elif id(module) in others:
-            report.append(_other(name, others[id(module)], given.get(id(module))))
+            call = calls.last(module)
+            report.append(_part(name, kind.__name__, module, module.spatial_dims, module.obstacle(), call))
         elif isinstance(module, Features) and "norm0" in module._modules:
-            report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle()))
+            call = calls.last(module, "Stem")
+            report.append(_part(_join(name, "norm0"), "Stem", module, 2, module.stem_obstacle(), call))
         elif isinstance(module, DenseNet):
-            heads.append(_part(_join(name, "features.norm5"), "Head", module, 2, module.head_obstacle()))
+            call = calls.last(module, "Head")
+            heads.append(_part(_join(name, "features.norm5"), "Head", module, 2, module.head_obstacle(), call))
+        report += [_other(part, given.get(id(module))) for part in others.get(id(module), [])]
     report = Report(report + heads)
     called = sum(bool(row.last_call) for row in report)
     return Report(replace(row, **LEFT_OUT) if called > 1 and row.fused and not row.last_call else row for row in report)
 
 
-def _dtypes_given(model: nn.Module, others: dict[int, conversion.Part]) -> dict[int, torch.dtype]:
-    """The dtypes in which other libraries' parts are called, by id, if modules are called in order: those of their
-    parameters, but under autocast its own behind a convolution, and float32 behind a pooling of volumes on CPUs."""
+def _dtypes_given(model: nn.Module, others: dict[int, list[conversion.Part]]) -> dict[int, torch.dtype]:
+    """The dtypes in which other libraries' parts are called, by where they stand, if modules are called in order: those
+    of their parameters, but under autocast its own behind a convolution, and float32 behind a pooling of volumes on
+    CPUs."""
     parameter = next(model.parameters(), torch.empty(0))
     device, dtype = parameter.device, parameter.dtype
     lower = None if dtype == torch.float64 else autocast_dtype(device)
     given: dict[int, torch.dtype] = {}
-    inside = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside:
             continue
-        layout = others[id(module)].layout if id(module) in others else None
-        if layout is not None:
+        part = next((part for part in others.get(id(module), []) if part.layout is not None), None)
+        convolves, pools_volumes = isinstance(module, _ConvNd), isinstance(module, VOLUME_POOLS)
+        if part is not None:
             given[id(module)] = dtype
-            inside = f"{name}." if name else ""
-        transition = isinstance(layout, TransitionLayout)
-        if lower is None or not (transition or isinstance(module, (_ConvNd, *VOLUME_POOLS))):
-            continue
-        pools_volumes = layout.dims == 3 if transition else isinstance(module, VOLUME_POOLS)
-        if not pools_volumes:
+            inside = {id(m) for m in part.body.modules()}
+            convolves, pools_volumes = fused.convolves(part.layout), fused.pools_volumes(part.layout)
+        if lower is not None and convolves:
             dtype = lower
-        elif device.type == "cpu":
+        if lower is not None and pools_volumes and device.type == "cpu":
             dtype = torch.float32
     return given
 
 
-def _other(name: str, part: conversion.Part, given: torch.dtype | None) -> ModuleReport:
+def _other(part: conversion.Part, given: torch.dtype | None) -> ModuleReport:
     """A part of another library's model, called in the dtype ``given``."""
+    call = calls.last(part.module, part.key)
     if part.layout is None:
-        return _row(name, part.kind, part.module, f"left alone: {part.reason}")
+        return _row(part.name, part.kind, part.body, f"left alone: {part.reason}", call)
     if not part.converted:
-        return _row(name, part.kind, part.module, "not converted; densenet_fast.convert(model) converts it")
-    device = next(part.module.parameters(), torch.empty(0)).device
-    reason = fused.autocast_obstacle(given, device, part.layout)
-    return _part(name, part.kind, part.module, part.layout.dims, reason or fused.obstacle(part.module, part.layout))
+        return _row(part.name, part.kind, part.body, "not converted; densenet_fast.convert(model) converts it", call)
+    device = next(part.body.parameters(), torch.empty(0)).device
+    reason = fused.autocast_obstacle(given, device, part.layout) or part.obstacle()
+    return _part(part.name, part.kind, part.body, part.layout.dims, reason, call)
 
 
-def _part(name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None) -> ModuleReport:
+def _part(
+    name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None, call: calls.Call | None
+) -> ModuleReport:
     dtype = next(module.parameters(), torch.empty(0)).dtype
     example = torch.empty([1] * (dims + 2), dtype=dtype, device="meta")
-    return _row(name, kind, module, fusion.call_obstacle(example, dims) or obstacle or "")
+    return _row(name, kind, module, fusion.call_obstacle(example, dims) or obstacle or "", call)
 
 
-def _row(name: str, kind: str, module: nn.Module, reason: str) -> ModuleReport:
+def _row(name: str, kind: str, module: nn.Module, reason: str, call: calls.Call | None) -> ModuleReport:
     parameter = next(module.parameters(), torch.empty(0))
     backend = STOCK if reason else select(parameter.device, parameter.dtype).name
-    call = calls.last(module, kind if kind in ("Stem", "Head") else "")
     return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device), _told(call, parameter.device))
 
 

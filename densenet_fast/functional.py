@@ -23,13 +23,14 @@ from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOpe
 from densenet_fast.ops import planned, stock
 from densenet_fast.ops.chain import HEAD, TRANSITION
 from densenet_fast.ops.op import seen_by_dispatcher
-from densenet_fast.ops.stage import autocast_dtype, rows_of, without_autocast
+from densenet_fast.ops.stage import autocast_dtype, global_count, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
 
 __all__ = [
     "BatchNorm",
     "BatchStatistics",
     "BNReLUConv",
+    "bn_conv1x1_avgpool",
     "bn_relu_conv1x1",
     "bn_relu_conv1x1_avgpool",
     "bn_relu_global_avgpool",
@@ -119,9 +120,11 @@ def bn_relu_conv1x1_avgpool(
     return (out, own) if return_statistics else out
 
 
-def run_bn_relu_conv1x1(x: Tensor, operands: ConvOperands) -> Tensor:
+def run_bn_relu_conv1x1(
+    x: Tensor, operands: ConvOperands, statistics: BatchStatistics | None = None, updates: Updates | None = None
+) -> Tensor:
     """:func:`bn_relu_conv1x1`."""
-    return _bn_relu_conv1x1(x, operands, operands.admit, False, None, False)[0]
+    return _bn_relu_conv1x1(x, operands, operands.admit, False, statistics, False, updates)[0]
 
 
 def run_bn_relu_conv1x1_avgpool(
@@ -159,6 +162,51 @@ def _bn_relu_conv1x1(
         outputs = _on_stock(convolve, x, *operands.stages, None, None)
     _update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0], BatchStatistics(*outputs[4:6]) if describe else None
+
+
+def bn_conv1x1_avgpool(
+    x: Tensor,
+    norm: BatchNorm,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    statistics: BatchStatistics | None = None,
+) -> Tensor:
+    """The transition without ReLU: ``avg_pool(conv(batch_norm(x), weight, bias), 2)``, pooling first.
+
+    Saved for the backward pass: ``x`` and its centred mean over the windows. Arguments, result and errors as for
+    :func:`bn_relu_conv1x1_avgpool`; a RuntimeError too if the batch is normalised over several processes.
+    """
+    _check_poolable(x)
+    operands = ConvOperands(BNReLUConv(norm, weight, bias))
+    return _bn_conv1x1_avgpool(x, operands, operands.check, statistics)
+
+
+def run_bn_conv1x1_avgpool(
+    x: Tensor, operands: ConvOperands, statistics: BatchStatistics | None = None, updates: Updates | None = None
+) -> Tensor:
+    """:func:`bn_conv1x1_avgpool`."""
+    _check_poolable(x)
+    return _bn_conv1x1_avgpool(x, operands, operands.admit, statistics, updates)
+
+
+def _bn_conv1x1_avgpool(
+    x: Tensor,
+    operands: ConvOperands,
+    check_input: Callable[[Tensor], None],
+    statistics: BatchStatistics | None,
+    updates: Updates | None = None,
+) -> Tensor:
+    x, statistics = _autocast(x, statistics)
+    check_input(x)
+    group, (stage,) = operands.group(), operands.stages
+    check(group is None, RuntimeError, "norm.group", "batch statistics of one process", group)
+    out, mean, var = ops.bn_conv1x1_avgpool(x, *_known(x, operands.reader, statistics, group), stage)
+    mean, var, count = mean.detach(), var.detach(), global_count(0, x, None)
+    if _beyond_range(x, var, group):
+        out, mean, var, count, *_ = _on_stock(stock.bn_conv_pool, x, stage, None, None)
+    _update_running_statistics(x, operands, mean, var, count, updates)
+    return out
 
 
 def bn_relu_maxpool(

@@ -37,7 +37,7 @@ def randomise(model: nn.Module) -> nn.Module:
     """Gives normalisations weights of both signs and zeros, biases, and running statistics off their defaults."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) or "running_mean" in module._buffers:
                 if module.weight is not None:
                     module.weight.normal_(1, 0.5)
                     module.weight[::7] = 0

@@ -110,7 +110,7 @@ def volume_block(channels):
 
 
 NETWORKS = {
-    "torchxrayvision": (lambda: twins.XrayNet(4, (2, 2)), (2, 1, 32, 32), [True] * 3),
+    "torchxrayvision": (lambda: twins.XrayNet(4, (2, 2)), (2, 1, 32, 32), [True] * 4),
     "own copy": (lambda: twins.OwnNet(4), (2, 3, 8, 8), [True] * 3),
     "a block in float32": (lambda: twins.XrayBlock(2, 12, 4, 0.0), (2, 12, 5, 5), [False]),
     "blocks in float32": (
@@ -130,7 +130,7 @@ NETWORKS = {
         (2, 1, 8, 8, 8),
         [True],
     ),
-    "monai 3-D": (lambda: monai.DenseNet(3, 1, 2, 6, 4, (2, 2, 2), 2), (2, 1, 32, 32, 32), [False] * 5),
+    "monai 3-D": (lambda: monai.DenseNet(3, 1, 2, 6, 4, (2, 2, 2), 2), (2, 1, 32, 32, 32), [False] * 6),
 }
 
 

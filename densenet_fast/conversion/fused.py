@@ -10,27 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from densenet_fast import functional
-from densenet_fast.conversion.layout import (
-    CHANNEL_DROPOUTS,
-    RECOMPUTATION_FLAGS,
-    STATE,
-    BlockLayout,
-    Layer,
-    Layout,
-    TransitionLayout,
-    obstacle,
-    replaced,
-)
+from densenet_fast.conversion.expected import RECOMPUTATION_FLAGS, STATE
+from densenet_fast.conversion.layout import BlockLayout, Layout, obstacle, rate_now, replaced
+from densenet_fast.conversion.stem import HeadOperands, StemOperands
+from densenet_fast.conversion.transition import TransitionOperands
+from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
-from densenet_fast.nn.memory_format import handed_out, is_channels_last
+from densenet_fast.nn.memory_format import copied, handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory, all_below
-from densenet_fast.operands import BlockOperands, ConvOperands
+from densenet_fast.operands import BlockOperands
 from densenet_fast.ops.stage import autocast_dtype
 
-Operands = BlockOperands | ConvOperands
+Operands = BlockOperands | TransitionOperands | StemOperands | HeadOperands
 
 
 class Converted(nn.Module):
@@ -59,14 +52,14 @@ class Converted(nn.Module):
 
 
 class Fused(Converted):
-    """A dense block or a transition."""
+    """A dense block, a transition or a stem."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reason, operands = self._found(args, kwargs)
         calls.note(self, reason, operands)
         if reason is not None:
             return super().forward(*args, **kwargs)
-        return run(self, args[0], operands=operands, contiguous=not is_channels_last(args[0]), kept=_keeps_output(self))
+        return alone(args[0], operands, self.__dict__[STATE])
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found[Operands]:
         layout = self.__dict__.get(STATE)
@@ -77,41 +70,15 @@ class Fused(Converted):
         return found(self, layout, args[0])
 
 
-class FusedSequential(Converted):
-    """A Sequential of blocks and transitions: between two that both run as ops, feature maps stay channels last; behind
-    the last they have the memory format that the first one's input had."""
-
-    def forward(self, input: Any) -> Any:
-        modules, contiguous = list(self._modules.values()), None
-        following = _operands(modules[0], input) if modules else None
-        for module, follower in zip(modules, [*modules[1:], None]):
-            operands = following
-            if operands is None:
-                input = module(input)
-                following = _operands(follower, input)
-                continue
-            if contiguous is None:
-                contiguous = not is_channels_last(input)
-            following = _operands(follower, input)
-            fused = following is not None
-            calls.note(module, None, operands)
-            read_only = fused or (isinstance(follower, _BatchNorm) and not fusion.has_hooks(follower))
-            kept = _keeps_output(module) and not read_only
-            input = run(module, input, operands=operands, contiguous=contiguous and not fused, kept=kept)
-            if not fused:
-                contiguous = None
-        return input
-
-
-def _operands(module: nn.Module | None, x: Any) -> Operands | None:
-    """The operands of ``module``, if calling it on ``x`` is nothing but :func:`run`."""
-    layout = module.__dict__.get(STATE) if isinstance(module, Fused) else None
-    return None if layout is None or fusion.has_hooks(module) else found(module, layout, x).operands
-
-
 def found(module: nn.Module, layout: Layout, x: Any) -> Found[Operands]:
     """Why a call of ``module`` with ``x`` cannot run as one op, or its operands."""
-    reason = call_obstacle(x, layout) or replaced(layout)
+    reason = call_obstacle(x, layout)
+    return structure(module, layout) if reason is None else Found(reason, None)
+
+
+def structure(module: nn.Module, layout: Layout) -> Found[Operands]:
+    """Why no call of ``module`` can run as one op, or its operands."""
+    reason = replaced(layout)
     return _memory(module) if reason is None else Found(reason, None)
 
 
@@ -124,48 +91,66 @@ def _examined(module: nn.Module) -> Found[Operands]:
 _memory = Memory(_examined, all_below, known=[STATE])
 
 
-def run(module: nn.Module, x: Tensor, *, operands: Operands, contiguous: bool, kept: bool) -> Tensor:
-    """``module`` as one op on ``x``; the result contiguous or else channels last in memory, and a copy if it is
-    ``kept`` for the backward pass and may be changed in place."""
-    return fusion.run(lambda x: handed_out(apply(operands, x), not contiguous, kept), x)
+def alone(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
+    """The part that ``layout`` describes as one op on ``x``: in the memory format that stock's result would have, and a
+    copy if it is kept for the backward pass and may be changed in place, or a part of what the op makes."""
+
+    def part(x: Tensor) -> Tensor:
+        channels_last = after(operands, is_channels_last(x))
+        made = apply(operands, x)[0]
+        returned = wanted(made, x, layout)
+        if returned is not made:
+            return copied(returned, channels_last)
+        return handed_out(made, channels_last, keeps_output(operands)) if made.dim() > 2 else made
+
+    return fusion.run(part, x)
 
 
-def _keeps_output(module: nn.Module) -> bool:
-    return isinstance(module.__dict__[STATE], BlockLayout)
+def keeps_output(operands: Operands) -> bool:
+    """Whether the backward pass needs the output of the op that takes ``operands`` unchanged."""
+    return isinstance(operands, BlockOperands)
 
 
-def apply(operands: Operands, x: Tensor) -> Tensor:
-    """The op that takes ``operands``."""
+def after(operands: Operands, before: bool) -> bool:
+    """Whether stock's output would be channels last, if its input is so ``before``."""
+    return before if isinstance(operands, BlockOperands) else operands.channels_last(before)
+
+
+def apply(
+    operands: Operands,
+    x: Tensor,
+    statistics: BatchStatistics | None = None,
+    describe: bool = False,
+    updates: Updates | None = None,
+) -> tuple[Tensor, BatchStatistics | None]:
+    """The op that takes ``operands``, with its result's statistics if it is to be described and they are known."""
     if isinstance(operands, BlockOperands):
-        return functional.run_dense_block(x, operands)[0]
-    return functional.run_bn_relu_conv1x1_avgpool(x, operands)[0]
+        return functional.run_dense_block(x, operands, statistics, describe, updates)
+    return operands.run(x, statistics, describe, updates)
+
+
+def wanted(made: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """Of what the op ``made`` of ``x`` that which the module returns."""
+    if not isinstance(layout, BlockLayout) or not layout.new_only:
+        return made
+    start, count = 0 if layout.prepend else x.shape[1], made.shape[1] - x.shape[1]
+    return made.narrow(1, start, count)
 
 
 def gathered(module: nn.Module, layout: Layout) -> Operands:
     """What the op that ``layout`` says ``module`` is takes: its tensors, modes and rates as they are now."""
-    if isinstance(layout, TransitionLayout):
-        return ConvOperands(fusion.unit(module, layout.unit.norm, layout.unit.conv))
-    rates, whole_channels = [], []
-    for layer in layout.layers:
-        rate, channels = _dropout(module, layer)
-        rates.append(rate)
-        whole_channels.append(channels)
+    if not isinstance(layout, BlockLayout):
+        return layout.gathered(module)
+    dropouts = [dropout for layer in layout.layers for dropout in layer.dropouts]
+    if not any(layer.dropouts[:-1] != (None,) * (len(layer.units) - 1) for layer in layout.layers):
+        dropouts = [layer.dropouts[-1] for layer in layout.layers]  # none behind the 1x1 convolutions
     return BlockOperands(
         [[fusion.unit(module, unit.norm, unit.conv) for unit in layer.units] for layer in layout.layers],
-        rates,
+        [rate_now(module, dropout) for dropout in dropouts],
         _recomputes(module, layout),
-        any(whole_channels),
+        any(dropout is not None and dropout.whole_channels for dropout in dropouts),
+        layout.prepend,
     )
-
-
-def _dropout(block: nn.Module, layer: Layer) -> tuple[float, bool]:
-    """The rate at which ``layer`` drops its new features now, and whether it drops whole channels."""
-    if layer.dropout is not None:
-        dropout = fusion.child(block, layer.dropout)
-        return (dropout.p if dropout.training else 0.0), type(dropout) in CHANNEL_DROPOUTS
-    holder = fusion.child(block, layer.path)
-    rate = getattr(holder, layer.drop_rate) if layer.drop_rate is not None and holder.training else 0.0
-    return max(float(rate), 0.0), False
 
 
 def _recomputes(block: nn.Module, layout: BlockLayout) -> list[bool]:
@@ -191,18 +176,28 @@ def autocast_obstacle(given: torch.dtype, device: torch.device, layout: Layout) 
     dtype = autocast_dtype(device)
     if dtype is None or given == torch.float64:
         return None
-    if given != dtype:
+    if given != dtype and layout.kind not in ("Stem", "Head"):
         return f"under autocast stock keeps what is in {given}"
-    if isinstance(layout, TransitionLayout) and layout.dims == 3 and device.type == "cpu":
+    if pools_volumes(layout) and device.type == "cpu":
         return "under autocast on CPUs stock pools volumes in float32"
     return None
 
 
-def change_class(module: nn.Module, mixed_in: type[Converted], layout: Layout | None = None) -> None:
-    """Makes ``module`` a converted one, in place."""
+def convolves(layout: Layout) -> bool:
+    """Whether the result's dtype is that of a convolution. A block's is that of its input."""
+    return not isinstance(layout, BlockLayout) and layout.convolves
+
+
+def pools_volumes(layout: Layout) -> bool:
+    """Whether it ends with a pool of volumes."""
+    return not isinstance(layout, BlockLayout) and layout.pools and layout.dims == 3
+
+
+def change_class(module: nn.Module, mixed_in: type[Converted], state: Any = None) -> None:
+    """Makes ``module`` a converted one, in place, which keeps ``state``, if it is given."""
     module.__class__ = _subclass(mixed_in, type(module))
-    if layout is not None:
-        vars(module)[STATE] = layout
+    if state is not None:
+        vars(module)[STATE] = state
 
 
 def revert(module: nn.Module) -> None:
@@ -223,7 +218,7 @@ def mixin(module: nn.Module) -> type[Converted]:
 
 def is_converted(module: nn.Module) -> bool:
     """Whether its class was made here, and has not been changed since."""
-    return isinstance(module, Converted) and mixin(module) in (Fused, FusedSequential)
+    return isinstance(module, Converted) and mixin(module) in Converted.__subclasses__()
 
 
 @functools.cache

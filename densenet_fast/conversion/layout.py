@@ -1,4 +1,4 @@
-"""How a dense block or a transition of any library is built, read from its modules alone, and whether it still is.
+"""How a dense block of any library is built, read from its modules alone, and whether it still is.
 
 Names, classes and import paths do not count. A dense layer is whatever holds one or two pairs of batch normalisation
 and convolution; a block is a module of such layers, each of which reads as many channels as its predecessor read and
@@ -7,7 +7,8 @@ made. What the modules do not say (a functional ReLU, where the features are con
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from itertools import permutations
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -16,33 +17,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from densenet_fast import reference
 from densenet_fast.conversion.classes import Classes, classes_of
+from densenet_fast.conversion.expected import Expected, changed, expected_of
 from densenet_fast.nn import fusion
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 CHANNEL_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-DROP_RATES = ("drop_rate", "droprate", "dropout_rate")
-"""Attributes in which layers keep the rate of a functional dropout of their new features."""
-RECOMPUTATION_FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")
-"""Attributes by which libraries ask for a bottleneck to be recomputed in the backward pass."""
-
-STATE = "_densenet_fast"
-"""Where a converted module keeps its layout."""
-_OWN = set(vars(nn.Module())) | {*RECOMPUTATION_FLAGS, STATE}
-_NORM = set(vars(nn.BatchNorm2d(1)))
 
 
 class Unlike(Exception):
     """Why a module is not a dense block or transition that can run as one op."""
-
-
-class Expected(NamedTuple):
-    """What a module was when it was recognised; another class, child or attribute may compute something else."""
-
-    kind: type[nn.Module]
-    attributes: tuple[tuple[str, Any], ...]
-    size: int | None
-    """How many attributes it had, of whatever name; None if they do not count."""
-    children: tuple[tuple[str, "Expected"], ...]
 
 
 class Unit(NamedTuple):
@@ -53,33 +36,69 @@ class Unit(NamedTuple):
     kernel: int
 
 
+class Dropout(NamedTuple):
+    """What drops out behind a unit: the path of the module that knows the rate and the mode, its attribute with the
+    rate, and whether whole channels are dropped."""
+
+    path: str
+    rate: str
+    whole_channels: bool
+
+
 class Layer(NamedTuple):
-    """One dense layer: its path in the block, its units, and the path of its dropout module or the attribute that holds
-    its dropout rate, if any."""
+    """One dense layer: its path in the block, its units, and what drops out behind each of them."""
 
     path: str
     units: tuple[Unit, ...]
-    dropout: str | None
-    drop_rate: str | None
+    dropouts: tuple[Dropout | None, ...]
 
 
 class BlockLayout(NamedTuple):
     dims: int
     layers: tuple[Layer, ...]
+    prepend: bool
+    """Whether new features stand in front of those that they were made of."""
+    new_only: bool
+    """Whether the new features are returned alone, without the block's input."""
     expected: Expected
     classes: Classes
 
+    kind = "DenseBlock"
 
-class TransitionLayout(NamedTuple):
+    def channels(self, module: nn.Module) -> int:
+        """How many channels it reads."""
+        return fusion.child(module, self.layers[0].units[0].conv).in_channels
+
+
+class Layout(Protocol):
+    """How a part is built. One that is no :class:`BlockLayout` knows itself what is asked of it in ``PartLayout``."""
+
     dims: int
-    unit: Unit
-    pool: str | None
-    """Path of its average pool; None if the pooling is functional."""
     expected: Expected
     classes: Classes
+    kind: str
+    """What :func:`densenet_fast.explain` calls it."""
+
+    def channels(self, module: nn.Module) -> int:
+        """How many channels ``module`` reads."""
 
 
-Layout = BlockLayout | TransitionLayout
+class PartLayout(Layout, Protocol):
+    """That of a transition, a stem or a head."""
+
+    convolves: bool
+    """Whether a convolution makes its result, in autocast's dtype."""
+    pools: bool
+    """Whether it ends with a pool, which autocast on CPUs runs in float32 for volumes."""
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Which part of ``module`` has no place in an op, or None."""
+
+    def dropouts(self) -> list[Dropout]:
+        """What drops out in it."""
+
+    def gathered(self, module: nn.Module) -> Any:
+        """What a call of ``module`` takes: its tensors, modes and rates as they are now."""
 
 
 class Leaves(NamedTuple):
@@ -117,8 +136,26 @@ def dense_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def convolutions(module: nn.Module) -> list[_ConvNd]:
-    """All convolutions of ``module``, without transposed ones."""
-    return [m for m in module.modules() if isinstance(m, _ConvNd) and not isinstance(m, _ConvTransposeNd)]
+    """All convolutions of ``module``, without transposed ones, in the order in which layers use them: 1x1 first."""
+    found = [m for m in module.modules() if isinstance(m, _ConvNd) and not isinstance(m, _ConvTransposeNd)]
+    return sorted(found, key=_kernel)
+
+
+def _kernel(conv: nn.Module) -> int:
+    return max(conv.kernel_size)
+
+
+def at(module: nn.Module, path: str) -> nn.Module:
+    """The module at ``path`` below ``module``; itself at the empty path."""
+    return fusion.child(module, path) if path else module
+
+
+def rate_now(module: nn.Module, dropout: Dropout | None) -> float:
+    """The rate of a dropout in ``module`` now."""
+    if dropout is None:
+        return 0.0
+    holder = at(module, dropout.path)
+    return max(float(getattr(holder, dropout.rate)), 0.0) if holder.training else 0.0
 
 
 def read_block(block: nn.Module) -> BlockLayout:
@@ -133,66 +170,34 @@ def read_block(block: nn.Module) -> BlockLayout:
     for name, child in holder._modules.items():
         if child is None or (container + dot + name not in found and type(child) is not nn.Identity):
             raise Unlike(f"{container}{dot}{name} is a {type(child).__name__}, not a dense layer")
-    _refuse_tensors(block, "it")
+    refuse_tensors(block, "it")
     layers = tuple(_read_layer(block, path, layer) for path, layer in found.items())
     if len({len(layer.units) for layer in layers}) != 1:
         raise Unlike("some of its layers have a bottleneck and some none")
     if len({type(fusion.child(block, unit.conv)) for layer in layers for unit in layer.units}) != 1:
         raise Unlike("its convolutions differ in dimensions")
-    dropouts = {type(fusion.child(block, layer.dropout)) if layer.dropout else nn.Dropout for layer in layers}
-    if len({kind in CHANNEL_DROPOUTS for kind in dropouts}) != 1:
-        raise Unlike("some of its layers drop whole channels and some do not")
     dims = fusion.DIMENSIONS[type(fusion.child(block, layers[0].units[0].conv))]
-    rates = {layer.path: layer.drop_rate for layer in layers if layer.drop_rate}
-    return _checked(block, BlockLayout(dims, layers, _expected(block, "", rates), _classes(block)))
-
-
-def without_drop_rates(block: nn.Module, layout: BlockLayout) -> BlockLayout:
-    """``layout`` for a block whose layers use their drop rates in a way of their own: it holds while they do not
-    change."""
-    layers = tuple(layer._replace(drop_rate=None) for layer in layout.layers)
-    return BlockLayout(layout.dims, layers, _expected(block, "", {}), layout.classes)
-
-
-def read_transition(module: nn.Module) -> TransitionLayout:
-    """The layout of ``module`` as a transition: batch normalisation, ReLU, 1x1 convolution, average over 2.
-
-    Raises:
-        Unlike: it is built in another way.
-    """
-    leaves = _leaves(module, "")
-    _refuse_tensors(module, "it")
-    if len(leaves.convs) != 1:
-        raise Unlike(f"it has {len(leaves.convs)} convolutions")
-    (unit,) = _units(module, leaves, (1,))
-    if leaves.dropouts or len(leaves.others) > 1:
-        raise Unlike(f"{(leaves.dropouts + leaves.others)[-1]} is not a part of BN-ReLU-convolution-pooling")
-    pool = leaves.others[0] if leaves.others else None
-    dims = fusion.DIMENSIONS[type(fusion.child(module, unit.conv))]
-    return _checked(module, TransitionLayout(dims, unit, pool, _expected(module, "", {}), _classes(module)))
+    return _checked(block, BlockLayout(dims, layers, False, False, expected_of(block, {}), classes_below(block)))
 
 
 def obstacle(module: nn.Module, layout: Layout) -> str | None:
     """Why ``module``, which was recognised as ``layout``, cannot run as one op now, or None."""
-    return replaced(layout) or _changed(module, layout.expected, "") or _unlike(module, layout)
+    return replaced(layout) or changed(module, layout.expected) or _unlike(module, layout)
 
 
 def outdated(module: nn.Module, layout: Layout) -> bool:
     """Whether ``module`` is not what it was when it was recognised as ``layout``, hooks aside."""
-    changed = replaced(layout) or _changed(module, layout.expected, "", hooks=False)
-    return bool(changed or _unlike(module, layout))
+    edited = replaced(layout) or changed(module, layout.expected, hooks=False)
+    return bool(edited or _unlike(module, layout))
 
 
 def _unlike(module: nn.Module, layout: Layout) -> str | None:
     """Which normalisation, convolution or pool of ``module`` has no place in an op, or None."""
-    if isinstance(layout, TransitionLayout):
-        reason = _unit_obstacle(module, layout.unit, layout.dims)
-        if reason is None and layout.pool is not None:
-            reason = fusion.average_pool_obstacle(module, layout.pool, layout.dims)
-        return reason
+    if not isinstance(layout, BlockLayout):
+        return layout.obstacle(module)
     for layer in layout.layers:
         for unit in layer.units:
-            reason = _unit_obstacle(module, unit, layout.dims)
+            reason = unit_obstacle(module, unit, layout.dims)
             if reason is not None:
                 return reason
     return None
@@ -205,15 +210,19 @@ def _checked(module: nn.Module, layout: Any) -> Any:
     return layout
 
 
-def _unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
-    norm = fusion.child(module, unit.norm)
-    reason = fusion.convolution_obstacle(module, unit.conv, unit.kernel)
-    if reason is None and not isinstance(norm, reference.BATCH_NORMS[dims]):
-        reason = fusion.norm_obstacle(module, unit.norm, dims)
-    return reason
+def unit_obstacle(module: nn.Module, unit: Unit, dims: int) -> str | None:
+    """Why ``unit`` of ``module`` is no batch normalisation and plain convolution, or None."""
+    return fusion.convolution_obstacle(module, unit.conv, unit.kernel) or norm_obstacle(module, unit.norm, dims)
 
 
-def _classes(module: nn.Module) -> Classes:
+def norm_obstacle(module: nn.Module, norm: str, dims: int) -> str | None:
+    """Why the child ``norm`` of ``module`` is no batch normalisation, also one that holds its activation, or None."""
+    part = fusion.child(module, norm)
+    probed = isinstance(part, (reference.BATCH_NORMS[dims], nn.SyncBatchNorm)) or fusion.is_frozen_norm(part)
+    return None if probed else fusion.norm_obstacle(module, norm, dims)
+
+
+def classes_below(module: nn.Module) -> Classes:
     return classes_of(type(part) for part in module.modules())
 
 
@@ -223,94 +232,54 @@ def replaced(layout: Layout) -> str | None:
     return None if function is None else f"{function} was replaced since the conversion"
 
 
-def _changed(module: nn.Module, expected: Expected, path: str, hooks: bool = True) -> str | None:
-    """Which module below ``module`` has a hook, or which has changed since ``expected``, or None."""
-    for name, value in expected.attributes:
-        now = getattr(module, name, None)
-        if now is not value and not (type(now) is type(value) and isinstance(now, (int, float, str)) and now == value):
-            return f"{path}{name} has changed since the conversion"
-    if expected.size not in (None, len(module.__dict__)):
-        added = _hiding(module, expected)
-        if added is not None:
-            return f"{path}{added} has changed since the conversion"
-    if [name for name, _ in expected.children] != [name for name, m in module._modules.items() if m is not None]:
-        return f"the children of {path.rstrip('.') or 'the module'} are {', '.join(module._modules) or 'none'}"
-    for name, part in expected.children:
-        child = module._modules[name]
-        synchronised = type(child) in fusion.SYNC_BATCH_NORMS and part.kind in reference.BATCH_NORMS.values()
-        if type(child) is not part.kind and not synchronised:
-            return f"{path}{name} is a {type(child).__name__}, not a {part.kind.__name__}"
-        if fusion.has_hooks(child) if hooks else "forward" in vars(child):
-            return f"{path}{name} has a hook or a forward of its own"
-        reason = _changed(child, part, f"{path}{name}.", hooks)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _hiding(module: nn.Module, expected: Expected) -> str | None:
-    """An attribute that ``module`` has got since, in front of one of its class, or None."""
-    known = {name for name, _ in expected.attributes} | _OWN | set(DROP_RATES) | {"forward"}
-    return next((name for name in vars(module) if name not in known and hasattr(type(module), name)), None)
-
-
-def _expected(module: nn.Module, path: str, drop_rates: dict[str, str]) -> Expected:
-    """What to hold ``module`` to; the attribute of a layer that ``drop_rates`` names by its path may change."""
-    if isinstance(module, (_ConvNd, nn.ReLU, nn.modules.dropout._DropoutNd)) or type(module) in _STOCK:
-        attributes, size = (), None  # what counts of these is read, or checked, at every call
-    else:
-        ignored = _OWN | (_NORM if isinstance(module, _BatchNorm) else set()) | {drop_rates.get(path)}
-        attributes = tuple((name, value) for name, value in vars(module).items() if name not in ignored)
-        size = len(vars(module)) + (not path)  # a converted module keeps its layout too
-    children = [
-        (name, _expected(child, f"{path}.{name}" if path else name, drop_rates))
-        for name, child in module._modules.items()
-        if child is not None
-    ]
-    return Expected(type(module), attributes, size, tuple(children))
-
-
-_STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}
-
-
 def _read_layer(block: nn.Module, path: str, layer: nn.Module) -> Layer:
-    leaves = _leaves(layer, f"{path}.")
-    _refuse_tensors(layer, path)
+    leaves = leaves_of(layer, f"{path}.")
+    refuse_tensors(layer, path)
     if leaves.others:
         other = fusion.child(block, leaves.others[0])
         raise Unlike(f"{leaves.others[0]} is a {type(other).__name__}, not a part of BN-ReLU-convolutions")
-    if len(leaves.dropouts) > 1:
-        raise Unlike(f"{path} has {len(leaves.dropouts)} dropout modules")
-    units = _units(block, leaves, (1, 3) if len(leaves.convs) == 2 else (3,))
-    rates = [name for name in DROP_RATES if isinstance(vars(layer).get(name), (int, float))]
-    dropout = leaves.dropouts[0] if leaves.dropouts else None
-    return Layer(path, units, dropout, rates[0] if rates and dropout is None else None)
+    if len(leaves.dropouts) > len(leaves.convs):
+        raise Unlike(f"{path} has {len(leaves.dropouts)} dropout modules and {len(leaves.convs)} convolutions")
+    units = units_of(block, leaves, (1, 3) if len(leaves.convs) == 2 else (3,))
+    return Layer(path, units, (None,) * len(units))
 
 
-def _units(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple[Unit, ...]:
+def units_of(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple[Unit, ...]:
     """Each normalisation with the convolution behind it."""
     if len(leaves.norms) != len(leaves.convs):
         raise Unlike(
             f"expected as many batch normalisations as convolutions, got {', '.join(leaves.norms) or 'none'} and "
             f"{', '.join(leaves.convs)}"
         )
-    for norm, conv, kernel in zip(leaves.norms, leaves.convs, kernels):
+    convs = sorted(leaves.convs, key=lambda path: _kernel(fusion.child(module, path)))
+    for conv, kernel in zip(convs, kernels):
         reason = fusion.convolution_obstacle(module, conv, kernel)
         if reason is not None:
             raise Unlike(reason)
-        features, channels = fusion.child(module, norm).num_features, fusion.child(module, conv).in_channels
-        if features != channels:
-            raise Unlike(f"{norm} normalises {features} channels and {conv} reads {channels}")
-    return tuple(Unit(*unit) for unit in zip(leaves.norms, leaves.convs, kernels))
+    read = [fusion.child(module, conv).in_channels for conv in convs]
+    normalised = {path: fusion.normalised_channels(fusion.child(module, path)) for path in leaves.norms}
+    orders = permutations(leaves.norms)
+    norms = next((order for order in orders if [normalised[path] for path in order] == read), None)
+    if norms is None:
+        norm, conv, channels = next(
+            (norm, conv, n) for norm, conv, n in zip(leaves.norms, convs, read) if normalised[norm] != n
+        )
+        raise Unlike(f"{norm} normalises {normalised[norm]} channels and {conv} reads {channels}")
+    return tuple(Unit(*unit) for unit in zip(norms, convs, kernels))
 
 
-def _leaves(module: nn.Module, prefix: str) -> Leaves:
+def dropout_modules(block: nn.Module, layer: Layer) -> list[str]:
+    """Paths of the dropout modules of ``layer``, in order of registration."""
+    return leaves_of(fusion.child(block, layer.path), f"{layer.path}.").dropouts
+
+
+def leaves_of(module: nn.Module, prefix: str) -> Leaves:
     """What ``module`` is made of; ReLU and identity count as nothing."""
     leaves = Leaves([], [], [], [])
     for path, leaf in _walk(module, prefix):
         if isinstance(leaf, _ConvNd):
             leaves.convs.append(path)
-        elif isinstance(leaf, _BatchNorm):
+        elif is_norm(leaf):
             leaves.norms.append(path)
         elif type(leaf) is nn.Dropout or type(leaf) in CHANNEL_DROPOUTS:
             leaves.dropouts.append(path)
@@ -320,7 +289,7 @@ def _leaves(module: nn.Module, prefix: str) -> Leaves:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, (_ConvNd, _BatchNorm)):
+    if isinstance(module, _ConvNd) or is_norm(module):
         raise Unlike(f"{prefix.rstrip('.')} is a {type(module).__name__}, not BN-ReLU-convolutions")
     for name, child in module._modules.items():
         path = prefix + name
@@ -328,18 +297,25 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
             continue
         if "." in name:
             raise Unlike(f"{path} has a dot in its name")
-        if type(child) in CONTAINERS or type(child).forward is nn.Sequential.forward:
-            _refuse_tensors(child, path)
-            yield from _walk(child, f"{path}.")
-            continue
-        yield path, child
-        if isinstance(child, _BatchNorm):  # some hold their activation
+        if isinstance(child, _ConvNd):
+            yield path, child
+        elif is_norm(child):  # some hold their activation
+            yield path, child
             for inner, leaf in child._modules.items():
                 if not isinstance(leaf, (nn.ReLU, nn.Identity)):
                     raise Unlike(f"{path}.{inner} is a {type(leaf).__name__}, not a ReLU")
+        elif child._modules or isinstance(child, CONTAINERS):
+            refuse_tensors(child, path)
+            yield from _walk(child, f"{path}.")
+        else:
+            yield path, child
 
 
-def _refuse_tensors(module: nn.Module, name: str) -> None:
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or fusion.is_frozen_norm(module)
+
+
+def refuse_tensors(module: nn.Module, name: str) -> None:
     own = [key for table in (module._parameters, module._buffers) for key, value in table.items() if value is not None]
     own += [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
     if own:

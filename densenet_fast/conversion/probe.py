@@ -5,45 +5,48 @@ parameters and running statistics and without hooks, and run by its own ``forwar
 that would replace it must make the same outputs and the same buffers.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from densenet_fast import reference
-from densenet_fast.conversion.fused import apply, gathered
-from densenet_fast.conversion.layout import BlockLayout, Layout
+from densenet_fast.conversion.fused import apply, gathered, wanted
+from densenet_fast.conversion.layout import BlockLayout, Layout, at
 from densenet_fast.nn import fusion
 
 SPATIAL = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
+STEM_SPATIAL = {1: (19,), 2: (13, 16), 3: (9, 8, 11)}
 TOLERANCE = 1e-8
 """Relative; what rounding makes in float64 is less, another eps or order of features more."""
 
-DROP_RATE = 0.5
-"""One that shows."""
+DROP_RATES = (0.5, 0.25)
+"""Two that show, and differ: behind the first unit of a layer, and behind the last."""
 
 
-def differs(module: nn.Module, layout: Layout) -> str | None:
-    """Why ``module`` does not compute what ``layout`` says, or None if it does."""
+def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, False)) -> str | None:
+    """Why ``module`` does not compute what ``layout`` says, in training (True) and inference (False), or None."""
     generator, state, threads = (
         torch.Generator("cpu").manual_seed(0),
         torch.default_generator.get_state(),
         torch.get_num_threads(),
     )
-    units = layout.layers[0].units if isinstance(layout, BlockLayout) else [layout.unit]
-    channels = fusion.child(module, units[0].conv).in_channels
+    sizes = (STEM_SPATIAL if layout.kind == "Stem" else SPATIAL)[layout.dims]
     torch.set_num_threads(1)  # too little work to divide
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            x = torch.randn(2, channels, *SPATIAL[layout.dims], generator=generator, dtype=torch.float64)
+            x = torch.randn(2, layout.channels(module), *sizes, generator=generator, dtype=torch.float64)
             clones = Clones(module, layout, generator)
-            for training in (True, False):
-                runs = _Runs(clones, x, training, DROP_RATE)
+            for training in modes:
+                runs = _Runs(clones, x, training, DROP_RATES)
                 if runs.error is not None:
                     return f"its forward failed on one tensor: {runs.error}"
                 if not runs.agree():
-                    return f"its forward {_difference(runs, clones)}{' in training' if training else ''}"
+                    difference, advice = _difference(runs, clones)
+                    return f"its forward {difference}{' in training' if training else ''}{advice}"
     finally:
         torch.default_generator.set_state(state)
         torch.set_num_threads(threads)
@@ -53,9 +56,9 @@ def differs(module: nn.Module, layout: Layout) -> str | None:
 class _Runs:
     """What a copy of the module and one run as the op make of x, with the same random numbers."""
 
-    def __init__(self, clones: "Clones", x: Tensor, training: bool, drop_rate: float) -> None:
+    def __init__(self, clones: "Clones", x: Tensor, training: bool, drop_rates: Sequence[float]) -> None:
         self.x, self.training, self.error = x, training, None
-        stock, ours = clones.make(training, drop_rate), clones.make(training, drop_rate)
+        stock, ours = clones.make(training, drop_rates), clones.make(training, drop_rates)
         torch.default_generator.manual_seed(0)
         try:
             self.expected = stock.forward(x.clone())
@@ -63,7 +66,7 @@ class _Runs:
             self.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
         torch.default_generator.manual_seed(0)
-        self.got = apply(gathered(ours, clones.layout), x)
+        self.got = wanted(apply(gathered(ours, clones.layout), x)[0], x, clones.layout)
         self.buffers = list(zip(ours.buffers(), stock.named_buffers()))
 
     def agree(self) -> bool:
@@ -75,44 +78,61 @@ class _Runs:
         return next((name for ours, (name, stock) in self.buffers if not _same(ours, stock)), None)
 
 
-def _difference(runs: _Runs, clones: "Clones") -> str:
-    """What the module's forward does otherwise than the op."""
+def _difference(runs: _Runs, clones: "Clones") -> tuple[str, str]:
+    """What the module's forward does otherwise than the op, and what to do about it."""
     got, expected = runs.got, runs.expected
     if not isinstance(expected, Tensor):
-        return f"returns a {type(expected).__name__}, not a feature map"
+        return f"returns a {type(expected).__name__}, not a feature map", ""
     block = isinstance(clones.layout, BlockLayout)
-    given = runs.x.shape[1]
-    if block and _same(got[:, given:], expected):
-        return "returns the new features alone, without its input"
-    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-        return f"returns {_kind(expected)} where {_kind(got)} was expected"
     if _same(got, expected):
-        return f"updates {runs.other_buffer()} otherwise"
-    if runs.training and block and _Runs(clones, runs.x, True, 0.0).agree():
-        return "drops out in another place or in another way"
-    if block and _is_reordered(clones.widths(), runs):
-        return "orders the features otherwise"
-    return "computes something else"
+        return f"updates {runs.other_buffer()} otherwise", ""
+    if _Runs(clones, runs.x, runs.training, (0.0, 0.0)).agree():
+        places = PLACES if block else PLACE
+        return ("drops out in another place or in another way", places) if runs.training else ("drops out", INFERENCE)
+    if block and _is_reordered(clones, runs):
+        return "orders the features otherwise", ORDERS
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        return f"returns {_kind(expected)} where {_kind(got)} was expected", ""
+    return "computes something else", "" if block else COMPUTED[clones.layout.kind]
+
+
+ORDERS = (
+    ": let every layer make torch.cat([x, new], 1), or every one torch.cat([new, x], 1), and return the last of these, "
+    "or of its channels those that are new"
+)
+PLACE = ": let it stand between the convolution and the pool"
+COMPUTED = {
+    "Transition": ": let it be batch normalisation, ReLU, a 1x1 convolution and an average over 2, in this order",
+    "BNReLUConv1x1": ": let it be batch normalisation, ReLU and a 1x1 convolution, in this order",
+    "Stem": ": let it be a convolution, batch normalisation, ReLU and a maximum over 3, in this order",
+    "Head": ": let it be batch normalisation, ReLU, a mean over all pixels and a flattening, in this order",
+}
+INFERENCE = " in inference too: hand training=self.training to its dropout"
+PLACES = ": let it stand behind convolutions, before the concatenation, at the same places in all layers"
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
-def _is_reordered(widths: list[int], runs: _Runs) -> bool:
-    """Whether the input, ``widths[0]`` channels, comes behind other features, or all features, ``widths`` channels
-    each, come in another order. Layers that read them in another order make other features."""
-    expected = runs.expected
-    behind = range(1, expected.shape[1] - widths[0] + 1)
-    if any(_same(runs.x, expected[:, start : start + widths[0]]) for start in behind):
+def _is_reordered(clones: "Clones", runs: _Runs) -> bool:
+    """Whether the module, whose layout says that new features are appended, makes the same ones, but returns the input
+    amid others, or what it returns in another order. Layers that read them in another order make other ones."""
+    layout, expected, widths = clones.layout, runs.expected, clones.widths()
+    if layout.prepend or layout.new_only or expected.dtype != runs.got.dtype or expected.dim() != runs.got.dim():
+        return False
+    given, channels = widths[0], expected.shape[1]
+    if any(_same(runs.x, expected[:, start : start + given]) for start in range(1, channels - given)):
         return True
     parts, start = list(runs.got.split(widths, 1)), 0
+    if channels == sum(widths[1:]):
+        del parts[0]
     while parts:
         found = next((i for i, p in enumerate(parts) if _same(p, expected[:, start : start + p.shape[1]])), None)
         if found is None:
             return False
         start += parts.pop(found).shape[1]
-    return True
+    return start == channels
 
 
 def _same(got: Tensor, expected: Any) -> bool:
@@ -135,18 +155,22 @@ class Clones:
         convs = [[fusion.child(self.module, unit.conv) for unit in layer.units] for layer in self.layout.layers]
         return [convs[0][0].in_channels, *(layer[-1].out_channels for layer in convs)]
 
-    def make(self, training: bool, drop_rate: float) -> nn.Module:
-        """One copy, with dropout at that rate."""
+    def make(self, training: bool, drop_rates: Sequence[float]) -> nn.Module:
+        """One copy, with dropout at these rates behind the first and the last unit of a layer."""
         clone = self._copy(self.module, {})
         for part in clone.modules():
             part.training = training
             if type(part) in fusion.SYNC_BATCH_NORMS:
                 part.__class__ = reference.BATCH_NORMS[self.layout.dims]
-        for layer in self.layout.layers if isinstance(self.layout, BlockLayout) else ():
-            if layer.dropout is not None:
-                fusion.child(clone, layer.dropout).p = drop_rate
-            elif layer.drop_rate is not None:
-                setattr(fusion.child(clone, layer.path), layer.drop_rate, drop_rate)
+            elif isinstance(part, nn.SyncBatchNorm) and training and torch.distributed.is_initialized():
+                part.__class__ = _alone(self.layout.dims)
+        block = isinstance(self.layout, BlockLayout)
+        for dropout in () if block else self.layout.dropouts():
+            setattr(at(clone, dropout.path), dropout.rate, drop_rates[0])
+        for layer in self.layout.layers if block else ():
+            for dropout, rate in zip(reversed(layer.dropouts), reversed(drop_rates)):
+                if dropout is not None:
+                    setattr(at(clone, dropout.path), dropout.rate, rate)
         return clone
 
     def _copy(self, module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
@@ -166,8 +190,27 @@ class Clones:
 
     def _value(self, module: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is not None and id(tensor) not in self.values:
-            self.values[id(tensor)] = _random(tensor, name, isinstance(module, _BatchNorm), self.generator)
+            self.values[id(tensor)] = _random(tensor, name, _is_norm(module), self.generator)
         return None if tensor is None else self.values[id(tensor)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) or fusion.is_frozen_norm(module)
+
+
+@functools.cache
+def _alone(dims: int) -> type[nn.Module]:
+    """The class of batch normalisations that stand in, on a CPU, for synchronised ones that hold their activation:
+    torch's takes no CPU tensors where processes are joined."""
+
+    class Alone(reference.BATCH_NORMS[dims]):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            for child in self._modules.values():
+                x = child(x)
+            return x
+
+    return Alone
 
 
 def _random(tensor: Tensor, name: str, of_norm: bool, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from densenet_fast import operands, reference
@@ -17,6 +19,7 @@ from densenet_fast.nn.sync_batch_norm import SyncBatchNorm
 _enabled = True
 
 SYNC_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNorm)
+MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 DIMENSIONS = {convolution: dims for dims, convolution in reference.CONVOLUTIONS.items()}
 
 
@@ -146,12 +149,14 @@ def relu_obstacle(module: nn.Module, relu: str) -> str | None:
     return None if kind is nn.ReLU else f"{relu} is a {kind.__name__}, not a ReLU"
 
 
-def max_pool_obstacle(module: nn.Module, pool: str) -> str | None:
-    """Why the child ``pool`` of ``module`` is not a maximum over 3x3 windows at distance 2, padded by 1, or None."""
-    part, wanted = child(module, pool), {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+def max_pool_obstacle(module: nn.Module, pool: str, dims: int = 2, kernel: int = 3) -> str | None:
+    """Why the child ``pool`` of ``module`` is not a maximum over windows of ``kernel`` at distance 2, those of 3 padded
+    by 1, or None."""
+    part, wanted = child(module, pool), {"kernel_size": kernel, "stride": 2, "padding": kernel // 3, "dilation": 1}
     wanted |= {"ceil_mode": False, "return_indices": False}
-    other = _other_settings(part, wanted) if type(part) is nn.MaxPool2d else type(part).__name__
-    return f"{pool} is not a plain maximum over 3x3 windows of stride 2: {other}" if other else None
+    other = _other_settings(part, wanted) if type(part) is MAX_POOLS[dims] else type(part).__name__
+    windows = "x".join([str(kernel)] * dims)
+    return f"{pool} is not a plain maximum over {windows} windows of stride 2: {other}" if other else None
 
 
 def average_pool_obstacle(module: nn.Module, pool: str, dims: int) -> str | None:
@@ -225,15 +230,18 @@ def patched() -> str | None:
 watch(nn.Module, "__call__", "_wrapped_call_impl", "_call_impl")
 watch(nn.Sequential, "forward")
 watch(nn.ReLU, "forward")
-watch(nn.MaxPool2d, "forward")
+watch(nn.Flatten, "forward")
 for _kind in (*reference.BATCH_NORMS.values(), *SYNC_BATCH_NORMS, *reference.AVERAGE_POOLS.values()):
+    watch(_kind, "forward")
+for _kind in (*MAX_POOLS.values(), nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d):
     watch(_kind, "forward")
 for _kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
     watch(_kind, "forward")
 for _kind in DIMENSIONS:
     watch(_kind, "forward", "_conv_forward")
 watch(F, "dropout", "dropout1d", "dropout2d", "dropout3d")
-watch(F, "relu", "batch_norm", "max_pool2d", "adaptive_avg_pool2d")
+watch(F, "relu", "batch_norm", "max_pool1d", "max_pool2d", "max_pool3d")
+watch(F, "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 watch(F, "avg_pool1d", "avg_pool2d", "avg_pool3d", "conv1d", "conv2d", "conv3d")
 watch(torch, "cat", "relu", "relu_", "batch_norm", "flatten")
 
@@ -272,11 +280,36 @@ def normalises_by_batch(normalise: nn.Module) -> bool:
     return normalise.training or normalise.running_mean is None
 
 
+FROZEN = ("weight", "bias", "running_mean", "running_var")
+FROZEN_EPS = 1e-5
+"""Of frozen normalisations without an attribute for it."""
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """Whether ``module`` has the tensors of a batch normalisation by running statistics alone, as torchvision's
+    FrozenBatchNorm2d has them: what it computes, they do not tell."""
+    if module is None or isinstance(module, (_NormBase, LazyModuleMixin)):
+        return False
+    tensors = {n: t for n, t in (module._parameters | module._buffers).items() if t is not None}
+    if tensors.keys() - {"num_batches_tracked"} != {*FROZEN}:
+        return False
+    shapes = {tensors[name].shape for name in FROZEN}
+    return len(shapes) == 1 and len(shapes.pop()) == 1
+
+
+def normalised_channels(normalise: nn.Module) -> int:
+    """How many channels a batch normalisation, or a frozen one, normalises."""
+    return normalise.num_features if isinstance(normalise, _NormBase) else normalise.running_mean.numel()
+
+
 def batch_norm(normalise: nn.Module) -> operands.BatchNorm:
-    """The tensors and options of a batch normalisation as the functional ops take them."""
+    """The tensors and options of a batch normalisation, or a frozen one, as the functional ops take them."""
+    if not isinstance(normalise, _NormBase):
+        tensors = [getattr(normalise, name) for name in FROZEN]
+        return operands.BatchNorm(*tensors, None, False, eps=getattr(normalise, "eps", FROZEN_EPS))
     tracking = normalise.track_running_stats or not normalise.training
     group = None
-    if type(normalise) in SYNC_BATCH_NORMS and normalise.training and torch.distributed.is_initialized():
+    if isinstance(normalise, SYNC_BATCH_NORMS) and normalise.training and torch.distributed.is_initialized():
         group = normalise.process_group or torch.distributed.group.WORLD
     return operands.BatchNorm(
         normalise.weight,

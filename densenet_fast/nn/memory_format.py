@@ -10,7 +10,7 @@ from torch import Tensor
 
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
 
-__all__ = ["contiguous_gradient", "handed_out", "is_channels_last"]
+__all__ = ["contiguous_gradient", "copied", "handed_out", "is_channels_last"]
 
 
 def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
@@ -19,6 +19,11 @@ def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
     if not channels_last and not x.is_contiguous():
         return x.contiguous()
     return x.clone() if kept and x.requires_grad else x
+
+
+def copied(x: Tensor, channels_last: bool) -> Tensor:
+    """A copy of ``x``, channels last in memory if asked, where there is such a format, or else contiguous."""
+    return x.clone(memory_format=CHANNELS_LAST.get(x.dim() if channels_last else 0, torch.contiguous_format))
 
 
 class _ContiguousGradient(torch.autograd.Function):

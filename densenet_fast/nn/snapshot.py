@@ -189,7 +189,7 @@ def _is_plain(module: nn.Module, known: Collection[str]) -> bool:
         all(type(attributes.get(name)) in TABLES for name in (*CONTENTS, *HOOKS))
         and all(name in known or _is_constant(value) for name, value in attributes.items())
         and all(map(_is_plain_tensor, chain(module._parameters.values(), module._buffers.values())))
-        and not (type(module) in SYNCHRONISED and module.training)
+        and not (isinstance(module, SYNCHRONISED) and module.training)
     )
 
 

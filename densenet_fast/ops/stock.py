@@ -51,18 +51,23 @@ class BatchNorm(torch.autograd.Function):
         )
 
 
-def bn_relu(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
-    """BN-ReLU of x [N, C, *spatial], by the batch's ``mean`` and ``var`` [C] if they are given."""
+def bn(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
+    """Batch normalisation of x [N, C, *spatial], by the batch's ``mean`` and ``var`` [C] if they are given."""
     if mean is None:
         if not stage.frozen:
-            return F.relu(BatchNorm.apply(x, stage.weight, stage.bias, stage.eps))
+            return BatchNorm.apply(x, stage.weight, stage.bias, stage.eps)
         running = stage.running_mean, stage.running_var
-        return F.relu(F.batch_norm(x, *running, stage.weight, stage.bias, False, 0.0, stage.eps))
+        return F.batch_norm(x, *running, stage.weight, stage.bias, False, 0.0, stage.eps)
     scale = torch.rsqrt(var + stage.eps)
     if stage.weight is not None:
         scale = stage.weight * scale
     y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
-    return F.relu(y if stage.bias is None else y + _per_channel(stage.bias, x)).to(x.dtype)
+    return (y if stage.bias is None else y + _per_channel(stage.bias, x)).to(x.dtype)
+
+
+def bn_relu(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
+    """BN-ReLU, as :func:`bn`."""
+    return F.relu(bn(x, stage, mean, var))
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,16 +93,28 @@ def bn_relu_global_avgpool(x: Tensor, stage: Stage, mean: Tensor | None, var: Te
 
 def bn_relu_conv(x: Tensor, stage: Stage, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
     """BN-ReLU-convolution, 1x1 or 3x3 with padding 1, of x [N, C, *spatial]."""
+    return _convolve(bn_relu(x, stage, mean, var), stage)
+
+
+def _convolve(x: Tensor, stage: Stage) -> Tensor:
     weight, bias = stage.conv_weight.to(x.dtype), None if stage.conv_bias is None else stage.conv_bias.to(x.dtype)
     ones = [1] * (x.dim() - 2)
     padding = [weight.shape[-1] // 2] * len(ones)
-    return torch.convolution(bn_relu(x, stage, mean, var), weight, bias, ones, padding, ones, False, [0], 1)
+    return torch.convolution(x, weight, bias, ones, padding, ones, False, [0], 1)
 
 
 def bn_relu_conv_pool(x: Tensor, stage: Stage, mean: Tensor | None, var: Tensor | None) -> Tensor:
     """BN-ReLU-convolution-average pooling: the transition."""
-    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3]
-    return pool(bn_relu_conv(x, stage, mean, var), 2)
+    return _pool(bn_relu_conv(x, stage, mean, var))
+
+
+def bn_conv_pool(x: Tensor, stage: Stage, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    """BN-convolution-average pooling: the transition without ReLU."""
+    return _pool(_convolve(bn(x, stage, mean, var), stage))
+
+
+def _pool(x: Tensor) -> Tensor:
+    return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3](x, 2)
 
 
 def dense_block(

@@ -16,7 +16,7 @@ import densenet_fast
 from conversion import twins
 from conversion.libraries import monai, skip_unless_installed, timm
 from densenet_fast import ops
-from densenet_fast.conversion import fused
+from densenet_fast.conversion import fused, sequential
 from helpers import assert_same, error, randomise, step
 
 SMALL = dict(growth_rate=8, block_config=(2, 3, 2), num_init_features=16, num_classes=5)
@@ -243,12 +243,14 @@ def test_results_have_the_memory_format_of_the_input(memory_format):
 
 
 def test_feature_maps_between_blocks_are_not_copied(monkeypatch):
-    """Of contiguous input the last block's result alone is made contiguous again."""
-    model, run, results = densenet_fast.convert(small().eval()), fused.run, []
-    monkeypatch.setattr(fused, "run", lambda m, x, **options: results.append(run(m, x, **options)) or results[-1])
+    """Of contiguous input the image is made channels last, and the last block's result contiguous again."""
+    model, hand, apply = densenet_fast.convert(small().eval()), sequential.handed_out, fused.apply
+    handed, given = [], []
+    monkeypatch.setattr(sequential, "handed_out", lambda *args: handed.append(hand(*args)) or handed[-1])
+    monkeypatch.setattr(fused, "apply", lambda operands, x, *args: given.append(x) or apply(operands, x, *args))
     model.features(torch.randn(2, 3, 128, 128))
-    assert [r.is_contiguous() for r in results] == [False] * 4 + [True]
-    assert all(r.is_contiguous(memory_format=torch.channels_last) for r in results[:4])
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in given] == [False] + [True] * 5
+    assert [x.is_contiguous() for x in handed] == [True]
 
 
 def test_a_slice_of_the_features_and_an_appended_module():
@@ -380,7 +382,7 @@ def test_synchronised_batch_normalisation_before_and_after():
         model = densenet_fast.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if not converted_first:
             densenet_fast.convert(model)
-        assert all(row.fused for row in densenet_fast.explain(model)) and len(densenet_fast.explain(model)) == 5
+        assert all(row.fused for row in densenet_fast.explain(model)) and len(densenet_fast.explain(model)) == 6
         model(torch.randn(2, 3, 64, 64)).sum().backward()
 
 

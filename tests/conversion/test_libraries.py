@@ -34,22 +34,22 @@ def monai_net(dims, **options):
 
 
 LIBRARIES = {
-    "torchvision": (lambda: torchvision.models.DenseNet(**SMALL, num_init_features=16), (2, 3, 70, 64), 5),
-    "torchvision drop": (lambda: torchvision.models.DenseNet(**SMALL, drop_rate=0.3), (2, 3, 70, 64), 5),
-    "torchxrayvision": (lambda: twins.XrayNet(), (2, 1, 70, 64), 5),
-    "torchxrayvision drop": (lambda: twins.XrayNet(drop_rate=0.3), (2, 1, 70, 64), 5),
-    "gpleiss": (lambda: twins.EfficientNet(efficient=False), (2, 3, 70, 64), 5),
-    "gpleiss drop": (lambda: twins.EfficientNet(efficient=False, drop_rate=0.3), (2, 3, 70, 64), 5),
-    "d2l": (lambda: initialised(twins.book_net(), 2, 1, 40, 40), (2, 1, 70, 64), 3),
+    "torchvision": (lambda: torchvision.models.DenseNet(**SMALL, num_init_features=16), (2, 3, 70, 64), 6),
+    "torchvision drop": (lambda: torchvision.models.DenseNet(**SMALL, drop_rate=0.3), (2, 3, 70, 64), 6),
+    "torchxrayvision": (lambda: twins.XrayNet(), (2, 1, 70, 64), 6),
+    "torchxrayvision drop": (lambda: twins.XrayNet(drop_rate=0.3), (2, 1, 70, 64), 6),
+    "gpleiss": (lambda: twins.EfficientNet(efficient=False), (2, 3, 70, 64), 6),
+    "gpleiss drop": (lambda: twins.EfficientNet(efficient=False, drop_rate=0.3), (2, 3, 70, 64), 6),
+    "d2l": (lambda: initialised(twins.book_net(), 2, 1, 40, 40), (2, 1, 70, 64), 5),
     "own copy": (lambda: twins.OwnNet(), (2, 3, 13, 16), 3),
-    "reference": (lambda: densenet_fast.reference.DenseNet(**SMALL), (2, 3, 70, 64), 5),
+    "reference": (lambda: densenet_fast.reference.DenseNet(**SMALL), (2, 3, 70, 64), 6),
 }
-LIBRARIES["timm"] = lambda: timm.DenseNet(**SMALL), (2, 3, 70, 64), 5
-LIBRARIES["timm drop"] = lambda: timm.DenseNet(**SMALL, proj_drop_rate=0.3), (2, 3, 70, 64), 5
-LIBRARIES["timm deep stem"] = lambda: timm.DenseNet(**SMALL, stem_type="deep"), (2, 3, 70, 64), 5
+LIBRARIES["timm"] = lambda: timm.DenseNet(**SMALL), (2, 3, 70, 64), 6
+LIBRARIES["timm drop"] = lambda: timm.DenseNet(**SMALL, proj_drop_rate=0.3), (2, 3, 70, 64), 6
+LIBRARIES["timm deep stem"] = lambda: timm.DenseNet(**SMALL, stem_type="deep"), (2, 3, 70, 64), 6
 for dims, shape in {1: (3, 1, 90), 2: (2, 1, 70, 64), 3: (2, 1, 32, 40, 34)}.items():
-    LIBRARIES[f"monai {dims}-D"] = (lambda dims=dims: monai_net(dims)), shape, 5
-    LIBRARIES[f"monai {dims}-D drop"] = (lambda dims=dims: monai_net(dims, dropout_prob=0.3)), shape, 5
+    LIBRARIES[f"monai {dims}-D"] = (lambda dims=dims: monai_net(dims)), shape, 6
+    LIBRARIES[f"monai {dims}-D drop"] = (lambda dims=dims: monai_net(dims, dropout_prob=0.3)), shape, 6
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -100,7 +100,7 @@ def test_densenet121_equals_the_unconverted_model_in_float64(name):
     stock = randomise(DENSENET121[name]().double())
     model = densenet_fast.convert(stock, inplace=False)
     assert list(model.state_dict()) == list(stock.state_dict())
-    assert sum(row.fused for row in densenet_fast.explain(model)) == 7
+    assert sum(row.fused for row in densenet_fast.explain(model)) == 8
     x = torch.randn(shape, dtype=torch.float64)
     assert_same(model, stock, x, 1e-9)
     assert_same(model.eval(), stock.eval(), x[:1], 1e-9)
@@ -195,7 +195,11 @@ def test_monai_norms_and_activations_that_are_not_ours(options, reason):
     model = monai_net(2, **options)
     with pytest.raises(ValueError, match=f"features.denseblock1 was left alone: {reason}.*features.transition1 was"):
         densenet_fast.convert(model)
-    assert [row.kind for row in densenet_fast.explain(model)] == ["DenseBlock", "Transition"] * 2 + ["DenseBlock"]
+    assert [row.kind for row in densenet_fast.explain(model)] == [
+        "Stem",
+        *["DenseBlock", "Transition"] * 2,
+        "DenseBlock",
+    ]
 
 
 @needs(monai, "monai")
@@ -222,7 +226,7 @@ def test_torchxrayvision_features_and_old_pickles():
             del module.padding_mode
         module.__setstate__(vars(module).copy())
     densenet_fast.convert(model)
-    assert len(densenet_fast.explain(model)) == 5 and all(row.fused for row in densenet_fast.explain(model))
+    assert len(densenet_fast.explain(model)) == 6 and all(row.fused for row in densenet_fast.explain(model))
     assert error(model.features2(x), expected) < 1e-5 and model(x).shape == (2, 5)
 
 

@@ -232,13 +232,6 @@ class OwnNet(nn.Module):
 # What has the modules of a dense block, or nearly so, and computes something else.
 
 
-class ReversedBlock(OwnBlock):
-    def forward(self, x):
-        for unit in self.units:
-            x = torch.cat([unit(x), x], 1)
-        return x
-
-
 class ResidualBlock(XrayBlock):
     def forward(self, x):
         out = super().forward(x)

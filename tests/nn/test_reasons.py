@@ -16,7 +16,7 @@ POOLS = {
     "divisor": (nn.AvgPool2d(2, divisor_override=3), "divisor_override=3"),
     "window": (nn.AvgPool2d((2, 3)), "kernel_size=(2, 3), stride=(2, 3)"),
     "padding": (nn.AvgPool2d(2, padding=1), "padding=1"),
-    "another": (nn.MaxPool2d(2), "MaxPool2d"),
+    "another": (nn.LPPool2d(2, 2), "LPPool2d"),
 }
 
 
