@@ -47,12 +47,17 @@ class Setting(NamedTuple):
 BC100 = Setting(12, (16, 16, 16), 32, 64)
 SIMPLE40 = Setting(12, (12, 12, 12), 32, 64)
 IMAGENET = Setting(32, (6, 12, 24, 16), 128, 8)
+LARGE = IMAGENET._replace(size=224, batch=4)
 SETTINGS = {
     "dropout behind each convolution, no bottleneck": SIMPLE40,
+    "frozen normalisations": LARGE,
+    "U-Net": LARGE,
+    "U-Net, skips from transitions": LARGE,
     "volumes, dropout of channels": Setting(32, (6, 12, 24, 16), 64, 8),
     "fully convolutional": Setting(12, (4, 4, 4, 4, 4, 4), 128, 4),
 }
-"""Of those that are neither DenseNet-BC-100 for small images nor DenseNet-121 (the encoders of U-Nets are)."""
+"""Of those that are neither DenseNet-BC-100 on small images nor DenseNet-121 on middling ones: detectors and segmenters
+see large images."""
 
 
 def setting_of(style: str) -> Setting:
