@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) "
       "-> (Tensor, Tensor)");
+  m.def("cpu_dropout(Tensor(a!) x, Tensor mask, float scale) -> ()");
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
   m.def(
       "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "

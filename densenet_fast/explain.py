@@ -1,9 +1,10 @@
 """Which parts of a model run fused, and why the others do not."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from densenet_fast import conversion
@@ -103,8 +104,8 @@ def _dtypes_given(model: nn.Module, others: dict[int, list[conversion.Part]]) ->
     """The dtypes in which other libraries' parts are called, by where they stand, if modules are called in order: those
     of their parameters, but under autocast its own behind a convolution, and float32 behind a pooling of volumes on
     CPUs."""
-    parameter = next(model.parameters(), torch.empty(0))
-    device, dtype = parameter.device, parameter.dtype
+    like = _example(model)
+    device, dtype = like.device, like.dtype
     lower = None if dtype == torch.float64 else autocast_dtype(device)
     given: dict[int, torch.dtype] = {}
     inside: set[int] = set()
@@ -131,23 +132,27 @@ def _other(part: conversion.Part, given: torch.dtype | None) -> ModuleReport:
         return _row(part.name, part.kind, part.body, f"left alone: {part.reason}", call)
     if not part.converted:
         return _row(part.name, part.kind, part.body, "not converted; densenet_fast.convert(model) converts it", call)
-    device = next(part.body.parameters(), torch.empty(0)).device
-    reason = fused.autocast_obstacle(given, device, part.layout) or part.obstacle()
+    reason = fused.autocast_obstacle(given, _example(part.body).device, part.layout) or part.obstacle()
     return _part(part.name, part.kind, part.body, part.layout.dims, reason, call)
 
 
 def _part(
     name: str, kind: str, module: nn.Module, dims: int, obstacle: str | None, call: calls.Call | None
 ) -> ModuleReport:
-    dtype = next(module.parameters(), torch.empty(0)).dtype
-    example = torch.empty([1] * (dims + 2), dtype=dtype, device="meta")
+    example = torch.empty([1] * (dims + 2), dtype=_example(module).dtype, device="meta")
     return _row(name, kind, module, fusion.call_obstacle(example, dims) or obstacle or "", call)
 
 
 def _row(name: str, kind: str, module: nn.Module, reason: str, call: calls.Call | None) -> ModuleReport:
-    parameter = next(module.parameters(), torch.empty(0))
-    backend = STOCK if reason else select(parameter.device, parameter.dtype).name
-    return ModuleReport(name, kind, not reason, reason, backend, str(parameter.device), _told(call, parameter.device))
+    like = _example(module)
+    backend = STOCK if reason else select(like.device, like.dtype).name
+    return ModuleReport(name, kind, not reason, reason, backend, str(like.device), _told(call, like.device))
+
+
+def _example(module: nn.Module) -> Tensor:
+    """One of the module's floating tensors; a frozen normalisation has buffers alone."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t for t in tensors if t.dtype.is_floating_point), torch.empty(0))
 
 
 def _told(call: calls.Call | None, device: torch.device) -> str:

@@ -479,8 +479,12 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
     if p == 0:
         return x.new_empty(0)
     spatial = x.shape[2:]
-    drawn = torch.Size([1] * len(spatial)) if whole_channels else spatial
-    return dropout_mask(x.new_empty(x.shape[0], channels, *drawn), p).expand(-1, -1, *spatial)
+    shape = x.shape[0], channels, *([1] * len(spatial) if whole_channels else spatial)
+    if x.device.type != "cpu" or seen_by_dispatcher([x]):
+        return dropout_mask(x.new_empty(shape), p).expand(-1, -1, *spatial)
+    mask = x.new_empty(shape, dtype=torch.bool).bernoulli_(1 - p)
+    layout = torch.preserve_format if whole_channels else CHANNELS_LAST.get(x.dim(), torch.preserve_format)
+    return mask.contiguous(memory_format=layout).expand(-1, -1, *spatial)
 
 
 def _update_running_statistics(

@@ -71,6 +71,23 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
   });
 }
 
+// x *= mask * scale
+void dropout(Tensor x, Tensor mask, double scale) {  // [M, C] each, mask bool
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: expected bool");
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == x.size(0) && mask.size(1) == x.size(1),
+                  "mask: expected x's shape");
+  STD_TORCH_CHECK(mask.size(1) < 2 || mask.stride(1) == 1, "mask: expected adjacent columns");
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<T> m(x, "x");
+    const uint8_t* kept = static_cast<const uint8_t*>(mask.data_ptr());
+    const int64_t ld = mask.stride(0);
+    Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+      kernels_of<T>().dropout(m.row(first), m.ld, kept + first * ld, ld, n, m.cols, static_cast<float>(scale));
+    });
+  });
+}
+
 }  // namespace
 }  // namespace densenet_fast
 
@@ -84,4 +101,5 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu", TORCH_BOX(&densenet_fast::bn_relu));
   m.impl("cpu_mask", TORCH_BOX(&densenet_fast::mask));
   m.impl("cpu_finalise", TORCH_BOX(&densenet_fast::finalise));
+  m.impl("cpu_dropout", TORCH_BOX(&densenet_fast::dropout));
 }

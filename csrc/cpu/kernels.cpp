@@ -15,6 +15,7 @@ constexpr Kernels<T> table() {
           .mask = mask<T>,
           .mask_accumulate = mask_accumulate<T>,
           .finalise = finalise<T>,
+          .dropout = dropout<T>,
           .bn_relu_mean = bn_relu_mean<T>,
           .mask_windows = mask_windows<T>,
           .add = add<T>,

@@ -59,6 +59,8 @@ struct Kernels {
   // out = grad + p + q * (x - mean); out may be grad
   void (*finalise)(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                    const float* mean, const float* p, const float* q, T* out, int64_t out_ld);
+  // x [rows, cols] *= mask * scale, where mask is 0 or 1
+  void (*dropout)(T* x, int64_t ld, const uint8_t* mask, int64_t mask_ld, int64_t rows, int64_t cols, float scale);
   // out [rows, cols] = means of relu(y) over the `window` rows x[window * r], ..., from column `offset`; rest = what
   // their rounding lost, unless null
   void (*bn_relu_mean)(const T* const* x, int64_t offset, int64_t rows, int64_t window, int64_t cols, Affine affine,

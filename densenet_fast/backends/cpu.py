@@ -54,15 +54,16 @@ def append_features(
     new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
     rows = new.movedim(1, -1)
-    kernels.cpu_huge_pages(out)
-    out.view(rows.shape).copy_(rows)
+    if new.data_ptr() != out.data_ptr():  # else it is dropped out in place
+        kernels.cpu_huge_pages(out)
+        out.view(rows.shape).copy_(rows)
     _finish(out, statistics, mask, keep_scale)
 
 
 def _finish(out: Tensor, statistics: Statistics | None, mask: Tensor | None, keep_scale: float) -> None:
     """New columns out [M, k] after dropout, and their statistics."""
     if mask is not None:
-        out.mul_(to_matrix(mask)).mul_(keep_scale)
+        kernels.cpu_dropout(out, to_matrix(mask), keep_scale)
     if statistics is not None:
         kernels.cpu_statistics(out, *statistics)
 

@@ -181,9 +181,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def survey(model: nn.Module) -> Iterator[Part]:
-    """The dense blocks, transitions, stems and heads of ``model`` that are not densenet_fast's own, and what resembles
-    one."""
-    yield from _survey(model, "", set())
+    """The dense blocks and transitions of ``model`` that are not densenet_fast's own, and what resembles one; with them
+    stems and heads."""
+    parts = [*_survey(model, "", set())]
+    some = any(part.layout is not None and part.kind not in EXTRAS for part in parts)
+    return (part for part in parts if some or part.layout is None or part.converted)
 
 
 def _survey(module: nn.Module, name: str, seen: set[int]) -> Iterator[Part]:

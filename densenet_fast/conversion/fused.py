@@ -129,6 +129,22 @@ def apply(
     return operands.run(x, statistics, describe, updates)
 
 
+def apply_both(
+    block: Operands,
+    reader: Operands,
+    x: Tensor,
+    statistics: BatchStatistics | None,
+    describe: bool,
+    updates: Updates | None,
+) -> tuple[Tensor, BatchStatistics | None] | None:
+    """A dense block and what reads its result as one call, from which :func:`apply` would return that of the second;
+    None where they are not that, or have to be called one after the other."""
+    behind = None if isinstance(reader, BlockOperands) else reader.reads_block()
+    if updates is None or behind is None or not isinstance(block, BlockOperands):
+        return None
+    return functional.run_dense_block_and_reader(x, block, behind, statistics, describe, updates)
+
+
 def wanted(made: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """Of what the op ``made`` of ``x`` that which the module returns."""
     if not isinstance(layout, BlockLayout) or not layout.new_only:

@@ -15,12 +15,13 @@ from densenet_fast import reference
 from densenet_fast.conversion import fused, layout
 from densenet_fast.conversion.expected import STATE
 from densenet_fast.conversion.fused import Converted, Fused, Operands
-from densenet_fast.conversion.layout import Layout, is_norm
+from densenet_fast.conversion.layout import BlockLayout, Layout, is_norm
 from densenet_fast.conversion.stem import StemLayout, StemOperands
 from densenet_fast.functional import Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import copied, handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory
+from densenet_fast.ops import planned
 
 
 class Segment(NamedTuple):
@@ -71,6 +72,10 @@ class Step:
     def only_reads(self) -> bool:
         """Whether it leaves its input as it is in memory."""
         return is_norm(self.module) and not fusion.has_hooks(self.module)
+
+    def returns_all(self) -> bool:
+        """Whether it returns all that its op makes."""
+        return not (isinstance(self.layout, BlockLayout) and self.layout.new_only)
 
     def alone(self, x: Any) -> Any:
         """As stock has it, or as a call of its own."""
@@ -207,7 +212,9 @@ def _through(x: Any, steps: Sequence[Step]) -> Any:
 def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
     channels_last = kept = inside = False
     statistics, following = None, None
-    for step, follower in zip(steps, [*steps[1:], None]):
+    left = [*reversed(steps)]
+    while left:
+        step = left.pop()
         reason, operands = following or step.found()
         if reason is None:
             reason = (None if inside else fusion.chain_obstacle(x)) or step.obstacle(x)
@@ -219,13 +226,30 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
             inside, statistics, following = False, None, None
             continue
         channels_last = fused.after(operands, channels_last if inside else is_channels_last(x))
-        following = None if follower is None else follower.found()
-        chains = following is not None and following.obstacle is None
-        describe = chains and following.operands.reads_statistics
-        made, statistics = fused.apply(operands, x, statistics, describe, updates)
+        following = left[-1].found() if left else None
+        if _runs(following) and planned.obstacle(x) is None and step.returns_all() and left[-1].obstacle(x) is None:
+            beyond = left[-2].found() if len(left) > 1 else None
+            both = fused.apply_both(operands, following.operands, x, statistics, _is_described(beyond), updates)
+            if both is not None:
+                left.pop().note(None, following.operands)
+                channels_last = fused.after(following.operands, channels_last)
+                x, statistics = both
+                inside, kept, following = x.dim() > 2, False, beyond
+                continue
+        made, statistics = fused.apply(operands, x, statistics, _is_described(following), updates)
         returned = fused.wanted(made, x, step.layout)
         kept = fused.keeps_output(operands) and returned is made
         if returned is not made:
-            returned, statistics = copied(returned, channels_last or chains), None
+            returned, statistics = copied(returned, channels_last or _runs(following)), None
         x, inside = returned, made.dim() > 2
     return handed_out(x, channels_last, kept) if inside else x
+
+
+def _runs(found: Found[Operands] | None) -> bool:
+    """Whether there is a step, and it can run as one op."""
+    return found is not None and found.obstacle is None
+
+
+def _is_described(found: Found[Operands] | None) -> bool:
+    """Whether the step, if there is one, reads the statistics of its input."""
+    return _runs(found) and found.operands.reads_statistics

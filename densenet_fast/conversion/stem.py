@@ -73,6 +73,10 @@ class StemOperands:
         """Whether stock's output would be channels last, if its input is so ``before``."""
         return before or (self.convolution is not None and is_channels_last(self.convolution.weight))
 
+    def reads_block(self) -> None:
+        """No dense block stands before it."""
+        return None
+
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
@@ -129,6 +133,10 @@ class HeadOperands:
     def channels_last(self, before: bool) -> bool:
         """Whether stock's output would be channels last: it has no pixels."""
         return before
+
+    def reads_block(self) -> NormOperands:
+        """Its operands: it can run as one with the dense block before it."""
+        return self.operands
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None

@@ -92,6 +92,10 @@ class TransitionOperands:
         """Whether stock's output would be channels last, if its input is so ``before``."""
         return before or is_channels_last(self.operands.unit.weight)
 
+    def reads_block(self) -> ConvOperands | None:
+        """Its operands, if it can run as one with the dense block before it."""
+        return self.operands if self.relu and self.pooled else None
+
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:

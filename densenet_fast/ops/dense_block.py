@@ -323,8 +323,7 @@ class BlockGradients:
         for i in reversed(range(first, len(plan.layers))):
             dy = self.finalise(plan.new(i), i + 1) if completed is None else completed
             j = (i + 1) * per_layer - 1
-            if self.masks[j] is not None:
-                dy = dy * to_matrix(self.masks[j]) * plan.keep_scales[j]
+            self.drop(dy, j)
             z = next(kept) if plan.bottleneck and saved[i] else None
             if i > first:
                 completed = self.layer(i, dy, z, self.grad[:, plan.new(i - 1)])
@@ -346,6 +345,13 @@ class BlockGradients:
         elif out is not None or self.source is not self.grad:
             self.backend.append_features(to_image(grad, self.plan.grid), target, None)
         return target
+
+    def drop(self, matrix: Tensor, j: int) -> None:
+        """Stage j's dropout, if it has one, of what its convolution made or of its gradient, in place."""
+        mask = self.masks[j]
+        if mask is not None:
+            image = to_image(matrix, self.plan.grid)
+            self.backend.append_features(image, matrix, None, mask, self.plan.keep_scales[j])
 
     def through(self, columns: slice, p: Tensor, q: Tensor) -> ThroughStatistics:
         """What completes the gradient of columns of F."""
@@ -376,12 +382,10 @@ class BlockGradients:
             dz, unfinished = self.bottleneck(i, dy, z, need_dz)
             if not need_dz:
                 return None
-            mask = self.masks[j]
-            if unfinished.through is not None and (gradients.needs_conv_bias or mask is not None):
+            if unfinished.through is not None and (gradients.needs_conv_bias or self.masks[j] is not None):
                 self.backend.finalise_gradient(dz, unfinished.through, dz)
                 unfinished.through = None
-            if mask is not None:
-                dz.mul_(to_matrix(mask)).mul_(plan.keep_scales[j])
+            self.drop(dz, j)
             if target is not None and reader.after is not None and self.group is None:
                 last = plan.last_read(i)
                 through = self.through(plan.new(i - 1) if i else columns, after[0][last], after[1][last])
@@ -411,11 +415,10 @@ class BlockGradients:
         plan, columns, j = self.plan, self.plan.bottlenecks[i], 2 * i + 1
         gradients = self.gradients[j]
         if z is None:
-            (weight, bias), inputs, mask = self.weights[j - 1], self.features[:, plan.read(i)], self.masks[j - 1]
+            (weight, bias), inputs = self.weights[j - 1], self.features[:, plan.read(i)]
             z = plan.bottleneck_in(self.z, i, self.features)
             self.backend.bn_relu_conv1x1(inputs, self.affines[j - 1], weight.flatten(1), bias, z, None)
-            if mask is not None:
-                self.backend.append_features(to_image(z, plan.grid), z, None, mask, plan.keep_scales[j - 1])
+            self.drop(z, j - 1)
         scaled = plan.bottleneck_in(self.dz, i, self.features) if need_dz or gradients.needs_norm else None
         p, q = (v[columns.start - plan.columns : columns.stop - plan.columns] for v in self.bottleneck_pair)
         through = ThroughStatistics(z, self.mean[columns], p, q, self.count)

@@ -1,7 +1,7 @@
 """An op's body, by a launch plan where there is one: on a GPU with both kinds of kernels. Else the body itself runs, in
 Python: where launches are recorded, and where it does more than a plan holds.
 
-That is the backward pass of dropout, of convolutions with biases and of dense layers without a bottleneck; processes
+That is the backward pass of convolutions with biases and of dense layers without a bottleneck; processes
 that normalise together; convolutions by torch, as in 1 and 3 dimensions; float64; copies of what is not laid out as the
 kernels read it, such as a contiguous input of a transition that a caller made."""
 

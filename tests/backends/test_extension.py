@@ -107,6 +107,13 @@ def test_wrong_arguments_raise():
         kernels.cpu_statistics(x.double(), vector, vector, vector, 1e-5)
     with pytest.raises(RuntimeError, match="adjacent columns"):
         kernels.cpu_statistics(torch.randn(3, 4).t(), vector, vector, vector, 1e-5)
+    for mask, words in (
+        (torch.ones(4, 3), "bool"),
+        (torch.ones(4, 2) > 0, "x's shape"),
+        (torch.ones(3, 4).t() > 0, "adj"),
+    ):
+        with pytest.raises(RuntimeError, match=f"mask: expected {words}"):
+            kernels.cpu_dropout(x, mask, 2.0)
     with pytest.raises(RuntimeError, match=r"out: expected \[M, B\]"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 3), *nothing)
     with pytest.raises(RuntimeError, match="out_mean: expected with out_var and out_rstd"):

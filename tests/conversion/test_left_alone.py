@@ -95,8 +95,12 @@ def test_the_rest_of_a_model_is_converted():
     assert rows["ours.features.denseblock1"].fused and not rows["other"].fused and len(rows) == 7
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())])
+STEM = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 3), nn.Sequential(*STEM)])
 def test_nothing_to_convert(model):
+    """A stem alone makes no DenseNet."""
     with pytest.raises(
         ValueError, match="model: expected dense blocks .*and transitions .*, found none in a (Linear|Seq)"
     ):

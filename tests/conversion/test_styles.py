@@ -41,7 +41,7 @@ def test_equals_the_unconverted_model(name):
         assert_same(model.train(training), stock.train(training), x, 1e-9)
     report = densenet_fast.explain(model)
     assert fused_parts(model) == STYLES[name].parts(len(LAYERS)), report
-    assert all(row.last_call == "fused" for row in report if row.fused), report
+    assert all((row.last_call, row.backend) == ("fused", "aten") for row in report if row.fused), report
 
 
 @pytest.mark.parametrize("name", STYLES)
