@@ -69,8 +69,8 @@ def channel_statistics(x: Tensor, out: Statistics) -> None:
 def append_features(
     new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
 ) -> None:
-    """out [M, k] = new [N, k, *spatial], of any strides; with a dropout mask of that shape, new * mask * keep_scale. With
-    the statistics of out if asked for. ``new`` may be the memory of out."""
+    """out [M, k] = new [N, k, *spatial], of any strides; with a dropout mask of that shape, new * mask * keep_scale.
+    With the statistics of out if asked for. ``new`` may have the memory of out."""
     if mask is not None:
         new = new * mask * keep_scale
     rows = new.movedim(1, -1)

@@ -107,11 +107,9 @@ def test_wrong_arguments_raise():
         kernels.cpu_statistics(x.double(), vector, vector, vector, 1e-5)
     with pytest.raises(RuntimeError, match="adjacent columns"):
         kernels.cpu_statistics(torch.randn(3, 4).t(), vector, vector, vector, 1e-5)
-    for mask, words in (
-        (torch.ones(4, 3), "bool"),
-        (torch.ones(4, 2) > 0, "x's shape"),
-        (torch.ones(3, 4).t() > 0, "adj"),
-    ):
+    kept = torch.ones(4, 3, dtype=torch.bool)
+    masks = {"bool": kept.float(), "x's shape": kept[:, :2], "adjacent columns": kept.t().contiguous().t()}
+    for words, mask in masks.items():
         with pytest.raises(RuntimeError, match=f"mask: expected {words}"):
             kernels.cpu_dropout(x, mask, 2.0)
     with pytest.raises(RuntimeError, match=r"out: expected \[M, B\]"):

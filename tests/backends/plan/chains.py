@@ -23,6 +23,7 @@ from backends.plan.walks import (
     tf32,
     training_step,
 )
+from densenet_fast import convert, reference
 from densenet_fast.backends import plan
 from densenet_fast.backends.triton import launch
 from densenet_fast.nn import Transition
@@ -76,6 +77,13 @@ def test_a_training_step(case):
     """Output, gradients and running statistics; every body is planned."""
     bodies = compare(NETWORKS[case](), steps(images()))
     assert not bodies.walked and bodies.planned == both_passes(FORWARD)
+
+
+def test_of_a_converted_network():
+    """Its head is in its own forward."""
+    model = randomise(reference.DenseNet(4, (2, 1), 6, 3, num_classes=3, small_inputs=True))
+    bodies = compare(convert(model), steps(images()))
+    assert not bodies.walked and bodies.planned == both_passes(["dense_block, bn_relu_conv1x1", "dense_block"])
 
 
 @pytest.mark.parametrize("parts", [("features.conv0",), ("features.conv0", "features.denseblock1")], ids=" ".join)
