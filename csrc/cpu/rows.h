@@ -105,7 +105,7 @@ void finalise(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t ro
 template <typename T>
 void dropout(T* x, int64_t ld, const uint8_t* mask, int64_t mask_ld, int64_t rows, int64_t cols, float scale) {
   for (int64_t r = 0; r < rows; ++r, x += ld, mask += mask_ld) {
-    lines(cols, [&]<int N>(int64_t c) {
+    columns(cols, [&]<int N>(int64_t c) {
       const floats<N> kept = __builtin_convertvector(load<N>(mask + c), floats<N>);
       store<N>(x + c, load<N>(x + c) * (kept * scale));
     });
