@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "cpu_bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, "
-      "int[] grid, Tensor(a!)? out, Tensor(b!)? grad_weight) -> Tensor");
+      "int[] grid, Tensor(a!)? out, Tensor(b!)? grad_weight, Tensor? source=None) -> Tensor");
   m.def(
       "cpu_bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int[] grid, Tensor(a!)? out_mean, "
       "Tensor(b!)? out_var, Tensor(c!)? out_rstd, float eps) -> (Tensor, Tensor)");

@@ -22,11 +22,12 @@ void bn_relu_conv3x3(Tensor x, std::optional<Tensor> mean, std::optional<Tensor>
   });
 }
 
-// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = scale * D,  grad_weight,  sum D,  sum D * (x - mean)
+// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = source + scale * D,  grad_weight,  sum D,  sum D * (x - mean);
+// the source may be out
 Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
-                                std::vector<int64_t> grid, std::optional<Tensor> out,
-                                std::optional<Tensor> grad_weight) {
-  // [M, k], [M, B], [B] each, [k, B, 3, 3], [M, B], [k, B, 3, 3] float32
+                                std::vector<int64_t> grid, std::optional<Tensor> out, std::optional<Tensor> grad_weight,
+                                std::optional<Tensor> source) {
+  // [M, k], [M, B], [B] each, [k, B, 3, 3], [M, B], [k, B, 3, 3] float32, [M, B]
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
@@ -45,9 +46,14 @@ Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale
       result.emplace(*out, "out");
       STD_TORCH_CHECK(result->rows == m.rows && result->cols == m.cols, "out: expected x's shape");
     }
+    std::optional<Matrix<const T>> before;
+    if (source) {
+      before.emplace(*source, "source");
+      STD_TORCH_CHECK(out && before->rows == m.rows && before->cols == m.cols, "source: expected x's shape, and out");
+    }
     Tensor sums = out ? new_floats(x, {2, m.cols}) : nothing(x);
     conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, ImageTiles(grid, m.rows),
-                        result ? &*result : nullptr, floats_of(sums), dw ? &*dw : nullptr);
+                        before ? &*before : nullptr, result ? &*result : nullptr, floats_of(sums), dw ? &*dw : nullptr);
     return sums;
   });
 }

@@ -198,11 +198,12 @@ void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& f
                                    : conv3x3_in<float>(x, affine, filters, bias, image, out);
 }
 
-// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = scale * D with sums [2, B] = (sum D, sum D * (x - mean));  and
-// grad_weight; each unless null
+// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = source + scale * D, without the source if that is null, with
+// sums [2, B] = (sum D, sum D * (x - mean));  and grad_weight; each unless null
 template <typename T>
 void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Affine affine, const Filters<T>& filters,
-                      const ImageTiles& image, const Matrix<T>* out, float* sums, const FiltersGradient* grad_weight) {
+                      const ImageTiles& image, const Matrix<const T>* source, const Matrix<T>* out, float* sums,
+                      const FiltersGradient* grad_weight) {
   const Kernels<T>& kernel = kernels_of<T>();
   const bool need_weight = grad_weight != nullptr;
   if (out) advise_huge_pages(*out);
@@ -221,12 +222,14 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
     Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest),
         x_inside(2, 0, largest), next(2, 0, largest);
     Pixels<T> out_inside(2, 0, largest);
+    Pixels<const T> source_inside(2, 0, largest);
     Accumulator& du_part = du[chunk];
     if (need_weight) du_part.reset(16 * grad.cols * weights.padded());
     sums_parts[chunk].reset(x.cols);
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
       const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
       if (n == 0) continue;
+      const T* const* from = source ? source_inside.of(image, *source, first, n) : nullptr;
       T* const* to = nullptr;
       const T* const* x16 = nullptr;
       const T* const* x4 = x_inside.of(image, x, first, n);
@@ -256,8 +259,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
               kernel.product({dy.at(i), dy.words, 1}, weights.operand(p, i), n, width, weights.steps,
                              products.get() + i * n * width, width, false);
             }
-            kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, to, sum_d + c,
-                                           sum_dx + c);
+            kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to,
+                                           sum_d + c, sum_dx + c);
           }
           if (need_weight) {
             kernel.winograd_input(x16, c, n, weights.valid(p), &columns, v.tiles());

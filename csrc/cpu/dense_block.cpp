@@ -237,8 +237,8 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
       const FiltersGradient grad_filters(of_second[4]);
       STD_TORCH_CHECK(of_second[4].size(0) == layer.growth && of_second[4].size(1) == layer.bottleneck,
                       "gradients: expected the shapes of tensors");
-      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), image, &dz, sums.data(),
-                          &grad_filters);
+      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), image, nullptr, &dz,
+                          sums.data(), &grad_filters);
       collect(layer.second, second, sums, of_second, p + packed, q + packed);
 
       ProductGradient<T> gradient = {dz.readonly(), {}};

@@ -97,7 +97,8 @@ struct Kernels {
   void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);
   void (*winograd_output)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels);
   void (*winograd_input_gradient)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x,
-                                  int64_t offset, Affine affine, T* const* out, float* sum_d, float* sum_dx);
+                                  int64_t offset, Affine affine, const T* const* source, T* const* out, float* sum_d,
+                                  float* sum_dx);
   void (*winograd_weight_gradient)(const float* u, int64_t position, int64_t cols, float* out, int64_t col_stride,
                                    int64_t tap_stride);
 };

@@ -165,7 +165,7 @@ void winograd_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, co
 // D = (A^T m A) * (y > 0) at the pixels of x: out = scale * D, sum_d += sum D, sum_dx += sum D * (x - mean)
 template <typename T>
 void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
-                             Affine affine, T* const* out, float* sum_d, float* sum_dx) {
+                             Affine affine, const T* const* source, T* const* out, float* sum_d, float* sum_dx) {
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
@@ -182,7 +182,8 @@ void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t 
         const floats<N> centred = load<N>(x[4 * t + i] + offset + c) - mean;
         const floats<N> masked = centred * scale + shift <= 0 ? floats<N>{} : d[i];
         part.add(masked, centred);
-        store<N>(out[4 * t + i] + offset + c, scale * masked);
+        const floats<N> before = source ? load<N>(source[4 * t + i] + offset + c) : floats<N>{};
+        store<N>(out[4 * t + i] + offset + c, before + scale * masked);
       }
     }
     sums.add(part);

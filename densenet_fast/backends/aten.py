@@ -166,12 +166,13 @@ def bn_relu_conv3x3_backward(
     reader: Reader | None = None,
     unfinished: Unfinished | None = None,
     like: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
     """From grad [M, k] with D = conv_input_grad(grad, weight) * (bn(x) > 0):
 
-    out [M, B] = scale * D (unless None), dW, and with out the column sums (sum D, sum D * (x - mean)), each [B]; the
-    ``reader`` gets them if there is one. What is ``unfinished`` may be done here, or left; dW as for
-    :func:`bn_relu_conv1x1_backward`.
+    out [M, B] = source + scale * D (unless None; without a source, scale * D), dW, and with out the column sums (sum D,
+    sum D * (x - mean)), each [B]; the ``reader`` gets them if there is one. The source may be out. What is
+    ``unfinished`` may be done here, or left; dW as for :func:`bn_relu_conv1x1_backward`.
     """
     input_gradient, weight_gradient = convolve_backward(
         grad, bn_relu(x, affine), weight, grid, out is not None, need_weight
@@ -179,7 +180,7 @@ def bn_relu_conv3x3_backward(
     if out is None:
         return weight_gradient, None
     scaled, sums = _masked(input_gradient, x, affine)
-    out.copy_(scaled)
+    out.copy_(scaled if source is None else source + scaled)
     return weight_gradient, read(sums, affine, reader)
 
 

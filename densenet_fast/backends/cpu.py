@@ -145,16 +145,19 @@ def bn_relu_conv3x3_backward(
     reader: Reader | None = None,
     unfinished: Unfinished | None = None,
     like: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
     if minimal_filtering(grid):
         weight = _evenly_spaced(weight)
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
-        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine.vectors(), weight, grid, out, grad_weight)
+        sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine.vectors(), weight, grid, out, grad_weight, source)
     else:
         a = kernels.cpu_bn_relu(x, *affine.vectors())
         input_gradient, grad_weight = convolve_backward(grad, a, weight, grid, out is not None, need_weight)
         if out is not None:
-            sums = kernels.cpu_mask(input_gradient, x, *affine.vectors(), out)
+            sums = kernels.cpu_mask(input_gradient, x, *affine.vectors(), out if source is None else input_gradient)
+            if source is not None:
+                torch.add(source, input_gradient, out=out)
     sums = None if out is None else read((sums[0], sums[1]), affine, reader)
     return grad_weight if need_weight else None, sums
 

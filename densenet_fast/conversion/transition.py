@@ -112,8 +112,11 @@ class TransitionOperands:
 
 def _dropped(x: Tensor, p: float, whole_channels: bool) -> Tensor:
     """Dropout, or that of whole channels, with the mask that it draws on contiguous memory."""
-    like = x.new_empty(x.shape[:2] + (1,) * (x.dim() - 2)) if whole_channels else x
-    return x * reference.dropout_mask(like, p) * (1 / (1 - p) if p < 1 else 0.0)
+    keep_scale = 1 / (1 - p) if p < 1 else 0.0
+    if not whole_channels:
+        return x * reference.dropout_mask(x, p) * keep_scale
+    mask = reference.dropout_mask(x.new_empty(x.shape[:2] + (1,) * (x.dim() - 2)), p)
+    return x * (mask.to(x.dtype) * keep_scale)
 
 
 def _maximum_obstacle(module: nn.Module, pool: str, dims: int) -> str | None:

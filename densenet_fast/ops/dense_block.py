@@ -370,13 +370,22 @@ class BlockGradients:
         after = self.spare[0][0][columns], self.spare[0][1][columns]
         reader, completion = gradients.reader(before, after), None
         if not plan.bottleneck:
-            scaled = torch.empty_like(inputs, memory_format=torch.contiguous_format) if need_d else None
+            total, source = self.grad[:, columns], self.source[:, columns]
+            if target is None:
+                total, source = torch.empty_like(total) if need_d else None, None
             grad_weight, _ = self.backend.bn_relu_conv3x3_backward(
-                dy, inputs, affine, weight, plan.grid, scaled, gradients.needs_conv_weight, reader, like=like
+                dy,
+                inputs,
+                affine,
+                weight,
+                plan.grid,
+                total,
+                gradients.needs_conv_weight,
+                reader,
+                like=like,
+                source=source,
             )
             gradients.convolution(grad_weight, dy)
-            if target is not None:
-                torch.add(self.source[:, columns], scaled, out=self.grad[:, columns])
         else:
             need_dz = need_d or gradients.needs_any
             dz, unfinished = self.bottleneck(i, dy, z, need_dz)

@@ -238,6 +238,11 @@ def test_bn_relu_conv3x3_backward(backend, dtype, channels, grid):
     again = torch.empty_like(case.x)
     only_input = backend.bn_relu_conv3x3_backward(*arguments, again, False)
     assert only_input[0] is None and error(again, scaled) <= 2 * torch.finfo(dtype).eps
+    total = torch.randn_like(buffer)[:, 1 : 1 + case.c]
+    expected = total + again
+    total_sums = backend.bn_relu_conv3x3_backward(*arguments, total, False, source=total)[1]
+    assert error(total, expected) <= 4 * torch.finfo(dtype).eps
+    assert all(a.equal(b) for a, b in zip(total_sums, only_input[1]))
 
 
 def test_finalise_gradient(backend, dtype, channels, grid):

@@ -102,7 +102,14 @@ def bn_relu_conv3x3_backward(
     reader: Reader | None = None,
     unfinished: Unfinished | None = None,
     like: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
+    if source is not None:
+        scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+        given = (grad, x, affine, weight, grid, scaled, need_weight, reader, unfinished, like)
+        made = bn_relu_conv3x3_backward(*given)
+        torch.add(source, scaled, out=out)
+        return made
     if config.convolution_by_torch(grid, x.dtype):
         return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight, reader, None, like)
     grad, x, like = adjacent(grad), adjacent(x), evenly_laid(like)
