@@ -1,10 +1,14 @@
 """``benchmarks/styles.py`` on tiny networks."""
 
 import csv
+import re
+from pathlib import Path
 
 import pytest
 
 import styles
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "conversion-styles.md"
 
 
 def test_what_is_measured_of_a_style(monkeypatch, tmp_path, capsys):
@@ -34,3 +38,17 @@ def test_the_peak_of_a_step_in_a_process_of_its_own():
     options = styles.argparse.Namespace(device="cpu", threads=1)
     entry = styles.Entry("U-Net", styles.Setting(8, (2, 2, 2, 2), 64, 8), False, True)
     assert 10 << 20 < styles.peak(entry, options) < 200 << 20
+
+
+def test_the_figures_of_the_document_are_the_results():
+    text = DOCUMENT.read_text()
+    results = DOCUMENT.parent / re.search(r"\((\S+/styles)\.md\)", text)[1]
+    with open(f"{results}.csv") as file:
+        measured = {
+            row["style"]: (f"{float(row['speed_ratio']):.2f}x", f"{float(row['memory_ratio']):.2f}")
+            for row in csv.DictReader(file)
+        }
+    table = text[text.index("<!-- style table -->") : text.index("<!-- end of style table -->")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[3:]]
+    assert {style: (speed, memory) for style, *_, speed, memory in rows} == measured
+    assert measured.keys() == styles.STYLES.keys()

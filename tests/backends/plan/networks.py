@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import nn
 
+from backends.plan.bodies import equal
 from backends.plan.walks import (
     BLOCK,
     FORWARD,
     block,
     both_passes,
     compare,
+    cotangent,
     images,
     maps,
     network,
@@ -20,6 +22,7 @@ from backends.plan.walks import (
     training_step,
 )
 from densenet_fast import functional
+from densenet_fast.operands import BlockOperands
 from densenet_fast.ops import planned
 from densenet_fast.ops.bn_relu_global_avgpool import _forward as head
 
@@ -89,10 +92,29 @@ def test_float32_parameters_under_autocast():
     assert not bodies.walked and bodies.planned == both_passes(FORWARD)
 
 
+def test_dropout_is_planned():
+    """Of new features, and of what both convolutions of a layer make, with bottlenecks kept or recomputed."""
+
+    def history(operands):
+        torch.manual_seed(3)
+        x_ = x.clone().requires_grad_()
+        out = functional.dense_block(x_, operands.layers, operands.drop_rates, operands.recomputed)
+        wanted = [x_, *(t for t in operands.stages.tensors if t is not None and t.requires_grad)]
+        return [out, *torch.autograd.grad(out, wanted, cotangent(out))]
+
+    x, model = maps(), block(2)
+    for rates in ([0.5, 0.0], [0.5, 0.2, 0.0, 0.3]):
+        for recomputed in (False, True):
+            operands = BlockOperands(model.operands().layers, rates, recomputed)
+            expected = history(operands)
+            with plans() as bodies:
+                made = history(operands)
+            assert all(map(equal, made, expected)) and not bodies.walked and bodies.planned == BLOCK
+
+
 @pytest.mark.parametrize(
     "options, shape, forward, backward",
     [
-        ({"drop_rate": 0.5}, (2, 3), None, "aten.clone.default"),
         ({"bn_size": None}, (2, 3), None, "aten.add.out"),
         ({"bias": True}, (2, 3), None, "aten.sum.dim_IntList"),
         ({"spatial_dims": 1}, (6,), "aten.convolution.default", "aten.sub.Tensor"),
