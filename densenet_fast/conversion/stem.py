@@ -10,14 +10,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from densenet_fast import functional
-from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.conversion import layout
 from densenet_fast.conversion.classes import Classes
 from densenet_fast.conversion.expected import Expected, expected_of
 from densenet_fast.conversion.layout import Dropout, Unlike
 from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import fusion
-from densenet_fast.nn.memory_format import contiguous_gradient, is_channels_last
+from densenet_fast.nn.memory_format import convolved, is_channels_last
 from densenet_fast.operands import NormOperands
 
 MEANS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -82,10 +81,7 @@ class StemOperands:
     ) -> tuple[Tensor, BatchStatistics | None]:
         """From ``x`` to the result and, if asked to describe it, its statistics."""
         if self.convolution is not None:
-            weight = contiguous_gradient(self.convolution.weight)
-            # The images are made channels last, instead of the larger maps made from them.
-            images = contiguous_gradient(x, x.dim() in CHANNELS_LAST)
-            x = self.convolution._conv_forward(images, weight, self.convolution.bias)
+            x = convolved(self.convolution, x)
         return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
 
 

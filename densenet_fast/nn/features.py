@@ -17,7 +17,7 @@ from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.bn_relu_conv1x1 import Transition
 from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
-from densenet_fast.nn.memory_format import contiguous_gradient, handed_out, is_channels_last
+from densenet_fast.nn.memory_format import convolved, handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory, all_below
 from densenet_fast.operands import ConvOperands, NormOperands, Operands
 
@@ -153,9 +153,7 @@ class Stem(Step):
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         if self.convolution is not None:
-            weight = contiguous_gradient(self.convolution.weight)
-            # The images are made channels last, instead of the larger maps made from them.
-            x = self.convolution._conv_forward(contiguous_gradient(x, True), weight, self.convolution.bias)
+            x = convolved(self.convolution, x)
         return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
 
     def note(self, reason: str | None) -> None:

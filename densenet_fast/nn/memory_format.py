@@ -6,11 +6,11 @@ A part returns the format of its input. A convolution whose weight is channels l
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
 
-__all__ = ["contiguous_gradient", "copied", "handed_out", "is_channels_last"]
+__all__ = ["contiguous_gradient", "convolved", "copied", "handed_out", "is_channels_last"]
 
 
 def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
@@ -48,3 +48,10 @@ def contiguous_gradient(x: Tensor, channels_last: bool = False) -> Tensor:
 
 def _converted(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if channels_last else x
+
+
+def convolved(convolution: nn.Module, images: Tensor) -> Tensor:
+    """What a plain ``convolution`` makes of ``images``, channels last in memory where there is such a format: they are
+    made so, instead of the larger maps made from them."""
+    images = contiguous_gradient(images, images.dim() in CHANNELS_LAST)
+    return convolution._conv_forward(images, contiguous_gradient(convolution.weight), convolution.bias)

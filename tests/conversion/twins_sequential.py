@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conversion.staged import Activation
 from densenet_fast import reference
 from densenet_fast.nn import fusion
 
@@ -54,15 +55,6 @@ class InitBlock(nn.Module):
 
     def forward(self, x):
         return self.pool(self.activ(self.bn(self.conv(x))))
-
-
-class Activation(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.bn, self.activ = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        return self.activ(self.bn(x))
 
 
 class StagedNet(nn.Module):

@@ -23,6 +23,7 @@ from backends.plan.walks import (
     tf32,
     training_step,
 )
+from conversion import twins, twins_blocks
 from densenet_fast import convert, reference
 from densenet_fast.backends import plan
 from densenet_fast.backends.triton import launch
@@ -84,6 +85,13 @@ def test_of_a_converted_network():
     model = randomise(reference.DenseNet(4, (2, 1), 6, 3, num_classes=3, small_inputs=True))
     bodies = compare(convert(model), steps(images()))
     assert not bodies.walked and bodies.planned == both_passes(["dense_block, bn_relu_conv1x1", "dense_block"])
+
+
+def test_not_of_a_block_that_returns_its_new_features_alone():
+    """What reads it does not read the block's input."""
+    parts = twins_blocks.PathBlock(2, 3, 4), twins.Transition(8, 5)
+    bodies = compare(convert(randomise(torch.nn.Sequential(*parts)).eval()), steps(images()))
+    assert bodies.planned[:2] == ["dense_block", "bn_relu_conv1x1"]
 
 
 @pytest.mark.parametrize("parts", [("features.conv0",), ("features.conv0", "features.denseblock1")], ids=" ".join)
