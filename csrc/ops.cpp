@@ -47,8 +47,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var, bool describe, bool "
       "prepend=False) -> ()");
   m.def(
-      "cpu_dense_block_backward(Tensor grad, Tensor features, Tensor[] bottlenecks, Tensor mean, Tensor var, float "
-      "count, "
-      "Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, Tensor(c!) p, "
-      "Tensor(d!) q, bool described, bool prepend=False) -> ()");
+      "cpu_dense_block_backward(Tensor grad, Tensor(e!) total, Tensor features, Tensor[] bottlenecks, Tensor mean, "
+      "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "
+      "Tensor(c!) p, Tensor(d!) q, bool described, bool prepend=False) -> ()");
 }

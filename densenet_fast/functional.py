@@ -363,7 +363,7 @@ def _dense_block(
         masks,
         rates,
         operands.bottleneck,
-        operands.saved[not differentiable],
+        operands.saved(x, differentiable),
         describe,
         group,
         _link(x) if differentiable and x.requires_grad else None,
@@ -389,9 +389,11 @@ def run_dense_block_and_reader(
     updates: Updates,
 ) -> tuple[Tensor, BatchStatistics | None] | None:
     """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call that
-    spares the host work; None where they have to be called one after the other: where nothing is planned, or there is
-    more to do."""
-    if planned.obstacle(x) is not None or operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
+    spares the host work and the memory of a gradient; None where they have to be called one after the other: where
+    neither counts, or there is more to do."""
+    if operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
+        return None
+    if planned.obstacle(x) is not None and (x.device.type != "cpu" or not operands.differentiable(x)):
         return None
     group, is_transition = operands.group(), isinstance(reader, ConvOperands)
     if group is not None or reader.group() is not None:
@@ -408,13 +410,15 @@ def run_dense_block_and_reader(
         operands.stages,
         operands.drop_rates,
         operands.bottleneck,
-        operands.saved[not differentiable],
+        operands.saved(x, differentiable),
         reader.reads_statistics,
         operands.prepend,
         _link(x) if differentiable and x.requires_grad else None,
         reader.stages,
         *((True, describe) if is_transition else ()),
     )
+    if _beyond_range(x, var, group) or _beyond_range(x, own[1], group):
+        return None
     _update_running_statistics(x, operands, mean, var, count, updates)
     _update_running_statistics(x, reader, *own[:3], updates)
     return out, BatchStatistics(*own[3:5]) if describe else None

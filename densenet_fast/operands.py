@@ -187,10 +187,22 @@ class BlockOperands(Operands):
             self.dropped_channels = self.growths
         whole = isinstance(memory_efficient, bool)
         self.recomputed = [memory_efficient] * len(layers) if whole else list(memory_efficient)
-        self.saved = Fixed(not flag for flag in self.recomputed), Fixed(False for _ in self.recomputed)
-        """Of which layers the bottleneck is kept for a backward pass, where there is to be one, and where not."""
+        self._none = Fixed(False for _ in self.recomputed)
+        self._asked = Fixed(not flag for flag in self.recomputed)
+        widens = (layer[0].weight.shape[0] > layer[0].weight.shape[1] for layer in layers)
+        self._worth_it = Fixed(asked and not wide for asked, wide in zip(self._asked, widens))
         norms, read = [unit.norm for unit in units], [layer[0].norm for layer in layers]
         super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers, prepend))
+
+    def saved(self, x: Tensor, differentiable: bool) -> list[bool]:
+        """Of which layers the bottleneck is kept for a backward pass.
+
+        A layer that reads fewer channels than its bottleneck has is the cheapest to recompute, and keeps as much as any
+        other. On a CPU such bottlenecks are recomputed always.
+        """
+        if not differentiable:
+            return self._none
+        return self._worth_it if x.device.type == "cpu" else self._asked
 
     def check(self, x: Tensor) -> None:
         self._check_input(x)

@@ -113,8 +113,41 @@ Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
   return {static_cast<T*>(buffer.data_ptr()), rows, cols, cols};
 }
 
-// Fills the columns of features but those of the block's input, which are there with their statistics. The bottlenecks
-// are kept where there is one for each layer.
+// Each layer's bottleneck [M, B] where it is kept, or else in a buffer that all layers share
+template <typename T>
+class Bottlenecks {
+ public:
+  // One for each layer, empty where it is not kept; or none at all
+  Bottlenecks(const std::vector<Tensor>& kept, const Block& block, const Tensor& like, int64_t rows)
+      : kept_(kept), rows_(rows), shared_(torch::stable::new_empty(like, {shared_size(block)})) {}
+
+  bool keeps(size_t i) const { return !kept_.empty() && kept_[i].numel() > 0; }
+
+  Matrix<T> of(size_t i, int64_t cols) const {
+    if (!keeps(i)) return within<T>(shared_, rows_, cols);
+    const Matrix<T> z(kept_[i], "bottlenecks");
+    STD_TORCH_CHECK(z.rows == rows_ && z.cols == cols, "bottlenecks: expected [M, B]");
+    return z;
+  }
+
+ private:
+  int64_t shared_size(const Block& block) const {
+    STD_TORCH_CHECK(kept_.empty() || kept_.size() == block.layers.size(),
+                    "bottlenecks: expected none or one for each layer, got ", kept_.size());
+    int64_t widest = 0;
+    for (size_t i = 0; i < block.layers.size(); ++i) {
+      if (!keeps(i)) widest = std::max(widest, block.layers[i].bottleneck);
+    }
+    return rows_ * widest;
+  }
+
+  const std::vector<Tensor>& kept_;
+  int64_t rows_;
+  Tensor shared_;
+};
+
+// Fills the columns of features but those of the block's input, which are there with their statistics, and the
+// bottlenecks that are kept.
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
                  std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var, bool describe,
                  bool prepend) {
@@ -123,25 +156,22 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
     const Block block(tensors, eps, in_channels, describe, prepend);
     const Matrix<T> f(features, "features");
     STD_TORCH_CHECK(f.cols == block.columns, "features: expected ", block.columns, " columns, got ", f.cols);
-    const bool keep = !bottlenecks.empty();
-    STD_TORCH_CHECK(!keep || bottlenecks.size() == block.layers.size(), "bottlenecks: expected one for each layer");
     float *m = output(mean, block.packed, "mean"), *v = output(var, block.packed, "var");
     std::vector<float> rstd(block.packed);
     const ImageTiles image(grid, f.rows);
-    const Tensor buffer = torch::stable::new_empty(features, {keep ? 0 : f.rows * block.widest});
+    const Bottlenecks<T> kept(bottlenecks, block, features, f.rows);
     for (size_t i = 0; i < block.layers.size(); ++i) {
       const Layer& layer = block.layers[i];
       const auto statistics_of = [&](int64_t first, float eps) {
         return StatisticsOutput(m + first, v + first, rstd.data() + first, eps);
       };
-      const Matrix<T> z = keep ? Matrix<T>(bottlenecks[i], "bottlenecks") : within<T>(buffer, f.rows, layer.bottleneck);
-      STD_TORCH_CHECK(z.rows == f.rows && z.cols == layer.bottleneck, "bottlenecks: expected [M, B]");
+      const Matrix<T> z = kept.of(i, layer.bottleneck);
       const Matrix<const T> inputs = f.columns(layer.read, layer.width).readonly();
       const Matrix<T> made = f.columns(layer.made, layer.growth);
       const Weight<T> weight(layer.first.conv);
       const Filters<T> filters(layer.second.conv);
       const Folded first = layer.first.fold(m + layer.read, v + layer.read);
-      if (layer.second.frozen() && !keep) {
+      if (layer.second.frozen() && !kept.keeps(i)) {
         const Folded second = layer.second.fold(nullptr, nullptr);
         const Affine then = second.affine();
         conv1x1<T>(inputs, first.affine(), weight, nullptr, &then, z, nullptr);
@@ -182,9 +212,10 @@ void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Mat
   });
 }
 
-// From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages. Without
-// bottlenecks it recomputes them. p and q start with what came from behind the block.
-void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
+// From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages.
+// Bottlenecks that were not kept it recomputes. G stands in `total` [M, C_total], which may be grad. p and q start with
+// what came from behind the block.
+void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
                           double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
                           Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed, Tensor q_packed,
                           bool described, bool prepend) {
@@ -196,16 +227,14 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
     STD_TORCH_CHECK(
         f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
         "features, grad, grad_x: expected [M, C_total] twice and [M, C0]");
-    STD_TORCH_CHECK(bottlenecks.empty() || bottlenecks.size() == block.layers.size(),
-                    "bottlenecks: expected none or one for each layer");
     STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
     const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
     float *p = output(p_packed, block.packed, "p"), *q = output(q_packed, block.packed, "q");
     const ImageTiles image(grid, f.rows);
-    const Tensor total = torch::stable::new_empty(features, {f.rows, f.cols});
     const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
-    const Tensor again = torch::stable::new_empty(features, {bottlenecks.empty() ? f.rows * block.widest : 0});
+    const Bottlenecks<T> kept(bottlenecks, block, features, f.rows);
     const Matrix<T> g(total, "total");
+    STD_TORCH_CHECK(g.rows == f.rows && g.cols == f.cols, "total: expected [M, C_total]");
     Matrix<const T> source =
         incoming;  // where the gradient of F stands: the incoming one until the last layer has written G
     for (size_t i = block.layers.size(); i-- > 0;) {
@@ -225,13 +254,8 @@ void dense_block_backward(Tensor grad, Tensor features, std::vector<Tensor> bott
         dy = target.readonly();
       }
 
-      Matrix<T> z = within<T>(again, f.rows, layer.bottleneck);
-      if (bottlenecks.empty()) {
-        conv1x1<T>(inputs, first.affine(), weight, nullptr, nullptr, z, nullptr);
-      } else {
-        z = Matrix<T>(bottlenecks[i], "bottlenecks");
-        STD_TORCH_CHECK(z.rows == f.rows && z.cols == layer.bottleneck, "bottlenecks: expected [M, B]");
-      }
+      const Matrix<T> z = kept.of(i, layer.bottleneck);
+      if (!kept.keeps(i)) conv1x1<T>(inputs, first.affine(), weight, nullptr, nullptr, z, nullptr);
       const Matrix<T> dz = within<T>(scaled, f.rows, layer.bottleneck);
       std::vector<float> sums(2 * layer.bottleneck);
       const FiltersGradient grad_filters(of_second[4]);

@@ -185,7 +185,7 @@ def dense_block(
 ) -> None:
     """The whole block: fills the columns of features [M, C_total] but the first ``in_channels``, or to ``prepend`` the
     last, which are there with their statistics; the packed statistics, with ``describe`` those of all features; and
-    each layer's bottleneck [M, B] where there are any to fill.
+    each layer's bottleneck [M, B], if there are any, but those that are empty.
 
     Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
     the convolutions' weights so too or in the features' dtype.
@@ -196,6 +196,7 @@ def dense_block(
 
 def dense_block_backward(
     grad: Tensor,
+    total: Tensor,
     features: Tensor,
     bottlenecks: list[Tensor],
     mean: Tensor,
@@ -212,10 +213,10 @@ def dense_block_backward(
     prepend: bool,
 ) -> None:
     """The backward pass of that, from grad [M, C_total]: fills grad_x [M, C0] and the gradients of the stages' weights,
-    biases and convolutions, float32, in the places of ``tensors``. Without bottlenecks it recomputes them. To ``p`` and
-    ``q``, the gradients with respect to the packed statistics, it adds its own; if they are not zero it was
-    ``described``."""
-    kept = (grad, features, bottlenecks, mean, var, float(count), tensors, eps, grid)
+    biases and convolutions, float32, in the places of ``tensors``. Bottlenecks that are empty or missing it recomputes.
+    G stands in ``total``, like grad, which may be grad itself. To ``p`` and ``q``, the gradients with respect to the
+    packed statistics, it adds its own; if they are not zero it was ``described``."""
+    kept = (grad, total, features, bottlenecks, mean, var, float(count), tensors, eps, grid)
     kernels.cpu_dense_block_backward(*kept, grad_x, gradients, p, q, described, prepend)
 
 

@@ -1,7 +1,8 @@
 """A dense block and the transition or the head behind it as one node of autograd and one launch plan.
 
 On a GPU the host spends as much on calling an op as on dozens of launches. Computed is what the two ops compute; their
-bodies run one after the other, forward and backward, and the block's features stay between them.
+bodies run one after the other, forward and backward, and the block's features stay between them. So does the gradient
+of the features, whose memory the block's backward pass uses for G.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from densenet_fast.ops import planned, stock
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
-from densenet_fast.ops.dense_block import Plan, own_features
+from densenet_fast.ops.dense_block import Plan, consuming_backward, own_features
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
 from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
@@ -76,10 +77,12 @@ class Chain:
     ) -> tuple[Any, ...]:
         """What the block returns and what the reader does."""
         given = (tensors, eps, [], drop_rates, bottleneck, saved, described, None, None, prepend)
-        features, packed_mean, packed_var, count, bottlenecks = block_parts.forward.body(x, mean, var, *given)
+        with named(block_parts.forward.name):
+            features, packed_mean, packed_var, count, bottlenecks = block_parts.forward.body(x, mean, var, *given)
         columns = slice(0, features.shape[1])
         known = (packed_mean[columns], packed_var[columns]) if described else (None, None)
-        made = self.reader.forward.body(features, *known, read_tensors, read_eps, *options, None)
+        with named(self.reader.forward.name):
+            made = self.reader.forward.body(features, *known, read_tensors, read_eps, *options, None)
         return features, packed_mean, packed_var, count, bottlenecks, *made
 
     def backward(
@@ -109,13 +112,15 @@ class Chain:
         then one per tensor) and the last of the options, the reader's, say so."""
         *options, read_needs = options
         known = (features, read_mean, read_var, read_count, read_tensors, read_eps)
-        grad, grads = self.reader.backward.body(grad, *known, *options, None, read_needs)
+        with named(self.reader.backward.name):
+            grad, grads = self.reader.backward.body(grad, *known, *options, None, read_needs)
         own, through = grads[: len(read_tensors)], grads[len(read_tensors) :] or (None, None)
         if not read_needs[0]:
             return features.new_empty(0), [None] * len(tensors), own
         block = (features, mean, var, count, bottlenecks, saved, tensors, eps, [], drop_rates, bottleneck)
         block += (in_channels, None, [needs[0], *needs[2:]], prepend)
-        grad_x, grads = block_parts.backward.body(grad, *through, *block)
+        with named(block_parts.backward.name):
+            grad_x, grads = consuming_backward(grad, *through, *block)
         return grad_x, grads, own
 
     def on_stock(self, ctx: Any, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:

@@ -50,6 +50,7 @@ from densenet_fast.ops.stage import (
     saved_stages,
     synchronise,
     unflatten,
+    without_autocast,
 )
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
@@ -98,9 +99,8 @@ class Plan:
         self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
         """Of the batch normalisations, whose r is computed with the statistics; a stage of another has its own."""
 
-    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None, saved: list[bool]) -> bool:
-        """Whether the backend walks over the whole block by itself, faster than it is done here, where the bottlenecks
-        that are ``saved`` are all or none."""
+    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None) -> bool:
+        """Whether the backend walks over the whole block by itself, faster than it is done here."""
 
         def plain(stage: Stage) -> bool:
             vectors = [t for t in stage[:4] if t is not None]
@@ -115,7 +115,6 @@ class Plan:
             and self.bottleneck
             and group is None
             and not any(self.drop_rates)
-            and len(set(saved)) == 1
             and all(map(plain, self.stages))
         )
 
@@ -198,7 +197,7 @@ def _forward(
     features = to_matrix(image)
     rows = features.shape[0]
     packed = empty_statistics(features, plan.packed, plan.eps)
-    walked = plan.walked_by(backend, x.dtype, group, saved)
+    walked = plan.walked_by(backend, x.dtype, group)
     prepared = Prepared([] if walked else plan.stages, backend, x)
     for columns in plan.without_statistics():
         prepared.zero(packed.mean[columns]), prepared.zero(packed.var[columns])
@@ -212,7 +211,8 @@ def _forward(
     bottlenecks = []
     if walked:
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
-        given = (present(tensors, x), eps, plan.grid, bottlenecks, packed, describe, prepend)
+        kept = for_each_layer(bottlenecks, saved, features)
+        given = (present(tensors, x), eps, plan.grid, kept, packed, describe, prepend)
         backend.dense_block(features, plan.widths[0], *given)
         return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
@@ -299,9 +299,16 @@ class BlockGradients:
         self.bottleneck_pair = mean.new_empty(2, plan.packed - plan.columns).unbind()
 
     def run(
-        self, grad: Tensor, bottlenecks: list[Tensor], saved: list[bool], masks: list[Tensor], needs: list[bool]
+        self,
+        grad: Tensor,
+        consumed: bool,
+        bottlenecks: list[Tensor],
+        saved: list[bool],
+        masks: list[Tensor],
+        needs: list[bool],
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The gradients of x [N, C0, *spatial] and of the stages' tensors, as far as ``needs`` says so."""
+        """The gradients of x [N, C0, *spatial] and of the stages' tensors, as far as ``needs`` says so. Where grad is
+        ``consumed``, its memory becomes G's."""
         plan, need_x = self.plan, needs[0]
         self.gradients = [
             StageGradients(stage, needs[1 + j * STAGE_TENSORS : 1 + (j + 1) * STAGE_TENSORS])
@@ -311,11 +318,11 @@ class BlockGradients:
         by_layer = (self.gradients[j : j + per_layer] for j in range(0, len(self.gradients), per_layer))
         asked = [any(g.needs_any for g in layer) for layer in by_layer]
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
-        self.grad = self.features.new_empty(self.features.shape)
-        self.z = None if all(saved) else plan.bottleneck_buffer(self.features)
-        self.dz = plan.bottleneck_buffer(self.features)
         self.source = to_matrix(grad)
         """Where the gradient of F stands: the incoming one until the last layer has written G, then G."""
+        self.grad = self.source if consumed else self.features.new_empty(self.features.shape)
+        self.z = None if all(saved) else plan.bottleneck_buffer(self.features)
+        self.dz = plan.bottleneck_buffer(self.features)
         image = empty_image(self.features, plan.grid, plan.widths[0]) if need_x else self.features.new_empty(0)
         self.masks = plan.masks(masks)
 
@@ -452,6 +459,61 @@ class BlockGradients:
         return scaled, unfinished
 
 
+def consuming_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """What the backward op computes from ``(grad, *inputs)``, with G in the memory of ``grad``, which nobody else may
+    need."""
+    return without_autocast(_run_backward)(grad, *inputs, total=grad)
+
+
+def _run_backward(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    features: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    bottlenecks: list[Tensor],
+    saved: list[bool],
+    tensors: list[Tensor],
+    eps: list[float],
+    masks: list[Tensor],
+    drop_rates: list[float],
+    bottleneck: bool,
+    in_channels: int,
+    group: str | None,
+    needs: list[bool],
+    prepend: bool,
+    total: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """G stands in the memory of ``total``, which may be grad, or in its own."""
+    described = grad_mean is not None
+    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described, prepend)
+    backend = select(features.device, features.dtype)
+    trained = [j % STAGE_TENSORS in (0, 1, 4) and t is not None and t.numel() > 0 for j, t in enumerate(tensors)]
+    if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
+        backend, features.dtype, group
+    ):
+        image = empty_image(features, plan.grid, in_channels)
+        empty = features.new_empty(0)
+        gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
+        p, q = mean.new_zeros(2, *mean.shape).unbind()
+        if described:
+            p[: plan.columns].copy_(grad_mean[: plan.columns]), q[: plan.columns].copy_(grad_var[: plan.columns])
+        incoming, f = to_matrix(grad), to_matrix(features)
+        g = torch.empty_like(f) if total is None else incoming
+        kept = (f, for_each_layer(bottlenecks, saved, features), mean, var, rows_of(count, f.shape[0]))
+        out = (to_matrix(image), gradients, p, q, described, prepend)
+        backend.dense_block_backward(incoming, g, *kept, present(tensors, features), eps, plan.grid, *out)
+        return image, [
+            None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
+            for g, t, own in zip(gradients, tensors, trained)
+        ]
+    behind = (grad_mean.contiguous(), grad_var.contiguous()) if described else None
+    gradients = BlockGradients(plan, features, mean, var, count, behind, group)
+    return gradients.run(grad, total is not None, bottlenecks, saved, masks, needs)
+
+
 @define("dense_block_backward")
 def _backward(
     grad: Tensor,
@@ -479,28 +541,8 @@ def _backward(
     them; ``bottlenecks`` are those of the layers of which they were ``saved``; ``in_channels`` is C0; all else is as in
     the forward pass.
     """
-    described = grad_mean is not None
-    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described, prepend)
-    backend = select(features.device, features.dtype)
-    trained = [j % STAGE_TENSORS in (0, 1, 4) and t is not None and t.numel() > 0 for j, t in enumerate(tensors)]
-    if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
-        backend, features.dtype, group, saved
-    ):
-        image = empty_image(features, plan.grid, in_channels)
-        empty = features.new_empty(0)
-        gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
-        p, q = mean.new_zeros(2, *mean.shape).unbind()
-        if described:
-            p[: plan.columns].copy_(grad_mean[: plan.columns]), q[: plan.columns].copy_(grad_var[: plan.columns])
-        kept = (to_matrix(features), bottlenecks, mean, var, rows_of(count, to_matrix(features).shape[0]))
-        out = (to_matrix(image), gradients, p, q, described, prepend)
-        backend.dense_block_backward(to_matrix(grad), *kept, present(tensors, features), eps, plan.grid, *out)
-        return image, [
-            None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
-            for g, t, own in zip(gradients, tensors, trained)
-        ]
-    behind = (grad_mean.contiguous(), grad_var.contiguous()) if described else None
-    return BlockGradients(plan, features, mean, var, count, behind, group).run(grad, bottlenecks, saved, masks, needs)
+    block = (features, mean, var, count, bottlenecks, saved, tensors, eps, masks, drop_rates, bottleneck)
+    return _run_backward(grad, grad_mean, grad_var, *block, in_channels, group, needs, prepend, total=None)
 
 
 @_backward.custom_op.register_fake
@@ -527,6 +569,12 @@ def _(
     grid = (features.shape[0], *features.shape[2:])
     grad_x = empty_image(features, grid, in_channels) if needs[0] else features.new_empty(0)
     return grad_x, [torch.empty_like(t) if need else features.new_empty(0) for t, need in zip(tensors, needs[1:])]
+
+
+def for_each_layer(bottlenecks: list[Tensor], saved: list[bool], like: Tensor) -> list[Tensor]:
+    """Of each layer its bottleneck, empty where it was not ``saved``, from those that were."""
+    kept, empty = iter(bottlenecks), like.new_empty(0)
+    return [next(kept) if flag else empty for flag in saved]
 
 
 def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:

@@ -46,7 +46,7 @@ def test_both_spellings():
 
 @pytest.mark.parametrize("bottleneck", [True, False])
 def test_layer_by_layer_it_is_the_same_and_keeps_less(bottleneck):
-    block = randomise(DenseBlock(3, 8, 4 if bottleneck else None, 4, drop_rate=0.2)).double()
+    block = randomise(DenseBlock(3, 8, 2 if bottleneck else None, 4, drop_rate=0.2)).double()
     plain, x = copy.deepcopy(block), torch.randn(2, 8, 7, 6, dtype=torch.float64)
     kept = []
     for flags in ((0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)):
@@ -54,9 +54,16 @@ def test_layer_by_layer_it_is_the_same_and_keeps_less(bottleneck):
             layer.memory_efficient = bool(flag)
         assert_same(copy.deepcopy(block), copy.deepcopy(plain), x, 1e-12)
         kept.append(kept_bytes(copy.deepcopy(block), x))
-    bottleneck_bytes = 2 * 7 * 6 * 16 * 8
+    bottleneck_bytes = 2 * 7 * 6 * 8 * 8
     differences = [a - b for a, b in zip(kept, kept[1:])]
     assert differences == [bottleneck_bytes] * 3 if bottleneck else differences == [0] * 3
+
+
+def test_on_cpus_a_bottleneck_wider_than_what_it_is_made_of_is_never_kept():
+    block, x = randomise(DenseBlock(3, 8, 3, 4)), torch.randn(2, 8, 7, 6)  # bottlenecks of 12 from 8, 12 and 16
+    kept = kept_bytes(copy.deepcopy(block), x)
+    block.memory_efficient = True
+    assert kept - kept_bytes(block, x) == 2 * (2 * 7 * 6 * 12 * 4)
 
 
 def test_the_function_takes_a_flag_for_each_layer_or_says_what_it_got():

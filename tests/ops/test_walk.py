@@ -162,7 +162,7 @@ def test_wrong_arguments_raise():
     refused("expected 20 columns, got 19", features[:, 1:], 8, tensors, eps, grid, [], mean, var, False)
     refused("weight: expected 9 contiguous", features, 9, tensors, eps, grid, [], mean, var, False)
     refused("mean: expected 68 contiguous", features, 8, tensors, eps, grid, [], mean[1:], var, False)
-    refused("bottlenecks: expected one for each", features, 8, tensors, eps, grid, [features], mean, var, False)
+    refused("bottlenecks: expected none or one for each layer, got 1", features, 8, tensors, eps, grid, [features], mean, var, False)
     refused("grid: expected two spatial sizes", features, 8, tensors, eps, [3, 6, 7], [], mean, var, False)
     biased = [torch.zeros(16) if i == 5 else t for i, t in enumerate(tensors)]
     refused("expected no bias", features, 8, biased, eps, grid, [], mean, var, False)
@@ -171,6 +171,7 @@ def test_wrong_arguments_raise():
         bad = [g.double() if i == wrong else g for i, g in enumerate(grads)]
         with pytest.raises(RuntimeError, match="grad"):
             kernels.cpu_dense_block_backward(
-                *(features, features, [], mean, var, 108.0, tensors, eps, grid, features[:, :8].clone(), bad),
+                *(features, features.clone(), features, [], mean, var, 108.0, tensors, eps, grid),
+                *(features[:, :8].clone(), bad),
                 *(mean.clone(), var.clone(), True),
             )
