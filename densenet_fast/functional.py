@@ -393,7 +393,8 @@ def run_dense_block_and_reader(
     neither counts, or there is more to do."""
     if operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
         return None
-    if planned.obstacle(x) is not None and (x.device.type != "cpu" or not operands.differentiable(x)):
+    is_planned, differentiable = planned.obstacle(x) is None, operands.differentiable(x)
+    if not is_planned and (x.device.type != "cpu" or not differentiable):
         return None
     group, is_transition = operands.group(), isinstance(reader, ConvOperands)
     if group is not None or reader.group() is not None:
@@ -403,7 +404,6 @@ def run_dense_block_and_reader(
         _check_poolable(x)
     operands.admit(x)
     reader.admit(x, x.shape[1] + sum(operands.growths))
-    differentiable = operands.differentiable(x)
     out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(
         x,
         *_known(x, operands.reader, statistics, group),
@@ -417,7 +417,7 @@ def run_dense_block_and_reader(
         reader.stages,
         *((True, describe) if is_transition else ()),
     )
-    if _beyond_range(x, var, group) or _beyond_range(x, own[1], group):
+    if not is_planned and (_beyond_range(x, var, group) or _beyond_range(x, own[1], group)):
         return None
     _update_running_statistics(x, operands, mean, var, count, updates)
     _update_running_statistics(x, reader, *own[:3], updates)

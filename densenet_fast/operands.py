@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from densenet_fast.backends import select
 from densenet_fast.backends.affine import Running, RunningStatistics, accumulation_dtype
 from densenet_fast.backends.inputs import Fixed
 from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
@@ -198,11 +199,12 @@ class BlockOperands(Operands):
         """Of which layers the bottleneck is kept for a backward pass.
 
         A layer that reads fewer channels than its bottleneck has is the cheapest to recompute, and keeps as much as any
-        other. On a CPU such bottlenecks are recomputed always.
+        other. Some backends recompute such bottlenecks always.
         """
         if not differentiable:
             return self._none
-        return self._worth_it if x.device.type == "cpu" else self._asked
+        recomputes = getattr(select(x.device, x.dtype), "RECOMPUTES_WIDE_BOTTLENECKS", False)
+        return self._worth_it if recomputes else self._asked
 
     def check(self, x: Tensor) -> None:
         self._check_input(x)

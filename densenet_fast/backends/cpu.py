@@ -26,6 +26,10 @@ __all__ = ["TAPS_FIRST", "prepare", "update_running_statistics"]
 
 name = "cpu"
 
+RECOMPUTES_WIDE_BOTTLENECKS = True
+"""Whether the backward pass recomputes a bottleneck that has more channels than its layer reads, instead of keeping it:
+that costs a product of little depth, and the bottleneck is as large as any other."""
+
 Sums = tuple[Tensor, Tensor]
 
 kernels = torch.ops.densenet_fast
