@@ -38,7 +38,7 @@ struct Stage {
         eps(eps),
         conv(tensors[4]) {
     STD_TORCH_CHECK((running_mean == nullptr) == (running_var == nullptr), "running_mean: expected with running_var");
-    STD_TORCH_CHECK(conv.dim() == 4 && conv.size(1) == cols, "convolution: expected a weight of ", cols,
+    STD_TORCH_CHECK(conv.dim() >= 3 && conv.size(1) == cols, "convolution: expected a weight of ", cols,
                     " input channels");
     STD_TORCH_CHECK(tensors[5].numel() == 0, "convolution: expected no bias");
   }

@@ -163,8 +163,9 @@ def bn_relu_conv3x3_backward(
 
 
 def minimal_filtering(grid: tuple[int, ...]) -> bool:
-    """Whether the 3x3 convolution runs on 2x2 tiles by minimal filtering: it does for images of at least that size."""
-    return len(grid) == 3 and min(grid[1:]) >= 2
+    """Whether the 3x3 convolution runs on 2x2 tiles by minimal filtering: it does for images, and planes of volumes, of
+    at least that size."""
+    return len(grid) >= 3 and min(grid[-2:]) >= 2
 
 
 def walks(grid: tuple[int, ...]) -> bool:
@@ -220,8 +221,10 @@ def dense_block_backward(
 
 
 def _evenly_spaced(weight: Tensor) -> Tensor:
-    """[k, B, 3, 3] with the nine taps at one distance: contiguous or channels last."""
-    return weight if weight.stride(2) == 3 * weight.stride(3) else weight.contiguous()
+    """[k, B, 3, ...] with the taps at one distance: contiguous or channels last."""
+    strides = weight.stride()[2:]
+    even = all(outer == 3 * inner for outer, inner in zip(strides, strides[1:]))
+    return weight if even else weight.contiguous()
 
 
 def _float(vector: Tensor | None) -> Tensor | None:
