@@ -54,22 +54,19 @@ struct ImageTiles {
   template <typename T>
   void pixels(const Matrix<T>& m, const Part& part, int64_t plane, int64_t planes, int64_t size, int64_t border,
               T** out) const {
-    const int64_t count = size * size, next_plane = height * width * m.ld;
-    for (int64_t column = 0; column < part.width; ++column, out += count) {
+    const int64_t count = size * size, next_plane = height * width * m.ld, next = part.width * count;
+    for (int64_t column = 0; column < part.width; ++column) {
       const int64_t t = part.first + column, volume = t / (down * across);
       const int64_t y = t / across % down * 2 - border, x = t % across * 2 - border;
-      T** to = out;
+      T** to = out + column * count;
       for (int64_t i = y; i < y + size; ++i) {
-        for (int64_t j = x; j < x + size; ++j, ++to) {
+        for (int64_t j = x; j < x + size; ++j) {
           const bool inside = column < part.columns && 0 <= i && i < height && 0 <= j && j < width;
-          T* pixel = inside ? m.row(((volume * depth + plane) * height + i) * width + j) : nullptr;
-          for (int64_t p = 0; p < planes; ++p) {
-            to[p * part.width * count] = pixel;
-            if (inside) pixel += next_plane;
-          }
+          *to++ = inside ? m.row(((volume * depth + plane) * height + i) * width + j) : nullptr;
         }
       }
     }
+    for (int64_t i = next; i < planes * next; ++i) out[i] = out[i - next] ? out[i - next] + next_plane : nullptr;
   }
 
   // Those in a part with a range of rows, the plane's own first

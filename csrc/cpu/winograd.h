@@ -68,7 +68,7 @@ inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, Tra
         input_line(load_pixel(tile[j]), load_pixel(tile[4 + j]), load_pixel(tile[8 + j]), load_pixel(tile[12 + j]),
                    line.v + j, 4);
       };
-      const bool right_of_the_last = t > 0 && tile[5] && tile[5] == tile[7 - 16];
+      const bool right_of_the_last = t > 0 && tile[5] == tile[7 - 16];
       if (right_of_the_last) {
         for (int i = 0; i < 16; i += 4) {
           line.v[i] = line.v[i + 2];
