@@ -1,5 +1,9 @@
-// BN-ReLU-Conv3x3 of two-dimensional images, forward and backward, by minimal filtering (winograd.h): a batch of 2x2
-// tiles is normalised and transformed into scratch, multiplied, and transformed back while it is in cache.
+// BN-ReLU-Conv3x3 in one to three dimensions, forward and backward: a batch of tiles is normalised and transformed into
+// scratch, multiplied, and transformed back while it is in cache. Images and planes of volumes have minimal filtering
+// (winograd.h), lines nothing to transform (line.h). The three taps of a volume in depth, and those of a line, are
+// summed before anything is transformed back: for planes z,
+//
+//   y[z] = output(sum over i of filter[i] . input[z + i])      dfilter[i] = sum over z of gradient[z] . input[z + i]
 #pragma once
 
 #include "image_tiles.h"
@@ -15,19 +19,24 @@ void prefetch(const std::vector<T*>& pixels, int64_t part, int64_t parts, int64_
   }
 }
 
-// The 16 values of as many as `tiles` tiles; what no tile is stored to stays zero
+template <typename T>
+const TileKernels<T>& tile_kernels(int64_t dims) {
+  return dims == 1 ? kernels_of<T>().line : kernels_of<T>().winograd;
+}
+
+// As many as `count` values of as many as `tiles` tiles; what no tile is stored to stays zero
 template <typename T>
 struct Transformed {
   int64_t words, position;  // in a row, from position to position
   bool paired;
   std::unique_ptr<T[], decltype(&std::free)> data;
 
-  Transformed(int64_t tiles, int64_t cols, bool paired)
+  Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
         position((paired ? steps_of<T>(tiles) : tiles) * words + kSkew),
         paired(paired),
-        data(scratch<T>(16 * position * kPerWord<T>)) {
-    std::fill_n(data.get(), 16 * position * kPerWord<T>, T{});
+        data(scratch<T>(count * position * kPerWord<T>)) {
+    std::fill_n(data.get(), count * position * kPerWord<T>, T{});
   }
 
   TransformedTiles<T> tiles() const { return {data.get(), position * kPerWord<T>, words * kPerWord<T>, paired}; }
@@ -35,24 +44,29 @@ struct Transformed {
   const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
 };
 
-constexpr int64_t kValues = 16;  // of a transformed tile
+constexpr int64_t kMostValues = 16;  // of a transformed tile
 constexpr int64_t kForwardTiles = 28, kBackwardTiles = 112;
+constexpr int64_t kLine = 4;        // times as many tiles of one pixel
 constexpr int64_t kSumDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
-// [k, B, 3, 3] or [k, B, 3, 3, 3], its taps evenly spaced (contiguous or channels last), of the matrices' dtype or
-// float32, which is rounded as it is transformed
+// [k, B, 3, ...] in one to three dimensions, its taps evenly spaced (contiguous or channels last), of the matrices'
+// dtype or float32, which is rounded as it is transformed
 template <typename T>
 struct Filters {
-  int64_t out_channels, in_channels;
-  int64_t taps;  // in depth
+  int64_t dims, out_channels, in_channels;
+  int64_t taps, plane;  // in depth, and those of one of them
+  int64_t values;       // of its transformed
   FilterStrides strides;
   const T* own = nullptr;
   const float* wide = nullptr;
 
   explicit Filters(const Tensor& weight)
-      : out_channels(weight.size(0)),
+      : dims(weight.dim() - 2),
+        out_channels(weight.size(0)),
         in_channels(weight.size(1)),
-        taps(weight.dim() == 5 ? 3 : 1),
+        taps(dims == 2 ? 1 : 3),
+        plane(dims == 1 ? 1 : 9),
+        values(dims == 1 ? 1 : kMostValues),
         strides(evenly_spaced(weight, "weight")) {
     if (weight.scalar_type() == kDtype<T>) {
       own = static_cast<const T*>(weight.data_ptr());
@@ -64,15 +78,15 @@ struct Filters {
 
   static FilterStrides evenly_spaced(const Tensor& t, const char* name) {
     const int64_t last = t.dim() - 1;
-    bool even = last == 3 || last == 4;
+    bool even = 2 <= last && last <= 4;
     for (int64_t dim = 2; even && dim <= last; ++dim) {
       even = t.size(dim) == 3 && (dim == last || t.stride(dim) == 3 * t.stride(dim + 1));
     }
-    STD_TORCH_CHECK(even, name, ": expected [k, B, 3, 3] or [k, B, 3, 3, 3], contiguous or channels last");
+    STD_TORCH_CHECK(even, name, ": expected [k, B, 3, ...] in one to three dimensions, contiguous or channels last");
     return {t.stride(1), t.stride(0), t.stride(last)};
   }
 
-  int64_t matrices() const { return kValues * taps; }
+  int64_t matrices() const { return values * taps; }
 
   // Transformed panels of T or floats, a matrix for each value of a tile and tap in depth: their columns are the output
   // channels, and the depth the input channels; or, turned, the other way round
@@ -82,18 +96,19 @@ struct Filters {
     const int64_t depth = turned ? out_channels : in_channels;
     constexpr int64_t kSlice = 32;
     const int64_t slices = (depth + kSlice - 1) / kSlice;
+    const TileKernels<T>& kernel = tile_kernels<T>(dims);
     torch::stable::parallel_for(0, taps * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t tap = i % taps, p = i / taps / slices, k = i / taps % slices * kSlice;
-        const int64_t first = 32 * p * s.out + k * s.in + 9 * (turned ? taps - 1 - tap : tap) * s.tap;
+        const int64_t first = 32 * p * s.out + k * s.in + plane * (turned ? taps - 1 - tap : tap) * s.tap;
         const int64_t width = panels.width(p), valid = panels.valid(p), slice = std::min(depth - k, kSlice);
-        uint32_t* to = panels.panel(p, kValues * tap) + k / kPerWord<To> * width;
+        uint32_t* to = panels.panel(p, values * tap) + k / kPerWord<To> * width;
         if (own && std::is_same_v<To, float>) {
-          kernels_of<T>().winograd_weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
+          kernel.weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
         } else if (own) {
-          kernels_of<T>().winograd_weight(own + first, s, slice, valid, width, turned, to, panels.size());
+          kernel.weight(own + first, s, slice, valid, width, turned, to, panels.size());
         } else {
-          kernels_of<To>().winograd_weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
+          tile_kernels<To>(dims).weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
         }
       }
     });
@@ -113,57 +128,59 @@ struct FiltersGradient {
 
 template <typename T>
 void check_dimensions(const Filters<T>& filters, const ImageTiles& image) {
-  STD_TORCH_CHECK(filters.taps == image.taps, "weight: expected as many spatial dimensions as the grid's");
+  STD_TORCH_CHECK(filters.dims == image.dims, "weight: expected ", image.dims,
+                  " spatial dimensions, as the grid has, got ", filters.dims);
 }
 
 // The tiles of relu(y), or of x, in either type
 template <typename T>
-void transform_input(const T* const* pixels, int64_t tiles, int64_t cols, const Affine* affine,
-                     const Transformed<float>& out) {
-  kernels_of<T>().winograd_input_to_floats(pixels, 0, tiles, cols, affine, out.tiles());
+void transform_input(const TileKernels<T>& kernel, const T* const* pixels, int64_t tiles, int64_t cols,
+                     const Affine* affine, const Transformed<float>& out) {
+  kernel.input_to_floats(pixels, 0, tiles, cols, affine, out.tiles());
 }
-inline void transform_input(const bf16* const* pixels, int64_t tiles, int64_t cols, const Affine* affine,
-                            const Transformed<bf16>& out) {
-  kernels_of<bf16>().winograd_input(pixels, 0, tiles, cols, affine, out.tiles());
+inline void transform_input(const TileKernels<bf16>& kernel, const bf16* const* pixels, int64_t tiles, int64_t cols,
+                            const Affine* affine, const Transformed<bf16>& out) {
+  kernel.input(pixels, 0, tiles, cols, affine, out.tiles());
 }
 
 // conv3x3 with transformed values of type Tile
 template <typename Tile, typename T>
 void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
                 const ImageTiles& image, const Matrix<T>& out) {
-  const Kernels<T>& kernel = kernels_of<T>();
+  const TileKernels<T>& kernel = tile_kernels<T>(image.dims);
   const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), filters.matrices());
   filters.template transform<Tile>(weights, false);
-  const Parts parts(image, kForwardTiles, 1);
+  const int64_t values = filters.values;
+  const Parts parts(image, kForwardTiles * (image.dims == 1 ? kLine : 1), 1);
   parts.tiles.share([&](auto each) {
     const int64_t largest = parts.largest(), products_ld = weights.padded();
-    const Transformed<Tile> v(parts.largest_input(), x.cols, false);
-    const auto products = scratch<float>(kValues * largest * products_ld);
-    Pixels<const T> around(4, 1, parts.largest_input()), next(2, 0, largest);
-    Pixels<T> inside(2, 0, largest);
+    const Transformed<Tile> v(values, parts.largest_input(), x.cols, false);
+    const auto products = scratch<float>(values * largest * products_ld);
+    Pixels<const T> around(image, true), next(image);
+    Pixels<T> inside(image);
     each([&](int64_t, int64_t i, int64_t) {
       const Part part = parts[i];
       const int64_t n = part.rows();
       if (n == 0) return;
       const ImageTiles::Taps taps = image.taps_of(part);
-      transform_input(around.around(image, x, part), part.input_rows(), x.cols, affine, v);
-      next.of(image, x, parts[std::min(i + 1, parts.tiles.rows - 1)]);
-      for (int64_t i = 0; i < kValues; ++i) {
-        prefetch(next.pointers, i, kValues, 0, x.cols);
+      transform_input(kernel, around.input(x, part), part.input_rows(), x.cols, affine, v);
+      next.of(x, parts[std::min(i + 1, parts.tiles.rows - 1)]);
+      for (int64_t i = 0; i < values; ++i) {
+        prefetch(next.pointers, i, values, 0, x.cols);
         for (int64_t p = 0; p < weights.count; ++p) {
           const int64_t width = weights.width(p);
           float* sums = products.get() + i * n * products_ld + 32 * p;
           for (const Tap& tap : taps) {
             for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
               kernels_of<Tile>().product({v.at(i) + tap.in * v.words + step, v.words, 1},
-                                         {weights.panel(p, kValues * tap.plane + i) + step * width, 0, width}, tap.rows,
+                                         {weights.panel(p, values * tap.plane + i) + step * width, 0, width}, tap.rows,
                                          width, std::min(weights.steps - step, kSumDepth), sums + tap.out * products_ld,
                                          products_ld, step > 0 || &tap != taps.begin());
             }
           }
         }
       }
-      kernel.winograd_output(products.get(), products_ld, n, out.cols, bias, inside.of(image, out, part));
+      kernel.output(products.get(), products_ld, n, out.cols, bias, inside.of(out, part));
     });
   });
 }
@@ -185,29 +202,30 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
                       const ImageTiles& image, const Matrix<const T>* source, const Matrix<T>* out, float* sums,
                       const FiltersGradient* grad_weight) {
   check_dimensions(filters, image);
-  const Kernels<T>& kernel = kernels_of<T>();
+  const TileKernels<T>& kernel = tile_kernels<T>(image.dims);
+  const int64_t values = filters.values;
   const bool need_weight = grad_weight != nullptr;
   if (out) advise_huge_pages(*out);
   const Panels weights(x.cols, steps_of<T>(grad.cols), filters.matrices());
   if (out) filters.template transform<T>(weights, true);
-  const Parts parts(image, kBackwardTiles, kPerWord<T>);
+  const Parts parts(image, kBackwardTiles * (image.dims == 1 ? kLine : 1), kPerWord<T>);
   const Tiles& tiles = parts.tiles;
   const int64_t du_position = grad.cols * weights.padded();
   std::vector<Accumulator> du(tiles.chunks * filters.taps);
   std::vector<ColumnSums> sums_parts(tiles.chunks);
   tiles.run([&](int64_t chunk) {
     const int64_t largest = parts.largest(), largest_input = parts.largest_input();
-    const Transformed<T> dy(out ? largest_input : 0, grad.cols, false), ady(need_weight ? largest : 0, grad.cols, true);
-    const Transformed<T> v(need_weight ? largest_input : 0, 32, true);
-    const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, kValues);
-    Operand transposed[kValues] = {};
-    const auto products = scratch<float>(out ? kValues * largest * 32 : 0);
-    Pixels<const T> dy_around(4, 1, largest_input), dy_inside(2, 0, largest), x_around(4, 1, largest_input),
-        x_inside(2, 0, largest), next(2, 0, largest);
-    Pixels<T> out_inside(2, 0, largest);
-    Pixels<const T> source_inside(2, 0, largest);
+    const Transformed<T> dy(values, out ? largest_input : 0, grad.cols, false);
+    const Transformed<T> ady(values, need_weight ? largest : 0, grad.cols, true);
+    const Transformed<T> v(values, need_weight ? largest_input : 0, 32, true);
+    const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, values);
+    Operand transposed[kMostValues] = {};
+    const auto products = scratch<float>(out ? values * largest * 32 : 0);
+    Pixels<const T> dy_around(image, true), x_around(image, true), dy_inside(image), x_inside(image), next(image);
+    Pixels<const T> source_inside(image);
+    Pixels<T> out_inside(image);
     Accumulator* du_part = &du[chunk * filters.taps];
-    for (int64_t tap = 0; need_weight && tap < filters.taps; ++tap) du_part[tap].reset(kValues * du_position);
+    for (int64_t tap = 0; need_weight && tap < filters.taps; ++tap) du_part[tap].reset(values * du_position);
     sums_parts[chunk].reset(x.cols);
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
       if (tiles.begin(tile) == tiles.begin(tile + 1)) continue;
@@ -215,22 +233,21 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
       const int64_t n = part.rows();
       if (n == 0) continue;
       const ImageTiles::Taps taps = image.taps_of(part);
-      const T* const* from = source ? source_inside.of(image, *source, part) : nullptr;
+      const T* const* from = source ? source_inside.of(*source, part) : nullptr;
       T* const* to = nullptr;
       const T* const* x16 = nullptr;
-      const T* const* x4 = x_inside.of(image, x, part);
-      next.of(image, x, parts[std::min(tiles.begin(tile + 1), tiles.rows - 1)]);
+      const T* const* x4 = x_inside.of(x, part);
+      next.of(x, parts[std::min(tiles.begin(tile + 1), tiles.rows - 1)]);
       if (out) {
-        kernel.winograd_input(dy_around.around(image, grad, part), 0, part.input_rows(), grad.cols, nullptr,
-                              dy.tiles());
-        to = out_inside.of(image, *out, part);
+        kernel.input(dy_around.input(grad, part), 0, part.input_rows(), grad.cols, nullptr, dy.tiles());
+        to = out_inside.of(*out, part);
       }
       if (need_weight) {
-        kernel.winograd_gradient(dy_inside.of(image, grad, part), n, grad.cols, ady.tiles());
-        for (int64_t i = 0; i < kValues; ++i) {
+        kernel.gradient(dy_inside.of(grad, part), n, grad.cols, ady.tiles());
+        for (int64_t i = 0; i < values; ++i) {
           transposed[i] = factor.of(ady.at(i), ady.words, grad.cols, steps_of<T>(n), i);
         }
-        x16 = x_around.around(image, x, part);
+        x16 = x_around.input(x, part);
       }
       sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
         for (int64_t p = 0; p < weights.count; ++p) {
@@ -238,30 +255,30 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
           const Affine columns = affine.from(c);
           const bool last = p + 1 == weights.count;
           const auto fetch = [&](int64_t i) {
-            prefetch(last ? next.pointers : x_inside.pointers, i, kValues, last ? 0 : c + 32, 32);
+            prefetch(last ? next.pointers : x_inside.pointers, i, values, last ? 0 : c + 32, 32);
           };
           if (out) {
-            for (int64_t i = 0; i < kValues; ++i) {
+            for (int64_t i = 0; i < values; ++i) {
               fetch(i);
               for (const Tap& tap : taps) {
-                kernel.product({dy.at(i) + tap.in * dy.words, dy.words, 1}, weights.operand(p, kValues * tap.plane + i),
-                               tap.rows, width, weights.steps, products.get() + (i * n + tap.out) * width, width,
-                               &tap != taps.begin());
+                kernels_of<T>().product({dy.at(i) + tap.in * dy.words, dy.words, 1},
+                                        weights.operand(p, values * tap.plane + i), tap.rows, width, weights.steps,
+                                        products.get() + (i * n + tap.out) * width, width, &tap != taps.begin());
               }
             }
-            kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to,
-                                           sum_d + c, sum_dx + c);
+            kernel.input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to, sum_d + c,
+                                  sum_dx + c);
           }
           if (need_weight) {
-            kernel.winograd_input(x16, c, part.input_rows(), weights.valid(p), &columns, v.tiles());
-            for (int64_t i = 0; i < kValues; ++i) {
+            kernel.input(x16, c, part.input_rows(), weights.valid(p), &columns, v.tiles());
+            for (int64_t i = 0; i < values; ++i) {
               for (const Tap& tap : taps) {
                 const int64_t first = tap.out / kPerWord<T>, steps = steps_of<T>(tap.rows);
                 const Operand left = {transposed[i].words + first * transposed[i].step, transposed[i].row,
                                       transposed[i].step};
-                kernel.product(left, {v.at(i) + tap.in / kPerWord<T> * v.words, 0, v.words}, grad.cols, width, steps,
-                               du_part[tap.plane].values.get() + i * du_position + c * grad.cols, width,
-                               du_part[tap.plane].started);
+                kernels_of<T>().product(left, {v.at(i) + tap.in / kPerWord<T> * v.words, 0, v.words}, grad.cols, width,
+                                        steps, du_part[tap.plane].values.get() + i * du_position + c * grad.cols, width,
+                                        du_part[tap.plane].started);
               }
             }
           }
@@ -277,16 +294,16 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
     const FilterStrides to = grad_weight->strides;
     for (int64_t r = 0; r < grad.cols; ++r) {
       for (int64_t tap = 0; tap < filters.taps; ++tap) {
-        float u[kValues * 32];
-        for (int64_t i = 0; i < kValues; ++i) {
+        float u[kMostValues * 32];
+        for (int64_t i = 0; i < values; ++i) {
           const int64_t from = i * du_position + 32 * p * grad.cols + r * width;
           std::copy_n(du[tap].values.get() + from, width, u + i * width);
           for (size_t part = filters.taps + tap; part < du.size(); part += filters.taps) {
             kernels().f32.add(du[part].values.get() + from, width, u + i * width);
           }
         }
-        float* filter = grad_weight->data + r * to.out + 32 * p * to.in + 9 * tap * to.tap;
-        kernel.winograd_weight_gradient(u, width, weights.valid(p), filter, to.in, to.tap);
+        float* filter = grad_weight->data + r * to.out + 32 * p * to.in + filters.plane * tap * to.tap;
+        kernel.weight_gradient(u, width, weights.valid(p), filter, to.in, to.tap);
       }
     }
   });

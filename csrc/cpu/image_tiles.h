@@ -1,8 +1,9 @@
 // The tiles that the convolution of kernel size 3 works on, and their division into parts that stay in cache.
 //
 // In two dimensions, and in each plane of three, a tile is 2x2 pixels, at the lower and right border perhaps fewer. The
-// tiles of one place in all planes of a volume are a column; an image is a volume of one plane. A part is some columns
-// between two planes: rows, plane by plane, of which the taps of a neighbouring plane read a range.
+// tiles of one place in all planes of a volume are a column; an image is a volume of one plane, and a line one whose
+// planes, and tiles, are a pixel each. A part is some columns between two planes: rows, plane by plane, of which the
+// taps of a neighbouring plane read a range.
 #pragma once
 
 #include <array>
@@ -28,39 +29,45 @@ struct Part {
 };
 
 struct ImageTiles {
-  int64_t batch, depth = 1, height, width, down, across;
-  int64_t taps = 1;  // in depth
+  int64_t dims, batch, depth = 1, height = 1, width = 1, down, across;
+  int64_t taps = 1;              // in depth
+  int64_t size = 2, border = 1;  // of a tile, and what its filters reach beyond it
 
   ImageTiles(const std::vector<int64_t>& grid, int64_t rows) {
-    const size_t dims = grid.size() - 1;
+    dims = static_cast<int64_t>(grid.size()) - 1;
     const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
-    STD_TORCH_CHECK((dims == 2 || dims == 3) && pixels == rows,
-                    "grid: expected a batch, two or three spatial sizes and the product ", rows);
+    STD_TORCH_CHECK(1 <= dims && dims <= 3 && pixels == rows,
+                    "grid: expected a batch, one to three spatial sizes and the product ", rows);
     batch = grid[0];
-    if (dims == 3) {
+    if (dims != 2) {
       depth = grid[1];
       taps = 3;
     }
-    height = grid[dims - 1];
-    width = grid[dims];
-    down = (height + 1) / 2;
-    across = (width + 1) / 2;
+    if (dims == 1) {
+      size = 1;
+      border = 0;
+    } else {
+      height = grid[dims - 1];
+      width = grid[dims];
+    }
+    down = (height + size - 1) / size;
+    across = (width + size - 1) / size;
   }
 
   int64_t columns() const { return batch * down * across; }
 
-  // Pointers to the size x size pixels, which begin `border` above and left, of the tiles of a part's columns in
+  // Pointers to the pixels, from `border` above and left to it below and right, of the tiles of a part's columns in
   // `planes` planes from `plane`; null outside
   template <typename T>
-  void pixels(const Matrix<T>& m, const Part& part, int64_t plane, int64_t planes, int64_t size, int64_t border,
-              T** out) const {
-    const int64_t count = size * size, next_plane = height * width * m.ld, next = part.width * count;
+  void pixels(const Matrix<T>& m, const Part& part, int64_t plane, int64_t planes, int64_t border, T** out) const {
+    const int64_t side = size + 2 * border, count = side * side, next_plane = height * width * m.ld,
+                  next = part.width * count;
     for (int64_t column = 0; column < part.width; ++column) {
       const int64_t t = part.first + column, volume = t / (down * across);
-      const int64_t y = t / across % down * 2 - border, x = t % across * 2 - border;
+      const int64_t y = t / across % down * size - border, x = t % across * size - border;
       T** to = out + column * count;
-      for (int64_t i = y; i < y + size; ++i) {
-        for (int64_t j = x; j < x + size; ++j) {
+      for (int64_t i = y; i < y + side; ++i) {
+        for (int64_t j = x; j < x + side; ++j) {
           const bool inside = column < part.columns && 0 <= i && i < height && 0 <= j && j < width;
           *to++ = inside ? m.row(((volume * depth + plane) * height + i) * width + j) : nullptr;
         }
@@ -98,7 +105,8 @@ struct Parts {
   int64_t multiple, columns, across, down;
   Tiles tiles;  // as many as parts
 
-  static constexpr int64_t kColumns = 4;  // whose overlap is transformed once; of more, the planes' would weigh more
+  // Neighbours' overlap is transformed once in their row, and once in planes
+  static constexpr int64_t kColumns = 4;
 
   Parts(const ImageTiles& image, int64_t rows, int64_t multiple)
       : image(image), multiple(image.taps > 1 ? multiple : 1), columns(image.columns()), tiles(0, 1, 1) {
@@ -136,25 +144,24 @@ struct Parts {
   int64_t deepest() const { return (image.depth + down - 1) / down; }
 };
 
-// The pixels of the tiles of a part
+// The pixels of the tiles of a part, or those around them too
 template <typename T>
 struct Pixels {
-  int64_t size, border;
+  const ImageTiles& image;
+  int64_t border;
   std::vector<T*> pointers;
 
-  Pixels(int64_t size, int64_t border, int64_t rows) : size(size), border(border), pointers(size * size * rows) {}
+  explicit Pixels(const ImageTiles& image, bool around = false) : image(image), border(around ? image.border : 0) {}
 
-  T* const* of(const ImageTiles& image, const Matrix<T>& m, const Part& part, int64_t above = 0, int64_t below = 0) {
-    const int64_t planes = above + part.planes + below;
-    pointers.resize(size * size * planes * part.width);
-    image.pixels(m, part, part.plane - above, planes, size, border, pointers.data());
+  T* const* of(const Matrix<T>& m, const Part& part, int64_t above = 0, int64_t below = 0) {
+    const int64_t side = image.size + 2 * border, planes = above + part.planes + below;
+    pointers.resize(side * side * planes * part.width);
+    image.pixels(m, part, part.plane - above, planes, border, pointers.data());
     return pointers.data();
   }
 
-  // With the planes around it
-  T* const* around(const ImageTiles& image, const Matrix<T>& m, const Part& part) {
-    return of(image, m, part, part.above, part.below);
-  }
+  // With the planes above and below
+  T* const* input(const Matrix<T>& m, const Part& part) { return of(m, part, part.above, part.below); }
 };
 
 }  // namespace densenet_fast
