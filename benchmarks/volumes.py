@@ -27,6 +27,8 @@ from densenet_fast.table import table
 from figures import Figure, parser_of
 from styles import MIB, median, told
 
+LAYERS = (6, 12, 24, 16)
+"""Of each block."""
 ERRORS = ("logits", "input", "weights")
 
 
@@ -39,7 +41,6 @@ class Entry:
     dtype: str
     converted: bool
     channels_last: bool
-    layers: tuple[int, ...] = (6, 12, 24, 16)
     compiled = False
 
     @property
@@ -50,7 +51,7 @@ class Entry:
         from monai.networks.nets import DenseNet
 
         torch.manual_seed(0)
-        model = DenseNet(spatial_dims=3, in_channels=1, out_channels=2, block_config=self.layers)
+        model = DenseNet(spatial_dims=3, in_channels=1, out_channels=2, block_config=LAYERS)
         if self.converted:
             densenet_fast.convert(model)
         return self._placed(model.to(device).train(train))
