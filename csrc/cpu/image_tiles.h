@@ -36,8 +36,8 @@ struct ImageTiles {
   ImageTiles(const std::vector<int64_t>& grid, int64_t rows) {
     dims = static_cast<int64_t>(grid.size()) - 1;
     const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
-    STD_TORCH_CHECK(1 <= dims && dims <= 3 && pixels == rows,
-                    "grid: expected a batch, one to three spatial sizes and the product ", rows);
+    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
+    STD_TORCH_CHECK(pixels == rows, "grid: expected the product ", rows, ", got ", pixels);
     batch = grid[0];
     if (dims != 2) {
       depth = grid[1];

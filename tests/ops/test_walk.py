@@ -171,7 +171,7 @@ def test_wrong_arguments_raise():
     refused("weight: expected 9 contiguous", features, 9, tensors, eps, grid, [], mean, var, False)
     refused("mean: expected 68 contiguous", features, 8, tensors, eps, grid, [], mean[1:], var, False)
     refused("bottlenecks: expected one for each", features, 8, tensors, eps, grid, [features], mean, var, False)
-    refused("grid: expected a batch, one to three", features, 8, tensors, eps, [3, 6, 7], [], mean, var, False)
+    refused("grid: expected the product 108, got 126", features, 8, tensors, eps, [3, 6, 7], [], mean, var, False)
     refused("weight: expected 3 spatial dimensions", features, 8, tensors, eps, [3, 1, 6, 6], [], mean, var, False)
     biased = [torch.zeros(16) if i == 5 else t for i, t in enumerate(tensors)]
     refused("expected no bias", features, 8, biased, eps, grid, [], mean, var, False)
