@@ -123,14 +123,14 @@ NETWORKS = {
             nn.Conv3d(1, 8, 3), volume_block(8), reference.Transition(12, 6, spatial_dims=3), volume_block(6)
         ),
         (2, 1, 8, 8, 8),
-        [True, False, False],
+        [True, True, True],
     ),
     "volumes in float64": (
         lambda: nn.Sequential(nn.Conv3d(1, 8, 3), reference.Transition(8, 6, spatial_dims=3), nn.Tanh()).double(),
         (2, 1, 8, 8, 8),
         [True],
     ),
-    "monai 3-D": (lambda: monai.DenseNet(3, 1, 2, 6, 4, (2, 2, 2), 2), (2, 1, 32, 32, 32), [False] * 6),
+    "monai 3-D": (lambda: monai.DenseNet(3, 1, 2, 6, 4, (2, 2, 2), 2), (2, 1, 32, 32, 32), [True] * 6),
 }
 
 

@@ -1,56 +1,14 @@
-// BN-ReLU-Conv3x3 of two-dimensional images, forward and backward, by minimal filtering (winograd.h): a batch of 2x2
-// tiles is normalised and transformed into scratch, multiplied, and transformed back while it is in cache.
+// BN-ReLU-Conv3x3 in one to three dimensions, forward and backward: a batch of tiles is normalised and transformed into
+// scratch, multiplied, and transformed back while it is in cache. Images and planes of volumes have minimal filtering
+// (winograd.h), lines nothing to transform (line.h). The three taps of a volume in depth, and those of a line, are
+// summed before anything is transformed back: for planes z,
+//
+//   y[z] = output(sum over i of filter[i] . input[z + i])      dfilter[i] = sum over z of gradient[z] . input[z + i]
 #pragma once
 
-#include "tiles.h"
+#include "image_tiles.h"
 
 namespace densenet_fast {
-
-// The 2x2 tiles of all images, in order; those at the lower and right border may reach outside
-struct ImageTiles {
-  int64_t batch, height, width, down, across;
-
-  ImageTiles(const std::vector<int64_t>& grid, int64_t rows) {
-    STD_TORCH_CHECK(grid.size() == 3 && grid[0] * grid[1] * grid[2] == rows,
-                    "grid: expected two spatial sizes and the product ", rows);
-    batch = grid[0];
-    height = grid[1];
-    width = grid[2];
-    down = (height + 1) / 2;
-    across = (width + 1) / 2;
-  }
-
-  int64_t count() const { return batch * down * across; }
-
-  // Pointers to the size x size pixels of tiles first ... first + n that begin `border` above and left; null outside
-  template <typename T>
-  void pixels(const Matrix<T>& m, int64_t first, int64_t n, int64_t size, int64_t border, T** out) const {
-    for (int64_t t = first; t < first + n; ++t) {
-      const int64_t image = t / (down * across), y = t / across % down * 2 - border, x = t % across * 2 - border;
-      for (int64_t i = y; i < y + size; ++i) {
-        for (int64_t j = x; j < x + size; ++j) {
-          const bool inside = 0 <= i && i < height && 0 <= j && j < width;
-          *out++ = inside ? m.row((image * height + i) * width + j) : nullptr;
-        }
-      }
-    }
-  }
-};
-
-// The pixels of a batch of tiles
-template <typename T>
-struct Pixels {
-  int64_t size, border;
-  std::vector<T*> pointers;
-
-  Pixels(int64_t size, int64_t border, int64_t tiles) : size(size), border(border), pointers(size * size * tiles) {}
-
-  T* const* of(const ImageTiles& tiles, const Matrix<T>& m, int64_t first, int64_t n) {
-    pointers.resize(size * size * n);
-    tiles.pixels(m, first, n, size, border, pointers.data());
-    return pointers.data();
-  }
-};
 
 // Fetches part `part` of `parts` of the pixels of the next tiles, while a product keeps the processor busy
 template <typename T>
@@ -61,19 +19,24 @@ void prefetch(const std::vector<T*>& pixels, int64_t part, int64_t parts, int64_
   }
 }
 
-// The 16 values of as many as `tiles` tiles; what no tile is stored to stays zero
+template <typename T>
+const TileKernels<T>& tile_kernels(int64_t dims) {
+  return dims == 1 ? kernels_of<T>().line : kernels_of<T>().winograd;
+}
+
+// As many as `count` values of as many as `tiles` tiles; what no tile is stored to stays zero
 template <typename T>
 struct Transformed {
   int64_t words, position;  // in a row, from position to position
   bool paired;
   std::unique_ptr<T[], decltype(&std::free)> data;
 
-  Transformed(int64_t tiles, int64_t cols, bool paired)
+  Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
         position((paired ? steps_of<T>(tiles) : tiles) * words + kSkew),
         paired(paired),
-        data(scratch<T>(16 * position * kPerWord<T>)) {
-    std::fill_n(data.get(), 16 * position * kPerWord<T>, T{});
+        data(scratch<T>(count * position * kPerWord<T>)) {
+    std::fill_n(data.get(), count * position * kPerWord<T>, T{});
   }
 
   TransformedTiles<T> tiles() const { return {data.get(), position * kPerWord<T>, words * kPerWord<T>, paired}; }
@@ -81,20 +44,30 @@ struct Transformed {
   const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
 };
 
+constexpr int64_t kMostValues = 16;  // of a transformed tile
 constexpr int64_t kForwardTiles = 28, kBackwardTiles = 112;
+constexpr int64_t kLine = 4;        // times as many tiles of one pixel
 constexpr int64_t kSumDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
-// [k, B, 3, 3], its taps evenly spaced (contiguous or channels last), of the matrices' dtype or float32, which is
-// rounded as it is transformed
+// [k, B, 3, ...] in one to three dimensions, its taps evenly spaced (contiguous or channels last), of the matrices'
+// dtype or float32, which is rounded as it is transformed
 template <typename T>
 struct Filters {
-  int64_t out_channels, in_channels;
+  int64_t dims, out_channels, in_channels;
+  int64_t taps, plane;  // in depth, and those of one of them
+  int64_t values;       // of its transformed
   FilterStrides strides;
   const T* own = nullptr;
   const float* wide = nullptr;
 
   explicit Filters(const Tensor& weight)
-      : out_channels(weight.size(0)), in_channels(weight.size(1)), strides(evenly_spaced(weight, "weight")) {
+      : dims(weight.dim() - 2),
+        out_channels(weight.size(0)),
+        in_channels(weight.size(1)),
+        taps(dims == 2 ? 1 : 3),
+        plane(dims == 1 ? 1 : 9),
+        values(dims == 1 ? 1 : kMostValues),
+        strides(evenly_spaced(weight, "weight")) {
     if (weight.scalar_type() == kDtype<T>) {
       own = static_cast<const T*>(weight.data_ptr());
     } else {
@@ -104,30 +77,38 @@ struct Filters {
   }
 
   static FilterStrides evenly_spaced(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(2) == 3 && t.size(3) == 3 && t.stride(2) == 3 * t.stride(3), name,
-                    ": expected [k, B, 3, 3], contiguous or channels last");
-    return {t.stride(1), t.stride(0), t.stride(3)};
+    const int64_t last = t.dim() - 1;
+    bool even = 2 <= last && last <= 4;
+    for (int64_t dim = 2; even && dim <= last; ++dim) {
+      even = t.size(dim) == 3 && (dim == last || t.stride(dim) == 3 * t.stride(dim + 1));
+    }
+    STD_TORCH_CHECK(even, name, ": expected [k, B, 3, ...] in one to three dimensions, contiguous or channels last");
+    return {t.stride(1), t.stride(0), t.stride(last)};
   }
 
-  // Transformed panels of T or floats: their columns are the output channels, and the depth the input channels; or,
-  // turned, the other way round
+  int64_t matrices() const { return values * taps; }
+
+  // Transformed panels of T or floats, a matrix for each value of a tile and tap in depth: their columns are the output
+  // channels, and the depth the input channels; or, turned, the other way round
   template <typename To>
   void transform(const Panels& panels, bool turned) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
     const int64_t depth = turned ? out_channels : in_channels;
     constexpr int64_t kSlice = 32;
     const int64_t slices = (depth + kSlice - 1) / kSlice;
-    torch::stable::parallel_for(0, panels.count * slices, 1, [&](int64_t begin, int64_t end) {
+    const TileKernels<T>& kernel = tile_kernels<T>(dims);
+    torch::stable::parallel_for(0, taps * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t p = i / slices, k = i % slices * kSlice, first = 32 * p * s.out + k * s.in;
+        const int64_t tap = i % taps, p = i / taps / slices, k = i / taps % slices * kSlice;
+        const int64_t first = 32 * p * s.out + k * s.in + plane * (turned ? taps - 1 - tap : tap) * s.tap;
         const int64_t width = panels.width(p), valid = panels.valid(p), slice = std::min(depth - k, kSlice);
-        uint32_t* to = panels.panel(p) + k / kPerWord<To> * width;
+        uint32_t* to = panels.panel(p, values * tap) + k / kPerWord<To> * width;
         if (own && std::is_same_v<To, float>) {
-          kernels_of<T>().winograd_weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
+          kernel.weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
         } else if (own) {
-          kernels_of<T>().winograd_weight(own + first, s, slice, valid, width, turned, to, panels.size());
+          kernel.weight(own + first, s, slice, valid, width, turned, to, panels.size());
         } else {
-          kernels_of<To>().winograd_weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
+          tile_kernels<To>(dims).weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
         }
       }
     });
@@ -145,46 +126,61 @@ struct FiltersGradient {
   }
 };
 
+template <typename T>
+void check_dimensions(const Filters<T>& filters, const ImageTiles& image) {
+  STD_TORCH_CHECK(filters.dims == image.dims, "weight: expected ", image.dims,
+                  " spatial dimensions, as the grid has, got ", filters.dims);
+}
+
 // The tiles of relu(y), or of x, in either type
 template <typename T>
-void transform_input(const T* const* pixels, int64_t tiles, int64_t cols, const Affine* affine,
-                     const Transformed<float>& out) {
-  kernels_of<T>().winograd_input_to_floats(pixels, 0, tiles, cols, affine, out.tiles());
+void transform_input(const TileKernels<T>& kernel, const T* const* pixels, int64_t tiles, int64_t cols,
+                     const Affine* affine, const Transformed<float>& out) {
+  kernel.input_to_floats(pixels, 0, tiles, cols, affine, out.tiles());
 }
-inline void transform_input(const bf16* const* pixels, int64_t tiles, int64_t cols, const Affine* affine,
-                            const Transformed<bf16>& out) {
-  kernels_of<bf16>().winograd_input(pixels, 0, tiles, cols, affine, out.tiles());
+inline void transform_input(const TileKernels<bf16>& kernel, const bf16* const* pixels, int64_t tiles, int64_t cols,
+                            const Affine* affine, const Transformed<bf16>& out) {
+  kernel.input(pixels, 0, tiles, cols, affine, out.tiles());
 }
 
 // conv3x3 with transformed values of type Tile
 template <typename Tile, typename T>
 void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
                 const ImageTiles& image, const Matrix<T>& out) {
-  const Kernels<T>& kernel = kernels_of<T>();
-  const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), 16);
+  const TileKernels<T>& kernel = tile_kernels<T>(image.dims);
+  const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), filters.matrices());
   filters.template transform<Tile>(weights, false);
-  const Tiles tiles(image.count(), kForwardTiles, 8);
-  tiles.share([&](auto each) {
-    const int64_t largest = tiles.largest(), products_ld = weights.padded();
-    const Transformed<Tile> v(largest, x.cols, false);
-    const auto products = scratch<float>(16 * largest * products_ld);
-    Pixels<const T> around(4, 1, largest), next(2, 0, largest);
-    Pixels<T> inside(2, 0, largest);
-    each([&](int64_t tile, int64_t first, int64_t n) {
-      transform_input(around.of(image, x, first, n), n, x.cols, affine, v);
-      next.of(image, x, first + n, tiles.begin(std::min(tile + 2, tiles.count())) - first - n);
-      for (int64_t i = 0; i < 16; ++i) {
-        prefetch(next.pointers, i, 16, 0, x.cols);
+  const int64_t values = filters.values;
+  const Parts parts(image, kForwardTiles * (image.dims == 1 ? kLine : 1), 1);
+  parts.tiles.share([&](auto each) {
+    const int64_t largest = parts.largest(), products_ld = weights.padded();
+    const Transformed<Tile> v(values, parts.largest_input(), x.cols, false);
+    const auto products = scratch<float>(values * largest * products_ld);
+    Pixels<const T> around(image, true), next(image);
+    Pixels<T> inside(image);
+    each([&](int64_t, int64_t i, int64_t) {
+      const Part part = parts[i];
+      const int64_t n = part.rows();
+      if (n == 0) return;
+      const ImageTiles::Taps taps = image.taps_of(part);
+      transform_input(kernel, around.input(x, part), part.input_rows(), x.cols, affine, v);
+      next.of(x, parts[std::min(i + 1, parts.tiles.rows - 1)]);
+      for (int64_t i = 0; i < values; ++i) {
+        prefetch(next.pointers, i, values, 0, x.cols);
         for (int64_t p = 0; p < weights.count; ++p) {
           const int64_t width = weights.width(p);
-          for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
-            kernels_of<Tile>().product({v.at(i) + step, v.words, 1}, {weights.panel(p, i) + step * width, 0, width}, n,
-                                       width, std::min(weights.steps - step, kSumDepth),
-                                       products.get() + i * n * products_ld + 32 * p, products_ld, step > 0);
+          float* sums = products.get() + i * n * products_ld + 32 * p;
+          for (const Tap& tap : taps) {
+            for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
+              kernels_of<Tile>().product({v.at(i) + tap.in * v.words + step, v.words, 1},
+                                         {weights.panel(p, values * tap.plane + i) + step * width, 0, width}, tap.rows,
+                                         width, std::min(weights.steps - step, kSumDepth), sums + tap.out * products_ld,
+                                         products_ld, step > 0 || &tap != taps.begin());
+            }
           }
         }
       }
-      kernel.winograd_output(products.get(), products_ld, n, out.cols, bias, inside.of(image, out, first, n));
+      kernel.output(products.get(), products_ld, n, out.cols, bias, inside.of(out, part));
     });
   });
 }
@@ -194,6 +190,7 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
 template <typename T>
 void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
              const ImageTiles& image, const Matrix<T>& out) {
+  check_dimensions(filters, image);
   return kernels().multiplies_bf16 ? conv3x3_in<T>(x, affine, filters, bias, image, out)
                                    : conv3x3_in<float>(x, affine, filters, bias, image, out);
 }
@@ -204,46 +201,53 @@ template <typename T>
 void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Affine affine, const Filters<T>& filters,
                       const ImageTiles& image, const Matrix<const T>* source, const Matrix<T>* out, float* sums,
                       const FiltersGradient* grad_weight) {
-  const Kernels<T>& kernel = kernels_of<T>();
+  check_dimensions(filters, image);
+  const TileKernels<T>& kernel = tile_kernels<T>(image.dims);
+  const int64_t values = filters.values;
   const bool need_weight = grad_weight != nullptr;
   if (out) advise_huge_pages(*out);
-  const Panels weights(x.cols, steps_of<T>(grad.cols), 16);
+  const Panels weights(x.cols, steps_of<T>(grad.cols), filters.matrices());
   if (out) filters.template transform<T>(weights, true);
-  const Tiles tiles(image.count(), kBackwardTiles, 8);
-  std::vector<Accumulator> du(tiles.chunks);
+  const Parts parts(image, kBackwardTiles * (image.dims == 1 ? kLine : 1), kPerWord<T>);
+  const Tiles& tiles = parts.tiles;
+  const int64_t du_position = grad.cols * weights.padded();
+  std::vector<Accumulator> du(tiles.chunks * filters.taps);
   std::vector<ColumnSums> sums_parts(tiles.chunks);
   tiles.run([&](int64_t chunk) {
-    const int64_t largest = tiles.largest();
-    const Transformed<T> dy(out ? largest : 0, grad.cols, false), ady(need_weight ? largest : 0, grad.cols, true);
-    const Transformed<T> v(need_weight ? largest : 0, 32, true);
-    const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, 16);
-    Operand transposed[16] = {};
-    const auto products = scratch<float>(out ? 16 * largest * 32 : 0);
-    Pixels<const T> dy_around(4, 1, largest), dy_inside(2, 0, largest), x_around(4, 1, largest),
-        x_inside(2, 0, largest), next(2, 0, largest);
-    Pixels<T> out_inside(2, 0, largest);
-    Pixels<const T> source_inside(2, 0, largest);
-    Accumulator& du_part = du[chunk];
-    if (need_weight) du_part.reset(16 * grad.cols * weights.padded());
+    const int64_t largest = parts.largest(), largest_input = parts.largest_input();
+    const Transformed<T> dy(values, out ? largest_input : 0, grad.cols, false);
+    const Transformed<T> ady(values, need_weight ? largest : 0, grad.cols, true);
+    const Transformed<T> v(values, need_weight ? largest_input : 0, 32, true);
+    const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, values);
+    Operand transposed[kMostValues] = {};
+    const auto products = scratch<float>(out ? values * largest * 32 : 0);
+    Pixels<const T> dy_around(image, true), x_around(image, true), dy_inside(image), x_inside(image), next(image);
+    Pixels<const T> source_inside(image);
+    Pixels<T> out_inside(image);
+    Accumulator* du_part = &du[chunk * filters.taps];
+    for (int64_t tap = 0; need_weight && tap < filters.taps; ++tap) du_part[tap].reset(values * du_position);
     sums_parts[chunk].reset(x.cols);
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
-      const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
+      if (tiles.begin(tile) == tiles.begin(tile + 1)) continue;
+      const Part part = parts[tiles.begin(tile)];
+      const int64_t n = part.rows();
       if (n == 0) continue;
-      const T* const* from = source ? source_inside.of(image, *source, first, n) : nullptr;
+      const ImageTiles::Taps taps = image.taps_of(part);
+      const T* const* from = source ? source_inside.of(*source, part) : nullptr;
       T* const* to = nullptr;
       const T* const* x16 = nullptr;
-      const T* const* x4 = x_inside.of(image, x, first, n);
-      next.of(image, x, first + n, tiles.begin(std::min(tile + 2, (chunk + 1) * tiles.per_chunk)) - first - n);
+      const T* const* x4 = x_inside.of(x, part);
+      next.of(x, parts[std::min(tiles.begin(tile + 1), tiles.rows - 1)]);
       if (out) {
-        kernel.winograd_input(dy_around.of(image, grad, first, n), 0, n, grad.cols, nullptr, dy.tiles());
-        to = out_inside.of(image, *out, first, n);
+        kernel.input(dy_around.input(grad, part), 0, part.input_rows(), grad.cols, nullptr, dy.tiles());
+        to = out_inside.of(*out, part);
       }
       if (need_weight) {
-        kernel.winograd_gradient(dy_inside.of(image, grad, first, n), n, grad.cols, ady.tiles());
-        for (int64_t i = 0; i < 16; ++i) {
+        kernel.gradient(dy_inside.of(grad, part), n, grad.cols, ady.tiles());
+        for (int64_t i = 0; i < values; ++i) {
           transposed[i] = factor.of(ady.at(i), ady.words, grad.cols, steps_of<T>(n), i);
         }
-        x16 = x_around.of(image, x, first, n);
+        x16 = x_around.input(x, part);
       }
       sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
         for (int64_t p = 0; p < weights.count; ++p) {
@@ -251,46 +255,56 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
           const Affine columns = affine.from(c);
           const bool last = p + 1 == weights.count;
           const auto fetch = [&](int64_t i) {
-            prefetch(last ? next.pointers : x_inside.pointers, i, 16, last ? 0 : c + 32, 32);
+            prefetch(last ? next.pointers : x_inside.pointers, i, values, last ? 0 : c + 32, 32);
           };
           if (out) {
-            for (int64_t i = 0; i < 16; ++i) {
+            for (int64_t i = 0; i < values; ++i) {
               fetch(i);
-              kernel.product({dy.at(i), dy.words, 1}, weights.operand(p, i), n, width, weights.steps,
-                             products.get() + i * n * width, width, false);
+              for (const Tap& tap : taps) {
+                kernels_of<T>().product({dy.at(i) + tap.in * dy.words, dy.words, 1},
+                                        weights.operand(p, values * tap.plane + i), tap.rows, width, weights.steps,
+                                        products.get() + (i * n + tap.out) * width, width, &tap != taps.begin());
+              }
             }
-            kernel.winograd_input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to,
-                                           sum_d + c, sum_dx + c);
+            kernel.input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to, sum_d + c,
+                                  sum_dx + c);
           }
           if (need_weight) {
-            kernel.winograd_input(x16, c, n, weights.valid(p), &columns, v.tiles());
-            for (int64_t i = 0; i < 16; ++i) {
-              kernel.product(transposed[i], {v.at(i), 0, v.words}, grad.cols, width, steps_of<T>(n),
-                             du_part.values.get() + i * grad.cols * weights.padded() + c * grad.cols, width,
-                             du_part.started);
+            kernel.input(x16, c, part.input_rows(), weights.valid(p), &columns, v.tiles());
+            for (int64_t i = 0; i < values; ++i) {
+              for (const Tap& tap : taps) {
+                const int64_t first = tap.out / kPerWord<T>, steps = steps_of<T>(tap.rows);
+                const Operand left = {transposed[i].words + first * transposed[i].step, transposed[i].row,
+                                      transposed[i].step};
+                kernels_of<T>().product(left, {v.at(i) + tap.in / kPerWord<T> * v.words, 0, v.words}, grad.cols, width,
+                                        steps, du_part[tap.plane].values.get() + i * du_position + c * grad.cols, width,
+                                        du_part[tap.plane].started);
+              }
             }
           }
         }
       });
-      du_part.started = true;
+      for (const Tap& tap : taps) du_part[tap.plane].started = true;
     }
-    if (need_weight) du_part.finish();
+    for (int64_t tap = 0; need_weight && tap < filters.taps; ++tap) du_part[tap].finish();
   });
   weights.each([&](int64_t p) {
     if (!need_weight) return;
-    const int64_t width = weights.width(p), position = grad.cols * weights.padded();
+    const int64_t width = weights.width(p);
     const FilterStrides to = grad_weight->strides;
     for (int64_t r = 0; r < grad.cols; ++r) {
-      float u[16 * 32];
-      for (int64_t i = 0; i < 16; ++i) {
-        const int64_t from = i * position + 32 * p * grad.cols + r * width;
-        std::copy_n(du[0].values.get() + from, width, u + i * width);
-        for (size_t part = 1; part < du.size(); ++part) {
-          kernels().f32.add(du[part].values.get() + from, width, u + i * width);
+      for (int64_t tap = 0; tap < filters.taps; ++tap) {
+        float u[kMostValues * 32];
+        for (int64_t i = 0; i < values; ++i) {
+          const int64_t from = i * du_position + 32 * p * grad.cols + r * width;
+          std::copy_n(du[tap].values.get() + from, width, u + i * width);
+          for (size_t part = filters.taps + tap; part < du.size(); part += filters.taps) {
+            kernels().f32.add(du[part].values.get() + from, width, u + i * width);
+          }
         }
+        float* filter = grad_weight->data + r * to.out + 32 * p * to.in + filters.plane * tap * to.tap;
+        kernel.weight_gradient(u, width, weights.valid(p), filter, to.in, to.tap);
       }
-      float* filter = grad_weight->data + r * to.out + 32 * p * to.in;
-      kernel.winograd_weight_gradient(u, width, weights.valid(p), filter, to.in, to.tap);
     }
   });
   if (out) total(sums_parts, sums);

@@ -1,6 +1,6 @@
 // A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers
-// with a bottleneck, without biases or dropout, on two-dimensional images and in one process. Between two kernels it
-// computes a few short vectors, for which a call of torch's each would take longer than the kernels of a small layer.
+// with a bottleneck, without biases or dropout, in one process. Between two kernels it computes a few short vectors, for
+// which a call of torch's each would take longer than the kernels of a small layer.
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
 
@@ -38,7 +38,7 @@ struct Stage {
         eps(eps),
         conv(tensors[4]) {
     STD_TORCH_CHECK((running_mean == nullptr) == (running_var == nullptr), "running_mean: expected with running_var");
-    STD_TORCH_CHECK(conv.dim() == 4 && conv.size(1) == cols, "convolution: expected a weight of ", cols,
+    STD_TORCH_CHECK(conv.dim() >= 3 && conv.size(1) == cols, "convolution: expected a weight of ", cols,
                     " input channels");
     STD_TORCH_CHECK(tensors[5].numel() == 0, "convolution: expected no bias");
   }

@@ -1,6 +1,7 @@
 // The kernels of the block, compiled once for each instruction set with TABLE set to its name (see vectors.h).
 #include "kernels.h"
 
+#include "line.h"
 #include "product.h"
 #include "rows.h"
 #include "winograd.h"
@@ -23,15 +24,8 @@ constexpr Kernels<T> table() {
           .pack = pack<T>,
           .product = product<T>,
           .transpose = nullptr,
-          .winograd_weight = winograd_weight<T, T>,
-          .winograd_weight_floats = winograd_weight<T, float>,
-          .winograd_weight_to_floats = winograd_weight<float, T>,
-          .winograd_input_to_floats = winograd_input<T, float>,
-          .winograd_input = winograd_input<T, T>,
-          .winograd_gradient = winograd_gradient<T>,
-          .winograd_output = winograd_output<T>,
-          .winograd_input_gradient = winograd_input_gradient<T>,
-          .winograd_weight_gradient = winograd_weight_gradient};
+          .winograd = winograd_kernels<T>(),
+          .line = line_kernels<T>()};
 }
 
 #if defined(__AVX512BF16__)

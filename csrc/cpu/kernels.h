@@ -33,13 +33,43 @@ struct FilterStrides {
   int64_t in, out, tap;
 };
 
-// The 16 values of each tile, [16, tiles, columns] from `position` to position and `row` to row in elements; if paired,
-// bf16 of two tiles share a word
+// The values of each tile, [values, tiles, columns] from `position` to position and `row` to row in elements; if
+// paired, bf16 of two tiles share a word
 template <typename T>
 struct TransformedTiles {
   T* data;
   int64_t position, row;
   bool paired;
+};
+
+// What the convolution of kernel size 3 does to tiles and to filters before and after its products. `pixels` are of all
+// tiles, a tile's adjacent, null outside the image.
+template <typename T>
+struct TileKernels {
+  // word(value, k, j) of the transformed filters, turned by 180 degrees if `turned`; zero past the last filter and up
+  // to `width`, a multiple of 16
+  void (*weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
+                 uint32_t* out, int64_t position);
+  void (*weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
+                        bool turned, uint32_t* out, int64_t position);
+  void (*weight_to_floats)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
+                           bool turned, uint32_t* out, int64_t position);
+  // of relu(y), or of x without an affine
+  void (*input_to_floats)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
+                          TransformedTiles<float> out);
+  void (*input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
+                TransformedTiles<T> out);
+  // of the result's gradient, for the filters'
+  void (*gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);
+  // the result from m [values, tiles, ld]
+  void (*output)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels);
+  // D = (the result of m) * (y > 0) at the pixels of x: out = source + scale * D, sum_d += sum D,
+  // sum_dx += sum D * (x - mean)
+  void (*input_gradient)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
+                         Affine affine, const T* const* source, T* const* out, float* sum_d, float* sum_dx);
+  // of `cols` filters from u [values, cols] with rows `position` apart
+  void (*weight_gradient)(const float* u, int64_t position, int64_t cols, float* out, int64_t col_stride,
+                          int64_t tap_stride);
 };
 
 template <typename T>
@@ -83,24 +113,7 @@ struct Kernels {
                   bool accumulate);
   // unless null, product wants steps of a that are adjacent: copies a [rows, steps], whose rows are, to such
   void (*transpose)(Operand a, int64_t rows, int64_t steps, uint32_t* out);
-  // winograd.h
-  void (*winograd_weight)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
-                          bool turned, uint32_t* out, int64_t position);
-  void (*winograd_weight_floats)(const float* filters, FilterStrides strides, int64_t depth, int64_t cols,
-                                 int64_t width, bool turned, uint32_t* out, int64_t position);
-  void (*winograd_weight_to_floats)(const T* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width,
-                                    bool turned, uint32_t* out, int64_t position);
-  void (*winograd_input_to_floats)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols,
-                                   const Affine* affine, TransformedTiles<float> out);
-  void (*winograd_input)(const T* const* pixels, int64_t offset, int64_t tiles, int64_t cols, const Affine* affine,
-                         TransformedTiles<T> out);
-  void (*winograd_gradient)(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<T> out);
-  void (*winograd_output)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels);
-  void (*winograd_input_gradient)(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x,
-                                  int64_t offset, Affine affine, const T* const* source, T* const* out, float* sum_d,
-                                  float* sum_dx);
-  void (*winograd_weight_gradient)(const float* u, int64_t position, int64_t cols, float* out, int64_t col_stride,
-                                   int64_t tap_stride);
+  TileKernels<T> winograd, line;  // of 2x2 pixels (winograd.h), and of one (line.h)
 };
 
 struct KernelTable {

@@ -29,8 +29,8 @@ inline void input_line(V d0, V d1, V d2, V d3, V* out, int stride) {
 }
 
 // transform<N>(c) makes a function f(tile, emit), called in the order of the tiles, that emits (i, value) for each of
-// the 16 values of a tile at columns c, c + 1, ...; stores them to out
-template <typename T, typename F>
+// the values of a tile at columns c, c + 1, ...; stores them to out
+template <int VALUES = 16, typename T, typename F>
 inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out, F transform) {
   columns(cols, [&]<int N>(int64_t c) {
     auto tile = transform.template operator()<N>(c);
@@ -42,7 +42,7 @@ inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out
     } else {
       T* to = out.data + 2 * c;
       for (int64_t t = 0; t < tiles; t += 2, to += out.row) {
-        floats<N> first[16];
+        floats<N> first[VALUES];
         const auto both = [&](int i, floats<N> second) {
           const auto words = pair<N>(first[i], second);
           __builtin_memcpy(to + i * out.position, &words, sizeof(words));
@@ -51,7 +51,7 @@ inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out
         if (t + 1 < tiles) {
           tile(t + 1, both);
         } else {
-          for (int i = 0; i < 16; ++i) both(i, floats<N>{});
+          for (int i = 0; i < VALUES; ++i) both(i, floats<N>{});
         }
       }
     }
@@ -133,57 +133,65 @@ void winograd_gradient(const T* const* pixels, int64_t tiles, int64_t cols, Tran
   });
 }
 
-// y = A^T m A of one tile at columns c, c + 1, ... of m [16, tiles, ld]
-template <int N>
-inline void output_tile(const float* m, int64_t position, floats<N>* y) {
-  floats<N> rows[2][4];
-  for (int j = 0; j < 4; ++j) {
-    const floats<N> m0 = load<N>(m + j * position), m1 = load<N>(m + (4 + j) * position);
-    const floats<N> m2 = load<N>(m + (8 + j) * position), m3 = load<N>(m + (12 + j) * position);
-    rows[0][j] = m0 + m1 + m2;
-    rows[1][j] = m1 - m2 - m3;
-  }
-  for (int i = 0; i < 2; ++i) {
-    y[2 * i] = rows[i][0] + rows[i][1] + rows[i][2];
-    y[2 * i + 1] = rows[i][1] - rows[i][2] - rows[i][3];
-  }
-}
+// A tile's pixels from its products
+struct Square {
+  static constexpr int kPixels = 4;
 
-template <typename T>
-void winograd_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels) {
+  // y = A^T m A of one tile at columns c, c + 1, ... of m [16, tiles, ld]
+  template <int N>
+  static void output(const float* m, int64_t position, floats<N>* y) {
+    floats<N> rows[2][4];
+    for (int j = 0; j < 4; ++j) {
+      const floats<N> m0 = load<N>(m + j * position), m1 = load<N>(m + (4 + j) * position);
+      const floats<N> m2 = load<N>(m + (8 + j) * position), m3 = load<N>(m + (12 + j) * position);
+      rows[0][j] = m0 + m1 + m2;
+      rows[1][j] = m1 - m2 - m3;
+    }
+    for (int i = 0; i < 2; ++i) {
+      y[2 * i] = rows[i][0] + rows[i][1] + rows[i][2];
+      y[2 * i + 1] = rows[i][1] - rows[i][2] - rows[i][3];
+    }
+  }
+};
+
+template <typename T, typename Tile>
+void tile_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, const float* bias, T* const* pixels) {
+  constexpr int kPixels = Tile::kPixels;
   for (int64_t t = 0; t < tiles; ++t) {
     columns(cols, [&]<int N>(int64_t c) {
-      floats<N> y[4];
-      output_tile<N>(m + t * ld + c, tiles * ld, y);
-      for (int i = 0; i < 4; ++i) {
-        if (pixels[4 * t + i]) store<N>(pixels[4 * t + i] + c, bias ? y[i] + load<N>(bias + c) : y[i]);
+      floats<N> y[kPixels];
+      Tile::template output<N>(m + t * ld + c, tiles * ld, y);
+      for (int i = 0; i < kPixels; ++i) {
+        T* pixel = pixels[kPixels * t + i];
+        if (pixel) store<N>(pixel + c, bias ? y[i] + load<N>(bias + c) : y[i]);
       }
     });
   }
 }
 
-// D = (A^T m A) * (y > 0) at the pixels of x: out = scale * D, sum_d += sum D, sum_dx += sum D * (x - mean)
-template <typename T>
-void winograd_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
-                             Affine affine, const T* const* source, T* const* out, float* sum_d, float* sum_dx) {
+template <typename T, typename Tile>
+void tile_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
+                         Affine affine, const T* const* source, T* const* out, float* sum_d, float* sum_dx) {
+  constexpr int kPixels = Tile::kPixels, kPart = 16 / kPixels;
   columns(cols, [&]<int N>(int64_t c) {
     const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
     const floats<N> shift = load<N>(affine.shift + c);
     MaskSums<N> sums, part;
     for (int64_t t = 0; t < tiles; ++t) {
-      if (t % 4 == 0) {
+      if (t % kPart == 0) {
         sums.add(part);
         part = {};
       }
-      floats<N> d[4];
-      output_tile<N>(m + t * ld + c, tiles * ld, d);
-      for (int i = 0; i < 4; ++i) {
-        if (!out[4 * t + i]) continue;
-        const floats<N> centred = load<N>(x[4 * t + i] + offset + c) - mean;
+      floats<N> d[kPixels];
+      Tile::template output<N>(m + t * ld + c, tiles * ld, d);
+      for (int i = 0; i < kPixels; ++i) {
+        const int64_t pixel = kPixels * t + i;
+        if (!out[pixel]) continue;
+        const floats<N> centred = load<N>(x[pixel] + offset + c) - mean;
         const floats<N> masked = centred * scale + shift <= 0 ? floats<N>{} : d[i];
         part.add(masked, centred);
-        const floats<N> before = source ? load<N>(source[4 * t + i] + offset + c) : floats<N>{};
-        store<N>(out[4 * t + i] + offset + c, before + scale * masked);
+        const floats<N> before = source ? load<N>(source[pixel] + offset + c) : floats<N>{};
+        store<N>(out[pixel] + offset + c, before + scale * masked);
       }
     }
     sums.add(part);
@@ -200,8 +208,7 @@ inline void filter_line(V g0, V g1, V g2, V* out, int stride) {
   out[3 * stride] = g2;
 }
 
-// word(position, k, j) of G g G^T for filters g, turned by 180 degrees if `turned`. Zero past the last filter and up to
-// `width`, a multiple of 16.
+// word(value, k, j) of G g G^T for filters g
 template <typename T, typename S>
 void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
                      uint32_t* out, int64_t position) {
@@ -269,6 +276,19 @@ inline void winograd_weight_gradient(const float* u, int64_t position, int64_t c
       }
     }
   });
+}
+
+template <typename T>
+constexpr TileKernels<T> winograd_kernels() {
+  return {.weight = winograd_weight<T, T>,
+          .weight_floats = winograd_weight<T, float>,
+          .weight_to_floats = winograd_weight<float, T>,
+          .input_to_floats = winograd_input<T, float>,
+          .input = winograd_input<T, T>,
+          .gradient = winograd_gradient<T>,
+          .output = tile_output<T, Square>,
+          .input_gradient = tile_input_gradient<T, Square>,
+          .weight_gradient = winograd_weight_gradient};
 }
 
 }  // namespace

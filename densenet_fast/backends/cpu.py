@@ -129,7 +129,7 @@ def bn_relu_conv3x3(
     keep_scale: float,
     statistics: Statistics | None,
 ) -> None:
-    if not minimal_filtering(grid):
+    if not convolves(grid):
         y = convolve(x if affine is None else kernels.cpu_bn_relu(x, *affine.vectors()), weight, bias, grid)
         return append_features(y, out, statistics, mask, keep_scale)
     kernels.cpu_bn_relu_conv3x3(
@@ -151,7 +151,7 @@ def bn_relu_conv3x3_backward(
     like: Tensor | None = None,
     source: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None]:
-    if minimal_filtering(grid):
+    if convolves(grid):
         weight = _evenly_spaced(weight)
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
         sums = kernels.cpu_bn_relu_conv3x3_backward(grad, x, *affine.vectors(), weight, grid, out, grad_weight, source)
@@ -166,14 +166,15 @@ def bn_relu_conv3x3_backward(
     return grad_weight if need_weight else None, sums
 
 
-def minimal_filtering(grid: tuple[int, ...]) -> bool:
-    """Whether the 3x3 convolution runs on 2x2 tiles by minimal filtering: it does for images of at least that size."""
-    return len(grid) == 3 and min(grid[1:]) >= 2
+def convolves(grid: tuple[int, ...]) -> bool:
+    """Whether the convolution of kernel size 3 is ours on this grid: on lines, and on images and planes of volumes that
+    a tile of 2x2 fits in."""
+    return len(grid) == 2 or min(grid[-2:]) >= 2
 
 
 def walks(grid: tuple[int, ...]) -> bool:
     """Whether :func:`dense_block` and its backward pass take blocks on this grid."""
-    return minimal_filtering(grid)
+    return convolves(grid)
 
 
 def dense_block(
@@ -225,8 +226,10 @@ def dense_block_backward(
 
 
 def _evenly_spaced(weight: Tensor) -> Tensor:
-    """[k, B, 3, 3] with the nine taps at one distance: contiguous or channels last."""
-    return weight if weight.stride(2) == 3 * weight.stride(3) else weight.contiguous()
+    """[k, B, 3, ...] with the taps at one distance: contiguous or channels last."""
+    strides = weight.stride()[2:]
+    even = all(outer == 3 * inner for outer, inner in zip(strides, strides[1:]))
+    return weight if even else weight.contiguous()
 
 
 def _float(vector: Tensor | None) -> Tensor | None:

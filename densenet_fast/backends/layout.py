@@ -26,6 +26,12 @@ def is_channels_last(x: Tensor) -> bool:
     return True
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether ``x`` is contiguous, or channels last where there is such a format."""
+    last = CHANNELS_LAST.get(x.dim())
+    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+
+
 def to_matrix(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C] with adjacent columns; a view if the memory is channels last, else a copy."""
     matrix = x.movedim(1, -1).reshape(math.prod(x.shape[:1] + x.shape[2:]), x.shape[1])

@@ -110,7 +110,8 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     before, and so are its numbers, but for rounding and one correction: with ``memory_efficient`` (torchvision,
     ``efficient`` in gpleiss, ``set_grad_checkpointing`` in timm), which stays in force, running statistics are updated
     once per step instead of twice. Feature maps between converted parts are channels last in memory. Under autocast, a
-    block whose input is in another dtype runs as before.
+    block whose input is in another dtype runs as before, but for volumes on CPUs, which stock pools in float32: it
+    computes in autocast's dtype and returns its input's.
 
     A model that was converted before may be converted again: what was edited since is looked at anew.
 

@@ -101,9 +101,17 @@ def alone(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
         returned = wanted(made, x, layout)
         if returned is not made:
             return copied(returned, channels_last)
-        return handed_out(made, channels_last, keeps_output(operands)) if made.dim() > 2 else made
+        return handed_over(made, result_dtype(x.dtype, x.device, layout), channels_last, keeps_output(operands))
 
     return fusion.run(part, x)
+
+
+def handed_over(x: Tensor, dtype: torch.dtype, channels_last: bool, kept: bool) -> Tensor:
+    """``x`` for who is no fused part, in the dtype and the memory format that stock's would have; ``kept`` as in
+    :func:`handed_out`."""
+    if x.dtype != dtype:
+        return x.to(dtype, memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
+    return handed_out(x, channels_last, kept) if x.dim() > 2 else x
 
 
 def keeps_output(operands: Operands) -> bool:
@@ -190,13 +198,22 @@ def call_obstacle(x: Any, layout: Layout) -> str | None:
 def autocast_obstacle(given: torch.dtype, device: torch.device, layout: Layout) -> str | None:
     """Why autocast, if it is on, keeps a call with a tensor of dtype ``given`` from running as one op, or None."""
     dtype = autocast_dtype(device)
-    if dtype is None or given == torch.float64:
+    if dtype in (None, given) or given == torch.float64 or layout.kind in ("Stem", "Head"):
         return None
-    if given != dtype and layout.kind not in ("Stem", "Head"):
-        return f"under autocast stock keeps what is in {given}"
+    widened = layout.dims == 3 and device.type == "cpu" and given == torch.float32
+    return None if widened else f"under autocast stock keeps what is in {given}"
+
+
+def result_dtype(given: torch.dtype, device: torch.device, layout: Layout) -> torch.dtype:
+    """The dtype of stock's result for a tensor of dtype ``given``. Under autocast on CPUs it pools volumes in float32,
+    and concatenates in the widest dtype."""
+    dtype = autocast_dtype(device)
+    if dtype is None or given == torch.float64:
+        return given
     if pools_volumes(layout) and device.type == "cpu":
-        return "under autocast on CPUs stock pools volumes in float32"
-    return None
+        return torch.float32
+    makes_all = layout.new_only if isinstance(layout, BlockLayout) else convolves(layout)
+    return dtype if makes_all else given
 
 
 def convolves(layout: Layout) -> bool:

@@ -19,7 +19,7 @@ from densenet_fast.conversion.layout import BlockLayout, Layout, is_norm
 from densenet_fast.conversion.stem import StemLayout, StemOperands
 from densenet_fast.functional import Updates
 from densenet_fast.nn import calls, fusion
-from densenet_fast.nn.memory_format import copied, handed_out, is_channels_last
+from densenet_fast.nn.memory_format import copied, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory
 from densenet_fast.ops import planned
 
@@ -211,7 +211,7 @@ def _through(x: Any, steps: Sequence[Step]) -> Any:
 
 def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
     channels_last = kept = inside = False
-    statistics, following = None, None
+    dtype = statistics = following = None
     left = [*reversed(steps)]
     while left:
         step = left.pop()
@@ -222,27 +222,32 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
         if reason is not None:
             if updates is not None:
                 updates.make()
-            x = step.stock(handed_out(x, channels_last, kept and not step.only_reads()) if inside else x)
+            if inside:
+                x = fused.handed_over(x, dtype, channels_last, kept and not step.only_reads())
+            x = step.stock(x)
             inside, statistics, following = False, None, None
             continue
         channels_last = fused.after(operands, channels_last if inside else is_channels_last(x))
+        dtype = fused.result_dtype(dtype if inside else x.dtype, x.device, step.layout)
         following = left[-1].found() if left else None
         if _runs(following) and planned.obstacle(x) is None and step.returns_all() and left[-1].obstacle(x) is None:
             beyond = left[-2].found() if len(left) > 1 else None
             both = fused.apply_both(operands, following.operands, x, statistics, _is_described(beyond), updates)
             if both is not None:
-                left.pop().note(None, following.operands)
+                reader = left.pop()
+                reader.note(None, following.operands)
+                dtype = fused.result_dtype(dtype, x.device, reader.layout)
                 channels_last = fused.after(following.operands, channels_last)
                 x, statistics = both
-                inside, kept, following = x.dim() > 2, False, beyond
+                inside, kept, following = True, False, beyond
                 continue
         made, statistics = fused.apply(operands, x, statistics, _is_described(following), updates)
         returned = fused.wanted(made, x, step.layout)
         kept = fused.keeps_output(operands) and returned is made
         if returned is not made:
             returned, statistics = copied(returned, channels_last or _runs(following)), None
-        x, inside = returned, made.dim() > 2
-    return handed_out(x, channels_last, kept) if inside else x
+        x, inside = returned, True
+    return fused.handed_over(x, dtype, channels_last, kept) if inside else x
 
 
 def _runs(found: Found[Operands] | None) -> bool:

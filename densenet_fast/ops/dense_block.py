@@ -30,7 +30,7 @@ from densenet_fast.backends.affine import (
     accumulation_dtype,
     empty_statistics,
 )
-from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.layout import empty_image, is_dense, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.op import Gradients, Parts, define, with_autograd
@@ -105,8 +105,7 @@ class Plan:
         def plain(stage: Stage) -> bool:
             vectors = [t for t in stage[:4] if t is not None]
             weight = stage.conv_weight
-            dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-            plain = stage.conv_bias is None and dense and weight.dtype in (dtype, torch.float32)
+            plain = stage.conv_bias is None and is_dense(weight) and weight.dtype in (dtype, torch.float32)
             return plain and all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
 
         return (

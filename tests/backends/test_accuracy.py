@@ -13,11 +13,16 @@ import densenet_fast
 from densenet_fast import nn
 from densenet_fast.backends import BACKENDS
 from densenet_fast.backends.affine import Affine, empty_statistics
-from densenet_fast.backends.layout import to_image, to_matrix
+from densenet_fast.backends.layout import CHANNELS_LAST, to_image, to_matrix
 from helpers import error, step
 
-SHAPES = [(28, 128, 32), (7, 128, 32), (14, 192, 48), (32, 48, 12)]
-"""Height and width, input and output channels of 3x3 convolutions of DenseNet-121, -161 and -BC-100."""
+CASES = [
+    *(((4, size, size), *channels) for size, *channels in [(28, 128, 32), (7, 128, 32), (14, 192, 48), (32, 48, 12)]),
+    ((2, 12, 12, 12), 128, 32),
+    ((2, 5, 4, 7), 128, 32),
+    ((3, 300), 128, 32),
+]
+"""Grid, input and output channels of convolutions of DenseNet-121, -161 and -BC-100, and of volumes and lines."""
 
 
 def stock(x, affine, weight, grad, grid, memory_format):
@@ -26,25 +31,26 @@ def stock(x, affine, weight, grad, grid, memory_format):
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, scale, shift = (t.to(wide) for t in (affine.mean, affine.scale, affine.bias))
     a = F.relu((x.to(wide) - mean) * scale + shift).to(x.dtype)
-    y = F.conv2d(to_image(a, grid).contiguous(memory_format=memory_format), weight, padding=weight.shape[-1] // 2)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(grid) - 2]
+    y = convolve(to_image(a, grid).contiguous(memory_format=memory_format), weight, padding=weight.shape[-1] // 2)
     image = to_image(grad, grid).contiguous(memory_format=memory_format)
     return to_matrix(y.detach()), *torch.autograd.grad(y, (x, weight), image)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.unavailable() is None], ids=lambda b: b.name)
-def test_error_is_at_most_twice_stocks(backend, dtype, shape, kernel):
+def test_error_is_at_most_twice_stocks(backend, dtype, case, kernel):
     if not backend.supports(torch.device("cpu"), dtype):
         pytest.skip(f"{backend.name} leaves {dtype} to another backend")
     torch.manual_seed(0)
-    size, channels, out_channels = shape
-    grid = (4, size, size)
-    x = torch.randn(4 * size * size, channels).to(dtype)
-    grad = torch.randn(4 * size * size, out_channels).to(dtype)
+    grid, channels, out_channels = case
+    rows, sizes = torch.Size(grid).numel(), [kernel] * (len(grid) - 1)
+    x = torch.randn(rows, channels).to(dtype)
+    grad = torch.randn(rows, out_channels).to(dtype)
     affine = Affine(torch.randn(channels) * 0.3, torch.rand(channels) + 0.5, torch.randn(channels) * 0.3)
-    weight = (torch.randn(out_channels, channels, kernel, kernel) / (kernel * channels**0.5)).to(dtype)
+    weight = (torch.randn(out_channels, channels, *sizes) / (kernel ** (len(sizes) / 2) * channels**0.5)).to(dtype)
 
     out, grad_x = torch.empty_like(grad), torch.zeros_like(x)
     if kernel == 3:
@@ -57,7 +63,7 @@ def test_error_is_at_most_twice_stocks(backend, dtype, shape, kernel):
     got = (out, grad_x, grad_weight.view_as(weight))
 
     truth = stock(x.double(), affine, weight.double(), grad.double(), grid, torch.contiguous_format)
-    formats = (torch.contiguous_format, torch.channels_last)
+    formats = (torch.contiguous_format, CHANNELS_LAST.get(weight.dim(), torch.contiguous_format))
     stocks = [stock(x, affine, weight, grad, grid, memory_format) for memory_format in formats]
     for what, ours, exact, *theirs in zip(("output", "input gradient", "weight gradient"), got, truth, *stocks):
         assert error(ours, exact) <= 2 * max(error(t, exact) for t in theirs), what

@@ -123,12 +123,16 @@ def test_wrong_arguments_raise():
         kernels.cpu_bn_relu_maxpool(x, *affine, [1, 2, 2], vector, vector[:2], vector, 0.0)
     with pytest.raises(RuntimeError, match="mean: expected with scale and shift"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight, None, torch.empty(4, 2), *nothing[:-1], vector[:2])
-    with pytest.raises(RuntimeError, match=r"weight: expected \[k, B, 3, 3\], contiguous or channels last"):
+    with pytest.raises(RuntimeError, match=r"weight: expected \[k, B, 3, ...\] .*, contiguous or channels last"):
         kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3).mT, None, [1, 2, 2], torch.empty(4, 2))
     with pytest.raises(RuntimeError, match="weight: expected 3 input channels, got 4"):
         kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 4, 3, 3), None, [1, 2, 2], torch.empty(4, 2))
-    for grid in ([2, 2, 2], [2, 2]):
-        with pytest.raises(RuntimeError, match="grid: expected two spatial sizes and the product 4"):
+    for grid, message in (
+        ([2, 2, 2], "grid: expected the product 4, got 8"),
+        ([4], "grid: expected one to three spatial sizes"),
+        ([2, 2], "weight: expected 1 spatial dimensions, as the grid has, got 2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
             kernels.cpu_bn_relu_conv3x3(x, *affine, torch.randn(2, 3, 3, 3), None, grid, torch.empty(4, 2))
     with pytest.raises(RuntimeError, match="dtype unlike"):
         kernels.cpu_bn_relu_conv1x1(x, *affine, weight.double(), None, torch.empty(4, 2), *nothing)

@@ -16,7 +16,7 @@ import densenet_fast
 from conversion import twins
 from conversion.libraries import monai, skip_unless_installed, timm
 from densenet_fast import ops
-from densenet_fast.conversion import fused, sequential
+from densenet_fast.conversion import fused
 from helpers import assert_same, error, randomise, step
 
 SMALL = dict(growth_rate=8, block_config=(2, 3, 2), num_init_features=16, num_classes=5)
@@ -244,9 +244,9 @@ def test_results_have_the_memory_format_of_the_input(memory_format):
 
 def test_feature_maps_between_blocks_are_not_copied(monkeypatch):
     """Of contiguous input the image is made channels last, and the last block's result contiguous again."""
-    model, hand, apply = densenet_fast.convert(small().eval()), sequential.handed_out, fused.apply
+    model, hand, apply = densenet_fast.convert(small().eval()), fused.handed_out, fused.apply
     handed, given = [], []
-    monkeypatch.setattr(sequential, "handed_out", lambda *args: handed.append(hand(*args)) or handed[-1])
+    monkeypatch.setattr(fused, "handed_out", lambda *args: handed.append(hand(*args)) or handed[-1])
     monkeypatch.setattr(fused, "apply", lambda operands, x, *args: given.append(x) or apply(operands, x, *args))
     model.features(torch.randn(2, 3, 128, 128))
     assert [x.is_contiguous(memory_format=torch.channels_last) for x in given] == [False] + [True] * 5
@@ -299,14 +299,27 @@ def test_autocast_of_what_stock_keeps_in_float32(fused_calls):
 
 
 @pytest.mark.skipif(monai is None, reason="monai is not installed (the Makefile installs it)")
-def test_autocast_of_volumes():
+def test_autocast_of_volumes(fused_calls):
+    """Stock pools them in float32, and every part returns that."""
     stock = randomise(monai.DenseNet(3, 1, 5, 16, 8, (2, 2)))
     model = densenet_fast.convert(stock, inplace=False)
-    x, outputs = torch.randn(2, 1, 32, 32, 32), []
-    for net in (model, stock):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs.append(net.features(x))
-    assert outputs[0].dtype == outputs[1].dtype and outputs[0].equal(outputs[1])
+    exact = copy.deepcopy(stock).double()
+    x = torch.randn(2, 1, 32, 32, 32)
+    given = {"": x, "denseblock1": torch.randn(2, 16, 8, 8, 8), "transition1": torch.randn(2, 32, 8, 8, 8)}
+    for name, x in given.items():
+        results = []
+        for net in (model, stock, exact):
+            part = net.features.get_submodule(name)
+            with torch.autocast("cpu", torch.bfloat16, enabled=net is not exact):
+                made = part(x.double() if net is exact else x)
+            grad = torch.randn(made.shape, generator=torch.Generator().manual_seed(1)).to(made.dtype)
+            results.append((made, *torch.autograd.grad(made, list(part.parameters()), grad)))
+        for got, expected, *_ in zip(*results):
+            assert got.dtype == expected.dtype == torch.float32
+        assert error(results[0][0], results[2][0]) <= 2 * error(results[1][0], results[2][0])
+        gradients = [torch.cat([g.double().flatten() for g in result[1:]]) for result in results]
+        assert error(gradients[0], gradients[2]) <= 2 * error(gradients[1], gradients[2])
+    assert len(fused_calls) == 3
 
 
 def test_half_precision_and_wrong_inputs_are_as_in_stock():

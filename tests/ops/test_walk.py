@@ -26,6 +26,13 @@ BLOCKS = {
     "channels last weights": dict(memory_format=torch.channels_last),
     "new features first": dict(prepend=True),
     "new features first, odd sizes": dict(channels=5, width=7, k=3, spatial=(5, 7), prepend=True),
+    "volumes": dict(spatial=(5, 6, 7)),
+    "volumes, odd sizes": dict(channels=5, width=7, k=3, spatial=(9, 3, 5)),
+    "volumes, channels last weights": dict(spatial=(4, 4, 4), memory_format=torch.channels_last_3d),
+    "one plane": dict(spatial=(1, 6, 4), frozen=(0, 1)),
+    "lines": dict(spatial=(33,)),
+    "lines, odd sizes": dict(channels=5, width=7, k=3, spatial=(7,), prepend=True),
+    "one voxel": dict(channels=5, width=7, k=3, spatial=(1,)),
 }
 
 
@@ -52,8 +59,9 @@ def make(
 
     layers = []
     for i in range(depth):
-        w1 = torch.randn(width, channels + i * k, 1, 1) / (channels + i * k) ** 0.5
-        w2 = torch.randn(k, width, 3, 3) / (3 * width**0.5)
+        ones, threes = [1] * len(spatial), [3] * len(spatial)
+        w1 = torch.randn(width, channels + i * k, *ones) / (channels + i * k) ** 0.5
+        w2 = torch.randn(k, width, *threes) / (3 ** (len(spatial) / 2) * width**0.5)
         w1, w2 = (w.to(dtype).contiguous(memory_format=memory_format) for w in (w1, w2))
         first = BNReLUConv(norm(channels + i * k, frozen[0], eps[2 * i]), w1)
         layers.append((first, BNReLUConv(norm(width, frozen[1], eps[2 * i + 1]), w2)))
@@ -162,8 +170,9 @@ def test_wrong_arguments_raise():
     refused("expected 20 columns, got 19", features[:, 1:], 8, tensors, eps, grid, [], mean, var, False)
     refused("weight: expected 9 contiguous", features, 9, tensors, eps, grid, [], mean, var, False)
     refused("mean: expected 68 contiguous", features, 8, tensors, eps, grid, [], mean[1:], var, False)
-    refused("bottlenecks: expected none or one for each layer, got 1", features, 8, tensors, eps, grid, [features], mean, var, False)
-    refused("grid: expected two spatial sizes", features, 8, tensors, eps, [3, 6, 7], [], mean, var, False)
+    refused("bottlenecks: expected none or one", features, 8, tensors, eps, grid, [features], mean, var, False)
+    refused("grid: expected the product 108, got 126", features, 8, tensors, eps, [3, 6, 7], [], mean, var, False)
+    refused("weight: expected 3 spatial dimensions", features, 8, tensors, eps, [3, 1, 6, 6], [], mean, var, False)
     biased = [torch.zeros(16) if i == 5 else t for i, t in enumerate(tensors)]
     refused("expected no bias", features, 8, biased, eps, grid, [], mean, var, False)
     grads = [torch.zeros_like(t) for t in tensors]
