@@ -1,5 +1,6 @@
 // The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the
 // convolution are linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
+#include "inference.h"
 #include "products.h"
 
 namespace densenet_fast {
@@ -51,7 +52,22 @@ struct Pooling {
   bool drops_rows() const { return outputs * window != inputs; }
 };
 
-// out = mean(relu(y)) @ weight^T + bias, with its statistics if they are given places
+// out = mean(relu(y)) @ weight^T + bias, with its statistics unless null
+template <typename T>
+void pool_conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, const float* bias,
+                  const Pooling& pooling, const Matrix<T>& out, const StatisticsOutput* statistics) {
+  const Tiles tiles = product_tiles(pooling.outputs);
+  TileStatistics partial(tiles, statistics ? weight.rows : 0);
+  multiply<T>(weight, bias, nullptr, out, tiles, statistics ? &partial : nullptr, sizeof(T) < sizeof(float),
+              [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
+                const auto sources = pooling.sources(x, row, rows);
+                kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, affine.from(c), values,
+                                             rest, ld);
+              });
+  if (statistics) partial.combine(tiles, *statistics);
+}
+
+// The same with its statistics if they are given places
 Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
                             std::optional<Tensor> bias, std::vector<int64_t> grid, std::optional<Tensor> out_mean,
                             std::optional<Tensor> out_var, std::optional<Tensor> out_rstd, double eps) {
@@ -61,21 +77,30 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Matrix<const T> m(x, "x");
     const Weight<T> w(weight);
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
-    const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    const Tiles tiles = product_tiles(pooling.outputs);
-    TileStatistics partial(tiles, statistics ? w.rows : 0);
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"), tiles,
-                statistics ? &partial : nullptr, sizeof(T) < sizeof(float),
-                [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
-                  const auto sources = pooling.sources(m, row, rows);
-                  kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, a.from(c), values, rest,
-                                               ld);
-                });
-    if (statistics) partial.combine(tiles, *statistics);
+    pool_conv1x1<T>(m, affine(mean, scale, shift, m.cols), w, bias ? vector(*bias, w.rows, "bias") : nullptr, pooling,
+                    Matrix<T>(out, "out"), statistics ? &*statistics : nullptr);
     return out;
+  });
+}
+
+// The same by running statistics, without a bias
+void bn_relu_pool_conv1x1_inference(Tensor x, std::vector<Tensor> tensors, double eps, std::vector<int64_t> grid,
+                                    Tensor out) {  // [M, C], [M', C']
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    STD_TORCH_CHECK(tensors.size() == kNormTensors + 1, "tensors: expected five");
+    const FrozenNorm norm(tensors.data(), eps, m.cols);
+    const Weight<T> w(tensors[kNormTensors]);
+    const Pooling pooling(grid, m.rows);
+    const Matrix<T> result(out, "out");
+    STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
+    STD_TORCH_CHECK(result.rows == pooling.outputs && result.cols == w.rows, "out: expected [", pooling.outputs, ", ",
+                    w.rows, "]");
+    pool_conv1x1<T>(m, norm.affine(), w, nullptr, pooling, result, nullptr);
   });
 }
 
@@ -116,5 +141,6 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu_pool_conv1x1", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1));
+  m.impl("cpu_bn_relu_pool_conv1x1_inference", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1_inference));
   m.impl("cpu_bn_relu_pool_conv1x1_backward", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1_backward));
 }

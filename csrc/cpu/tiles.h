@@ -190,10 +190,16 @@ struct Tiles {
   // is summed over.
   template <typename F>
   void share(F f) const {
+    share_chunks([&](int64_t, auto each) { f(each); });
+  }
+
+  // The same, f(chunk, each)
+  template <typename F>
+  void share_chunks(F f) const {
     std::vector<Remaining> remaining(chunks);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) remaining[chunk].reset(chunk * per_chunk, (chunk + 1) * per_chunk);
     run([&](int64_t chunk) {
-      f([&](auto g) {
+      f(chunk, [&](auto g) {
         for (int64_t i = 0; i < chunks; ++i) {
           Remaining& tiles = remaining[(chunk + i) % chunks];
           for (int64_t tile; (tile = i == 0 ? tiles.first() : tiles.last()) >= 0;) {
