@@ -4,13 +4,12 @@ They serve where autograd follows nothing. A part before a dense block writes it
 that nothing is copied between the two.
 """
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends import cpu, select
+from densenet_fast.backends import cpu
 from densenet_fast.backends.layout import empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
@@ -31,18 +30,20 @@ class Frozen:
 
     def __init__(self, stages: Stages) -> None:
         self.eps = stages.eps
-        self._present = [t for stage in stages for t in stage[:5] if t is not None]
-        self._strides = [*map(Tensor.stride, self._present)]
-        weights = [stage.conv_weight for stage in stages if stage.conv_weight is not None]
-        self._dtypes = {weight.dtype for weight in weights}
+        self._vectors = [t for stage in stages for t in stage[:4] if t is not None]
+        self._weights = [stage.conv_weight for stage in stages if stage.conv_weight is not None]
+        self._dtypes = {weight.dtype for weight in self._weights}
         empty = torch.empty(0)
-        taken = 5 if weights else 4
+        taken = 5 if self._weights else 4
         self.tensors = [empty if t is None else t for stage in stages for t in stage[:taken]]
 
     def fit(self, x: Tensor) -> bool:
-        """Whether the kernels take them beside x; strides change where ``data`` is exchanged."""
-        same = all(map(operator.eq, map(Tensor.stride, self._present), self._strides))
-        return same and self._dtypes <= {x.dtype, torch.float32}
+        """Whether the kernels take them beside x."""
+        return (
+            self._dtypes <= {x.dtype, torch.float32}
+            and all(map(Tensor.is_contiguous, self._vectors))
+            and all(w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) for w in self._weights)
+        )
 
 
 class Room:
@@ -151,11 +152,11 @@ def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.d
 def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
     """What the kernels take of the operands, or None where x, they and ``others`` are not for these kernels."""
     frozen = _frozen(operands)
-    if frozen is None or x.device.type != "cpu" or x.dim() != 4 or x.numel() == 0 or not frozen.fit(x):
+    if frozen is None or x.dim() != 4 or x.numel() == 0 or not frozen.fit(x):
         return None
     if operands.differentiable(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in others)):
         return None
-    if select(x.device, x.dtype) is not cpu or seen_by_dispatcher([x, operands.stages.tensors, *others]):
+    if cpu.unavailable() is not None or not cpu.supports(x.device, x.dtype) or seen_by_dispatcher([x, operands.stages.tensors, *others]):
         return None
     return frozen
 
@@ -171,10 +172,8 @@ def _examined(operands: Operands) -> Frozen | None:
 
 
 def _is_plain(stage: Stage) -> bool:
-    vectors, weight = [t for t in stage[:4] if t is not None], stage.conv_weight
-    dense = weight is None or weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    plain = stage.frozen and stage.running_var is not None and stage.conv_bias is None and dense
-    return plain and all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
+    plain = stage.frozen and stage.running_var is not None and stage.conv_bias is None
+    return plain and all(t is None or t.dtype == torch.float32 for t in stage[:4])
 
 
 def _grid(x: Tensor) -> Grid:

@@ -113,23 +113,22 @@ struct Filters {
   // turned, the other way round
   template <typename To>
   void transform(const Panels& panels, bool turned) const {
-    torch::stable::parallel_for(0, pieces(panels, turned), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) transform_piece<To>(panels, turned, i);
+    const int64_t depth = turned ? out_channels : in_channels;
+    constexpr int64_t kSlice = 32;
+    const int64_t slices = (depth + kSlice - 1) / kSlice;
+    torch::stable::parallel_for(0, panels.count * slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t p = i / slices, k = i % slices * kSlice;
+        transform_slice<To>(panels, p, 32 * p, k, std::min(depth - k, kSlice), turned);
+      }
     });
   }
 
-  static constexpr int64_t kSlice = 32;
-
-  int64_t slices(bool turned) const { return ((turned ? out_channels : in_channels) + kSlice - 1) / kSlice; }
-  int64_t pieces(const Panels& panels, bool turned) const { return panels.count * slices(turned); }
-
-  // A slice of a panel's depth
+  // Of panel p, whose first column is `column`, the slice of the depth from k on
   template <typename To>
-  void transform_piece(const Panels& panels, bool turned, int64_t i) const {
+  void transform_slice(const Panels& panels, int64_t p, int64_t column, int64_t k, int64_t slice, bool turned) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
-    const int64_t depth = turned ? out_channels : in_channels;
-    const int64_t p = i / slices(turned), k = i % slices(turned) * kSlice, first = 32 * p * s.out + k * s.in;
-    const int64_t width = panels.width(p), valid = panels.valid(p), slice = std::min(depth - k, kSlice);
+    const int64_t first = column * s.out + k * s.in, width = panels.width(p), valid = panels.valid(p);
     uint32_t* to = panels.panel(p) + k / kPerWord<To> * width;
     if (own && std::is_same_v<To, float>) {
       kernels_of<T>().winograd_weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());

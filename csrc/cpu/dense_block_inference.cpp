@@ -2,7 +2,7 @@
 //
 //   Z = relu(bn2(relu(bn1(F[:, :C])) @ W1^T));   F[:, C:C+k] = conv3x3(Z, W2)
 //
-// in two parallel regions a layer. A thread that has no rows left packs what the next region multiplies by.
+// in two parallel regions a layer.
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
 #include "inference.h"
@@ -12,7 +12,8 @@ namespace {
 
 // of two normalisations and, each behind one, the convolutions' weights
 constexpr size_t kLayerTensors = 2 * (kNormTensors + 1);
-constexpr int64_t kPackedChannels = 32, kPackedDepth = 256;  // in a piece of work
+// What it costs to prepare a weight's column or a filter's output channel, in rows normalised or tiles transformed
+constexpr double kPackCost = 3, kFilterCost = 4;
 
 template <typename T>
 struct Layer {
@@ -35,113 +36,79 @@ struct Layer {
   FrozenNorm second() const { return FrozenNorm(tensors + kNormTensors + 1, second_eps, bottleneck()); }
 };
 
-// The panels of a 1x1 convolution's weight, packed piece by piece
-template <typename T>
-struct PackedWeight {
-  Weight<T> weight;
-  Panels panels;
-  int64_t parts;  // of the depth
-
-  explicit PackedWeight(const Weight<T>& weight)
-      : weight(weight),
-        panels(weight.rows, steps_of<T>(weight.cols)),
-        parts((weight.cols + kPackedDepth - 1) / kPackedDepth) {}
-
-  int64_t pieces() const { return panels.count * parts; }
-
-  void pack(int64_t piece) const {
-    const int64_t p = piece / parts, first = piece % parts * kPackedDepth;
-    const int64_t depth = std::min(weight.cols - first, kPackedDepth), valid = panels.valid(p);
-    const int64_t offset = 32 * p * weight.ld + first;
-    uint32_t* to = panels.panel(p) + first / kPerWord<T> * panels.width(p);
-    if (weight.own) return kernels_of<T>().pack(weight.own + offset, 1, weight.ld, depth, valid, panels.width(p), to);
-    const auto rounded = scratch<T>(valid * depth);
-    kernels_of<T>().store_rows(weight.wide + offset, weight.ld, valid, depth, nullptr, nullptr, rounded.get(), depth);
-    kernels_of<T>().pack(rounded.get(), 1, depth, depth, valid, panels.width(p), to);
-  }
-};
-
 // What a thread works in, from layer to layer
 template <typename Tile, typename T>
 struct Workspace {
   std::unique_ptr<T[], decltype(&std::free)> a;
   std::unique_ptr<float[], decltype(&std::free)> product, products;
+  Panels weights, filters;
   Transformed<Tile> transformed;
   Pixels<const T> around, next;
   Pixels<T> inside;
-
-  Workspace(int64_t rows, int64_t a_ld, int64_t product_ld, int64_t tiles, int64_t cols, int64_t products_ld)
-      : a(scratch<T>(rows * a_ld)),
-        product(scratch<float>(rows * product_ld)),
-        products(scratch<float>(16 * tiles * products_ld)),
-        transformed(tiles, cols, false),
-        around(4, 1, tiles),
-        next(2, 0, tiles),
-        inside(2, 0, tiles) {}
 };
 
 template <typename Tile, typename T>
 class Block {
  public:
   Block(const Matrix<T>& features, std::vector<Layer<T>> layers, const ImageTiles& image, const Tensor& like)
-      : features_(features),
-        layers_(std::move(layers)),
-        image_(image),
-        rows_(product_tiles(features.rows)),
-        tiles_(image.count(), kForwardTiles, 8) {
+      : features_(features), layers_(std::move(layers)), image_(image) {
     for (const Layer<T>& layer : layers_) {
-      widest_ = std::max(widest_, layer.bottleneck());
-      largest_growth_ = std::max(largest_growth_, layer.growth());
+      bottleneck_ = std::max(bottleneck_, layer.bottleneck());
+      growth_ = std::max(growth_, layer.growth());
+      width_ = std::max(width_, layer.width());
     }
-    bottleneck_ = torch::stable::new_empty(like, {features.rows * widest_});
-    workspaces_.resize(std::max(rows_.chunks, tiles_.chunks));
+    z_ = torch::stable::new_empty(like, {features.rows * bottleneck_});
+    workspaces_.resize(std::max<int64_t>(torch::stable::get_num_threads(), 1));
   }
 
   void run() {
-    std::optional<PackedWeight<T>> weight(layers_[0].weight);
-    torch::stable::parallel_for(0, weight->pieces(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) weight->pack(piece);
-    });
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      const Layer<T>& layer = layers_[i];
-      const Panels filters(layer.growth(), steps_of<Tile>(layer.bottleneck()), 16);
-      const Matrix<T> z = {static_cast<T*>(bottleneck_.data_ptr()), features_.rows, layer.bottleneck(),
-                           layer.bottleneck()};
-      conv1x1(layer, *weight, z, filters);
-      if (i + 1 < layers_.size()) {
-        weight.emplace(layers_[i + 1].weight);
-      } else {
-        weight.reset();
-      }
-      conv3x3(layer, filters, z.readonly(), weight);
+    for (const Layer<T>& layer : layers_) {
+      const Matrix<T> z = {static_cast<T*>(z_.data_ptr()), features_.rows, layer.bottleneck(), layer.bottleneck()};
+      conv1x1(layer, z);
+      conv3x3(layer, z.readonly());
     }
   }
 
  private:
-  Workspace<Tile, T>& workspace(int64_t chunk) {
-    std::unique_ptr<Workspace<Tile, T>>& own = workspaces_[chunk];
+  Workspace<Tile, T>& workspace(int64_t share) {
+    std::unique_ptr<Workspace<Tile, T>>& own = workspaces_[share];
     if (!own) {
-      own = std::make_unique<Workspace<Tile, T>>(rows_.largest(), kALd, round_up(widest_, 16), tiles_.largest(),
-                                                 widest_, round_up(largest_growth_, 16));
+      const int64_t rows = std::min(features_.rows, kTileRows), tiles = std::min(image_.count(), kForwardTiles);
+      own.reset(new Workspace<Tile, T>{scratch<T>(rows * kALd),
+                                       scratch<float>(rows * round_up(bottleneck_, 16)),
+                                       scratch<float>(16 * tiles * round_up(growth_, 16)),
+                                       {bottleneck_, steps_of<T>(width_)},
+                                       {growth_, steps_of<Tile>(bottleneck_), 16},
+                                       {tiles, bottleneck_, false},
+                                       {4, 1, tiles},
+                                       {2, 0, tiles},
+                                       {2, 0, tiles}});
     }
     return *own;
   }
 
-  void conv1x1(const Layer<T>& layer, const PackedWeight<T>& packed, const Matrix<T>& z, const Panels& filters) {
+  void conv1x1(const Layer<T>& layer, const Matrix<T>& z) {
     const FrozenNorm first = layer.first(), second = layer.second();
-    const Affine then = second.affine();
+    const Affine affine = first.affine(), then = second.affine();
     const Matrix<const T> x = features_.columns(layer.read, layer.width()).readonly();
-    const Panels& weights = packed.panels;
-    const int64_t product_ld = weights.padded();
-    Pieces next(layer.filters.pieces(filters, false));
-    rows_.share_chunks([&](int64_t chunk, auto each) {
-      Workspace<Tile, T>& own = workspace(chunk);
+    const Shares shares(x.rows, kTileRows, z.cols, kPackCost);
+    shares.run([&](int64_t share, int64_t column, auto each) {
+      Workspace<Tile, T>& own = workspace(share);
       T* a = own.a.get();
-      each([&](int64_t, int64_t row, int64_t n) {
+      Panels& weights = own.weights;
+      weights.reshape(std::min(shares.columns, z.cols - column), steps_of<T>(x.cols));
+      const int64_t product_ld = weights.padded();
+      const Affine behind = then.from(column);
+      bool packed = false;
+      each([&](int64_t row, int64_t n, int64_t) {
+        for (int64_t p = 0; !packed && p < weights.count; ++p) {
+          layer.weight.pack_panel(weights, p, column + 32 * p, false);
+        }
+        packed = true;
         for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
           const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
           const int64_t cols = std::min(x.cols - c, steps * kPerWord<T>);
-          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, n, cols, first.affine().from(c), a, kALd);
+          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, n, cols, affine.from(c), a, kALd);
           for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) a[r * kALd + cols] = T{};
           for (int64_t p = 0; p < weights.count; ++p) {
             const int64_t width = weights.width(p);
@@ -149,23 +116,29 @@ class Block {
                                     n, width, steps, own.product.get() + 32 * p, product_ld, step > 0);
           }
         }
-        kernels_of<T>().store_rows(own.product.get(), product_ld, n, z.cols, nullptr, &then, z.row(row), z.ld);
+        kernels_of<T>().store_rows(own.product.get(), product_ld, n, weights.cols, nullptr, &behind,
+                                   z.row(row) + column, z.ld);
       });
-      next.take([&](int64_t piece) { layer.filters.template transform_piece<Tile>(filters, false, piece); });
     });
   }
 
-  void conv3x3(const Layer<T>& layer, const Panels& weights, const Matrix<const T>& z,
-               const std::optional<PackedWeight<T>>& following) {
-    const Matrix<T> out = features_.columns(layer.made, layer.growth());
-    const int64_t ld = weights.padded();
-    Pieces next(following ? following->pieces() : 0);
-    tiles_.share_chunks([&](int64_t chunk, auto each) {
-      Workspace<Tile, T>& own = workspace(chunk);
+  void conv3x3(const Layer<T>& layer, const Matrix<const T>& z) {
+    const Shares shares(image_.count(), kForwardTiles, layer.growth(), kFilterCost);
+    shares.run([&](int64_t share, int64_t column, auto each) {
+      Workspace<Tile, T>& own = workspace(share);
       const Transformed<Tile>& v = own.transformed;
-      each([&](int64_t tile, int64_t first, int64_t n) {
+      Panels& weights = own.filters;
+      weights.reshape(std::min(shares.columns, layer.growth() - column), steps_of<Tile>(z.cols));
+      const Matrix<T> out = features_.columns(layer.made + column, weights.cols);
+      const int64_t ld = weights.padded();
+      bool packed = false;
+      each([&](int64_t first, int64_t n, int64_t following) {
+        for (int64_t p = 0; !packed && p < weights.count; ++p) {
+          layer.filters.template transform_slice<Tile>(weights, p, column + 32 * p, 0, z.cols, false);
+        }
+        packed = true;
         transform_input(own.around.of(image_, z, first, n), n, z.cols, nullptr, v);
-        own.next.of(image_, z, first + n, tiles_.begin(std::min(tile + 2, tiles_.count())) - first - n);
+        own.next.of(image_, z, first + n, following);
         for (int64_t i = 0; i < 16; ++i) {
           prefetch(own.next.pointers, i, 16, 0, z.cols);
           for (int64_t p = 0; p < weights.count; ++p) {
@@ -180,7 +153,6 @@ class Block {
         kernels_of<T>().winograd_output(own.products.get(), ld, n, out.cols, nullptr,
                                         own.inside.of(image_, out, first, n));
       });
-      next.take([&](int64_t piece) { following->pack(piece); });
     });
   }
 
@@ -189,9 +161,8 @@ class Block {
   Matrix<T> features_;
   std::vector<Layer<T>> layers_;
   ImageTiles image_;
-  Tiles rows_, tiles_;
-  int64_t widest_ = 0, largest_growth_ = 0;
-  Tensor bottleneck_;
+  int64_t bottleneck_ = 0, growth_ = 0, width_ = 0;  // the largest
+  Tensor z_;
   std::vector<std::unique_ptr<Workspace<Tile, T>>> workspaces_;
 };
 

@@ -143,6 +143,8 @@ void product<bf16>(Operand a, Operand b, int64_t rows, int64_t cols, int64_t ste
 }
 #endif
 
+constexpr int64_t kPackAhead = 512;  // bytes
+
 // the words k of columns j of a panel [depth, width], for k from `first` and j from `column`
 template <typename T>
 inline void pack_words(const T* values, int64_t depth_stride, int64_t col_stride, int64_t first, int64_t depth,
@@ -172,11 +174,13 @@ void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t dep
   if (depth_stride == 1) {
     done = depth / per_word / kLanes * kLanes;
     side = cols / kLanes * kLanes;
-    for (int64_t k = 0; k < done; k += kLanes) {
-      for (int64_t j = 0; j < side; j += kLanes) {
+    for (int64_t j = 0; j < side; j += kLanes) {
+      for (int64_t k = 0; k < done; k += kLanes) {
         WordLanes square[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          __builtin_memcpy(&square[i], values + (j + i) * col_stride + k * per_word, sizeof(WordLanes));
+          const T* from = values + (j + i) * col_stride + k * per_word;
+          __builtin_prefetch(from + kPackAhead / sizeof(T));
+          __builtin_memcpy(&square[i], from, sizeof(WordLanes));
         }
         transpose_square(square);
         for (int i = 0; i < kLanes; ++i) store_bits(out + (k + i) * width + j, square[i]);

@@ -2,6 +2,8 @@
 // padded by 1. Nothing but the maxima is stored: a thread keeps the lines of the convolution that its windows cover.
 //
 //   P = the patches of one line of outputs, [width', kernel * kernel * C];   line = relu(bn(P @ W^T))
+#include <cstring>
+
 #include "inference.h"
 #include "products.h"
 
@@ -9,6 +11,18 @@ namespace densenet_fast {
 namespace {
 
 constexpr int64_t kTileLines = 14;
+
+// Copies of `count` values that overlap: a loop over few would take longer
+template <typename T>
+inline void copy_run(const T* from, int64_t count, T* to) {
+  constexpr int64_t kPart = 16;
+  if (count < kPart) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + kPart <= count; i += kPart) std::memcpy(to + i, from + i, kPart * sizeof(T));
+  std::memcpy(to + count - kPart, from + count - kPart, kPart * sizeof(T));
+}
 
 // Images [N, C, H, W], channels last, and where a convolution reads them
 template <typename T>
@@ -56,7 +70,7 @@ struct Images {
         if (v < 0 || v >= height) {
           std::fill_n(to, run, T{});
         } else if (u >= 0 && u + kernel <= width && pixel == channels) {
-          std::copy_n(from + u * pixel, run, to);
+          copy_run(from + u * pixel, run, to);
         } else {
           for (int64_t j = 0; j < kernel; ++j) {
             for (int64_t c = 0; c < channels; ++c) {

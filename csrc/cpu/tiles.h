@@ -190,16 +190,10 @@ struct Tiles {
   // is summed over.
   template <typename F>
   void share(F f) const {
-    share_chunks([&](int64_t, auto each) { f(each); });
-  }
-
-  // The same, f(chunk, each)
-  template <typename F>
-  void share_chunks(F f) const {
     std::vector<Remaining> remaining(chunks);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) remaining[chunk].reset(chunk * per_chunk, (chunk + 1) * per_chunk);
     run([&](int64_t chunk) {
-      f(chunk, [&](auto g) {
+      f([&](auto g) {
         for (int64_t i = 0; i < chunks; ++i) {
           Remaining& tiles = remaining[(chunk + i) % chunks];
           for (int64_t tile; (tile = i == 0 ? tiles.first() : tiles.last()) >= 0;) {
@@ -339,6 +333,13 @@ struct Panels {
 
   Panels(int64_t cols, int64_t steps, int64_t matrices = 1)
       : cols(cols), steps(steps), count((cols + 31) / 32), words(scratch<uint32_t>(matrices * size())) {}
+
+  // Other sizes in the same memory, no larger
+  void reshape(int64_t columns, int64_t depth) {
+    cols = columns;
+    steps = depth;
+    count = (columns + 31) / 32;
+  }
 
   int64_t padded() const { return round_up(cols, 16); }
   int64_t size() const { return padded() * steps; }  // words of one matrix
