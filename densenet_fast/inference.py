@@ -94,9 +94,7 @@ def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor |
     with _noted("bn_relu_conv1x1", x, operands):
         grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
         out = (room or Room()).image(x, grid, operands.unit.weight.shape[0])
-        kernels.cpu_bn_relu_pool_conv1x1_inference(
-            to_matrix(x), frozen.tensors, *frozen.eps, _grid(x), to_matrix(out)
-        )
+        kernels.cpu_bn_relu_pool_conv1x1_inference(to_matrix(x), frozen.tensors, *frozen.eps, _grid(x), to_matrix(out))
     return out
 
 
@@ -112,6 +110,8 @@ def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
 def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: Room | None) -> Tensor | None:
     """The convolution, BN-ReLU and the maximum over windows of 3 of images [N, C, H, W], or None where they are not for
     these kernels."""
+    if torch.compiler.is_compiling():
+        return None
     dtype = autocast_dtype(images.device)
     if dtype is not None and images.dtype == torch.float32:
         images = images.to(dtype)
@@ -151,12 +151,16 @@ def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.d
 
 def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
     """What the kernels take of the operands, or None where x, they and ``others`` are not for these kernels."""
+    if torch.compiler.is_compiling():
+        return None
     frozen = _frozen(operands)
     if frozen is None or x.dim() != 4 or x.numel() == 0 or not frozen.fit(x):
         return None
     if operands.differentiable(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in others)):
         return None
-    if cpu.unavailable() is not None or not cpu.supports(x.device, x.dtype) or seen_by_dispatcher([x, operands.stages.tensors, *others]):
+    if cpu.unavailable() is not None or not cpu.supports(x.device, x.dtype):
+        return None
+    if seen_by_dispatcher([x, operands.stages.tensors, *others]):
         return None
     return frozen
 
