@@ -52,22 +52,19 @@ struct Pooling {
   bool drops_rows() const { return outputs * window != inputs; }
 };
 
-// out = mean(relu(y)) @ weight^T + bias, with its statistics unless null
+// Means of relu(y), for products.h
 template <typename T>
-void pool_conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, const float* bias,
-                  const Pooling& pooling, const Matrix<T>& out, const StatisticsOutput* statistics) {
-  const Tiles tiles = product_tiles(pooling.outputs);
-  TileStatistics partial(tiles, statistics ? weight.rows : 0);
-  multiply<T>(weight, bias, nullptr, out, tiles, statistics ? &partial : nullptr, sizeof(T) < sizeof(float),
-              [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
-                const auto sources = pooling.sources(x, row, rows);
-                kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, affine.from(c), values,
-                                             rest, ld);
-              });
-  if (statistics) partial.combine(tiles, *statistics);
+auto pooled(const Matrix<const T>& x, Affine affine, const Pooling& pooling) {
+  return [=](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
+    const auto sources = pooling.sources(x, row, rows);
+    kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, affine.from(c), values, rest, ld);
+  };
 }
 
-// The same with its statistics if they are given places
+template <typename T>
+constexpr bool kExact = sizeof(T) < sizeof(float);  // the means' rounding is multiplied too
+
+// out = mean(relu(y)) @ weight^T + bias, with its statistics if they are given places
 Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
                             std::optional<Tensor> bias, std::vector<int64_t> grid, std::optional<Tensor> out_mean,
                             std::optional<Tensor> out_var, std::optional<Tensor> out_rstd, double eps) {
@@ -77,11 +74,15 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Matrix<const T> m(x, "x");
     const Weight<T> w(weight);
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
+    const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    pool_conv1x1<T>(m, affine(mean, scale, shift, m.cols), w, bias ? vector(*bias, w.rows, "bias") : nullptr, pooling,
-                    Matrix<T>(out, "out"), statistics ? &*statistics : nullptr);
+    const Tiles tiles = product_tiles(pooling.outputs);
+    TileStatistics partial(tiles, statistics ? w.rows : 0);
+    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"), tiles,
+                statistics ? &partial : nullptr, kExact<T>, pooled<T>(m, a, pooling));
+    if (statistics) partial.combine(tiles, *statistics);
     return out;
   });
 }
@@ -100,7 +101,13 @@ void bn_relu_pool_conv1x1_inference(Tensor x, std::vector<Tensor> tensors, doubl
     STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     STD_TORCH_CHECK(result.rows == pooling.outputs && result.cols == w.rows, "out: expected [", pooling.outputs, ", ",
                     w.rows, "]");
-    pool_conv1x1<T>(m, norm.affine(), w, nullptr, pooling, result, nullptr);
+    const int64_t tile = std::min(pooling.outputs, kTileRows);
+    const Shares shares(pooling.outputs, kTileRows, w.rows, kPackCost / pooling.window);
+    std::vector<std::optional<ProductScratch<T>>> own(shares.count());
+    multiply_in_shares<T>(
+        shares, w, nullptr, result, kExact<T>,
+        [&](int64_t share) -> ProductScratch<T>& { return own[share].emplace(tile, w.rows, w.cols, kExact<T>); },
+        pooled<T>(m, norm.affine(), pooling));
   });
 }
 

@@ -12,8 +12,8 @@ namespace {
 
 // of two normalisations and, each behind one, the convolutions' weights
 constexpr size_t kLayerTensors = 2 * (kNormTensors + 1);
-// What it costs to prepare a weight's column or a filter's output channel, in rows normalised or tiles transformed
-constexpr double kPackCost = 3, kFilterCost = 4;
+// What it costs to transform an output channel's filters, in tiles that are transformed
+constexpr double kFilterCost = 4;
 
 template <typename T>
 struct Layer {
@@ -39,9 +39,9 @@ struct Layer {
 // What a thread works in, from layer to layer
 template <typename Tile, typename T>
 struct Workspace {
-  std::unique_ptr<T[], decltype(&std::free)> a;
-  std::unique_ptr<float[], decltype(&std::free)> product, products;
-  Panels weights, filters;
+  ProductScratch<T> product;
+  std::unique_ptr<float[], decltype(&std::free)> products;
+  Panels filters;
   Transformed<Tile> transformed;
   Pixels<const T> around, next;
   Pixels<T> inside;
@@ -74,10 +74,8 @@ class Block {
     std::unique_ptr<Workspace<Tile, T>>& own = workspaces_[share];
     if (!own) {
       const int64_t rows = std::min(features_.rows, kTileRows), tiles = std::min(image_.count(), kForwardTiles);
-      own.reset(new Workspace<Tile, T>{scratch<T>(rows * kALd),
-                                       scratch<float>(rows * round_up(bottleneck_, 16)),
+      own.reset(new Workspace<Tile, T>{{rows, bottleneck_, width_, false},
                                        scratch<float>(16 * tiles * round_up(growth_, 16)),
-                                       {bottleneck_, steps_of<T>(width_)},
                                        {growth_, steps_of<Tile>(bottleneck_), 16},
                                        {tiles, bottleneck_, false},
                                        {4, 1, tiles},
@@ -91,35 +89,12 @@ class Block {
     const FrozenNorm first = layer.first(), second = layer.second();
     const Affine affine = first.affine(), then = second.affine();
     const Matrix<const T> x = features_.columns(layer.read, layer.width()).readonly();
-    const Shares shares(x.rows, kTileRows, z.cols, kPackCost);
-    shares.run([&](int64_t share, int64_t column, auto each) {
-      Workspace<Tile, T>& own = workspace(share);
-      T* a = own.a.get();
-      Panels& weights = own.weights;
-      weights.reshape(std::min(shares.columns, z.cols - column), steps_of<T>(x.cols));
-      const int64_t product_ld = weights.padded();
-      const Affine behind = then.from(column);
-      bool packed = false;
-      each([&](int64_t row, int64_t n, int64_t) {
-        for (int64_t p = 0; !packed && p < weights.count; ++p) {
-          layer.weight.pack_panel(weights, p, column + 32 * p, false);
-        }
-        packed = true;
-        for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
-          const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
-          const int64_t cols = std::min(x.cols - c, steps * kPerWord<T>);
-          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, n, cols, affine.from(c), a, kALd);
-          for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) a[r * kALd + cols] = T{};
-          for (int64_t p = 0; p < weights.count; ++p) {
-            const int64_t width = weights.width(p);
-            kernels_of<T>().product({as_words(a), kALd / kPerWord<T>, 1}, {weights.panel(p) + step * width, 0, width},
-                                    n, width, steps, own.product.get() + 32 * p, product_ld, step > 0);
-          }
-        }
-        kernels_of<T>().store_rows(own.product.get(), product_ld, n, weights.cols, nullptr, &behind,
-                                   z.row(row) + column, z.ld);
-      });
-    });
+    multiply_in_shares<T>(
+        Shares(x.rows, kTileRows, z.cols, kPackCost), layer.weight, &then, z, false,
+        [&](int64_t share) -> ProductScratch<T>& { return workspace(share).product; },
+        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
+          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
+        });
   }
 
   void conv3x3(const Layer<T>& layer, const Matrix<const T>& z) {
@@ -155,8 +130,6 @@ class Block {
       });
     });
   }
-
-  static constexpr int64_t kALd = (kDepthSteps + kSkew) * kPerWord<T>;
 
   Matrix<T> features_;
   std::vector<Layer<T>> layers_;

@@ -3,7 +3,7 @@
 //   y = (x - mean) * scale + shift,   scale = weight / sqrt(var + eps)
 #pragma once
 
-#include "tiles.h"
+#include "products.h"
 
 namespace densenet_fast {
 
@@ -29,6 +29,9 @@ struct FrozenNorm {
 
   Affine affine() const { return {mean, scale.data(), shift.data()}; }
 };
+
+// What it costs to pack a weight's row, in rows of values that are normalised
+constexpr double kPackCost = 3;
 
 // The division of a product among threads: its rows into chunks, and its columns into groups, so that with few rows no
 // two threads prepare the same columns of the right factor, and with many none the same rows of the left one. A thread
@@ -80,5 +83,62 @@ struct Shares {
     });
   }
 };
+
+// What a share of a product with a weight works in, for weights of at most `rows` by `cols`
+template <typename T>
+struct ProductScratch {
+  static constexpr int64_t kLd = (kDepthSteps + kSkew) * kPerWord<T>;
+  std::unique_ptr<T[], decltype(&std::free)> a, rest;
+  std::unique_ptr<float[], decltype(&std::free)> product;
+  Panels weights;
+
+  ProductScratch(int64_t tile, int64_t rows, int64_t cols, bool exact)
+      : a(scratch<T>(tile * kLd)),
+        rest(scratch<T>(exact ? tile * kLd : 0)),
+        product(scratch<float>(tile * round_up(rows, 16))),
+        weights(rows, steps_of<T>(cols)) {}
+};
+
+// out = a @ weight^T for weight [B, C], `then` normalised and rectified unless null; scratch_of(share) is the scratch
+// of a share. Else as multiply.
+template <typename T, typename ScratchOf, typename Normalise>
+void multiply_in_shares(const Shares& shares, const Weight<T>& weight, const Affine* then, const Matrix<T>& out,
+                        bool exact, ScratchOf scratch_of, Normalise normalise) {
+  constexpr int64_t ld = ProductScratch<T>::kLd;
+  shares.run([&](int64_t share, int64_t column, auto each) {
+    ProductScratch<T>& own = scratch_of(share);
+    T *a = own.a.get(), *rest = exact ? own.rest.get() : nullptr;
+    Panels& weights = own.weights;
+    weights.reshape(std::min(shares.columns, weight.rows - column), steps_of<T>(weight.cols));
+    const int64_t product_ld = weights.padded();
+    const Affine behind = then ? then->from(column) : Affine{};
+    bool packed = false;
+    each([&](int64_t row, int64_t n, int64_t) {
+      for (int64_t p = 0; !packed && p < weights.count; ++p) weight.pack_panel(weights, p, column + 32 * p, false);
+      packed = true;
+      for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
+        const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
+        const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
+        normalise(row, n, c, cols, a, rest, ld);
+        for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) {
+          a[r * ld + cols] = T{};
+          if (exact) rest[r * ld + cols] = T{};
+        }
+        for (int64_t p = 0; p < weights.count; ++p) {
+          const Operand panel = {weights.panel(p) + step * weights.width(p), 0, weights.width(p)};
+          float* to = own.product.get() + 32 * p;
+          kernels_of<T>().product({as_words(a), ld / kPerWord<T>, 1}, panel, n, weights.width(p), steps, to, product_ld,
+                                  step > 0);
+          if (exact) {
+            kernels_of<T>().product({as_words(rest), ld / kPerWord<T>, 1}, panel, n, weights.width(p), steps, to,
+                                    product_ld, true);
+          }
+        }
+      }
+      kernels_of<T>().store_rows(own.product.get(), product_ld, n, weights.cols, nullptr, then ? &behind : nullptr,
+                                 out.row(row) + column, out.ld);
+    });
+  });
+}
 
 }  // namespace densenet_fast

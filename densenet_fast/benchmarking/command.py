@@ -205,7 +205,8 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     if not names:
         return 1
     layout = options.layout or ("channels_last" if options.batch == "max" else "both")
-    layouts = {name: layouts_of(name) if layout == "both" else [layout] for name in names}
+    free = {name: layout != "both" and COMPETITORS[name].engine is None for name in names}
+    layouts = {name: [layout] if free[name] else layouts_of(name) for name in names}
     entries = [Entry(name, own, options.model) for name in names for own in layouts[name]]
     start = time.perf_counter()
     agree(compared(entries), train, options.device, min(64, options.size))
