@@ -13,7 +13,7 @@ namespace {
 // of two normalisations and, each behind one, the convolutions' weights
 constexpr size_t kLayerTensors = 2 * (kNormTensors + 1);
 // What it costs to transform an output channel's filters, in tiles that are transformed
-constexpr double kFilterCost = 4;
+constexpr double kFilterCost = 1.5;
 
 template <typename T>
 struct Layer {

@@ -18,12 +18,8 @@ struct FrozenNorm {
   FrozenNorm(const Tensor* tensors, double eps, int64_t cols)
       : cols(cols), mean(vector(tensors[2], cols, "running_mean")), scale(cols), shift(cols) {
     const float* var = vector(tensors[3], cols, "running_var");
-    const float epsilon = eps;
-    for (int64_t c = 0; c < cols; ++c) scale[c] = 1.0f / std::sqrt(var[c] + epsilon);
-    if (tensors[0].numel() > 0) {
-      const float* weight = vector(tensors[0], cols, "weight");
-      for (int64_t c = 0; c < cols; ++c) scale[c] *= weight[c];
-    }
+    const float* weight = tensors[0].numel() > 0 ? vector(tensors[0], cols, "weight") : nullptr;
+    kernels().f32.fold(var, eps, weight, cols, scale.data());
     if (tensors[1].numel() > 0) std::copy_n(vector(tensors[1], cols, "bias"), cols, shift.begin());
   }
 
