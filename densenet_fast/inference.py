@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends import cpu
-from densenet_fast.backends.layout import empty_image, to_matrix
+from densenet_fast.backends.layout import empty_image
+from densenet_fast.backends.layout import to_matrix as any_to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
 from densenet_fast.ops.op import named, seen_by_dispatcher
@@ -178,6 +179,15 @@ def _examined(operands: Operands) -> Frozen | None:
 def _is_plain(stage: Stage) -> bool:
     plain = stage.frozen and stage.running_var is not None and stage.conv_bias is None
     return plain and all(t is None or t.dtype == torch.float32 for t in stage[:4])
+
+
+def to_matrix(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [M, C] with adjacent columns: a view in one call where all rows are at one distance."""
+    n, channels, height, width = x.shape
+    image, column, line, row = x.stride()
+    if column == 1 and line == width * row and image == height * line:
+        return x.as_strided((n * height * width, channels), (row, 1))
+    return any_to_matrix(x)
 
 
 def _grid(x: Tensor) -> Grid:
