@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends import cpu
-from densenet_fast.backends.layout import empty_image
-from densenet_fast.backends.layout import to_matrix as any_to_matrix
+from densenet_fast.backends.layout import empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
 from densenet_fast.ops.op import named, seen_by_dispatcher
@@ -79,9 +78,9 @@ def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor
     with _noted("dense_block", x, operands):
         if features is None:
             features = empty_image(x, _grid(x), operands.columns)
-            cpu.append_features(x, to_matrix(operands.own(features)), None)
+            cpu.append_features(x, _matrix(operands.own(features)), None)
         kernels.cpu_dense_block_inference(
-            to_matrix(features), x.shape[1], frozen.tensors, frozen.eps, _grid(x), operands.prepend
+            _matrix(features), x.shape[1], frozen.tensors, frozen.eps, _grid(x), operands.prepend
         )
     return features
 
@@ -95,7 +94,7 @@ def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor |
     with _noted("bn_relu_conv1x1", x, operands):
         grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
         out = (room or Room()).image(x, grid, operands.unit.weight.shape[0])
-        kernels.cpu_bn_relu_pool_conv1x1_inference(to_matrix(x), frozen.tensors, *frozen.eps, _grid(x), to_matrix(out))
+        kernels.cpu_bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
     return out
 
 
@@ -105,7 +104,7 @@ def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
     if frozen is None:
         return None
     with _noted("bn_relu_global_avgpool", x, operands):
-        return kernels.cpu_bn_relu_global_avgpool_inference(to_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
+        return kernels.cpu_bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
 
 
 def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: Room | None) -> Tensor | None:
@@ -129,7 +128,7 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
         out = (room or Room()).image(images, grid, weight.shape[0])
         taps = weight.detach().permute(0, 2, 3, 1).contiguous()
         images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
-        kernels.cpu_stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, to_matrix(out))
+        kernels.cpu_stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
     return out
 
 
@@ -181,13 +180,13 @@ def _is_plain(stage: Stage) -> bool:
     return plain and all(t is None or t.dtype == torch.float32 for t in stage[:4])
 
 
-def to_matrix(x: Tensor) -> Tensor:
+def _matrix(x: Tensor) -> Tensor:
     """[N, C, H, W] as [M, C] with adjacent columns: a view in one call where all rows are at one distance."""
     n, channels, height, width = x.shape
     image, column, line, row = x.stride()
     if column == 1 and line == width * row and image == height * line:
         return x.as_strided((n * height * width, channels), (row, 1))
-    return any_to_matrix(x)
+    return to_matrix(x)
 
 
 def _grid(x: Tensor) -> Grid:
