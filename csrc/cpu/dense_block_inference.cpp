@@ -12,6 +12,8 @@ namespace {
 
 // of two normalisations and, each behind one, the convolutions' weights
 constexpr size_t kLayerTensors = 2 * (kNormTensors + 1);
+constexpr int64_t kFewRows = 4096;  // divided into tiles of half the usual size: no thread waits long for the last
+
 // What it costs to transform an output channel's filters, in tiles that are transformed
 constexpr double kFilterCost = 1.5;
 
@@ -51,7 +53,11 @@ template <typename Tile, typename T>
 class Block {
  public:
   Block(const Matrix<T>& features, std::vector<Layer<T>> layers, const ImageTiles& image, const Tensor& like)
-      : features_(features), layers_(std::move(layers)), image_(image) {
+      : features_(features),
+        layers_(std::move(layers)),
+        image_(image),
+        tile_rows_(features.rows > kFewRows ? kTileRows : kTileRows / 2),
+        tile_tiles_(features.rows > kFewRows ? kForwardTiles : kForwardTiles / 2) {
     for (const Layer<T>& layer : layers_) {
       bottleneck_ = std::max(bottleneck_, layer.bottleneck());
       growth_ = std::max(growth_, layer.growth());
@@ -73,7 +79,7 @@ class Block {
   Workspace<Tile, T>& workspace(int64_t share) {
     std::unique_ptr<Workspace<Tile, T>>& own = workspaces_[share];
     if (!own) {
-      const int64_t rows = std::min(features_.rows, kTileRows), tiles = std::min(image_.count(), kForwardTiles);
+      const int64_t rows = std::min(features_.rows, tile_rows_), tiles = std::min(image_.count(), tile_tiles_);
       own.reset(new Workspace<Tile, T>{{rows, bottleneck_, width_, false},
                                        scratch<float>(16 * tiles * round_up(growth_, 16)),
                                        {growth_, steps_of<Tile>(bottleneck_), 16},
@@ -90,7 +96,7 @@ class Block {
     const Affine affine = first.affine(), then = second.affine();
     const Matrix<const T> x = features_.columns(layer.read, layer.width()).readonly();
     multiply_in_shares<T>(
-        Shares(x.rows, kTileRows, z.cols, kPackCost), layer.weight, &then, z, false,
+        Shares(x.rows, tile_rows_, z.cols, kPackCost), layer.weight, &then, z, false,
         [&](int64_t share) -> ProductScratch<T>& { return workspace(share).product; },
         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
           kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
@@ -98,7 +104,7 @@ class Block {
   }
 
   void conv3x3(const Layer<T>& layer, const Matrix<const T>& z) {
-    const Shares shares(image_.count(), kForwardTiles, layer.growth(), kFilterCost);
+    const Shares shares(image_.count(), tile_tiles_, layer.growth(), kFilterCost);
     shares.run([&](int64_t share, int64_t column, auto each) {
       Workspace<Tile, T>& own = workspace(share);
       const Transformed<Tile>& v = own.transformed;
@@ -134,6 +140,7 @@ class Block {
   Matrix<T> features_;
   std::vector<Layer<T>> layers_;
   ImageTiles image_;
+  int64_t tile_rows_, tile_tiles_;
   int64_t bottleneck_ = 0, growth_ = 0, width_ = 0;  // the largest
   Tensor z_;
   std::vector<std::unique_ptr<Workspace<Tile, T>>> workspaces_;
