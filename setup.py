@@ -38,6 +38,8 @@ CPU_SOURCES = (
     "bn_relu_maxpool",
     "bn_relu_global_avgpool",
     "dense_block",
+    "dense_block_inference",
+    "stem_inference",
 )
 CPU_KERNELS = ("kernels", "pool_kernels")
 """Compiled once for each instruction set."""

@@ -50,4 +50,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_dense_block_backward(Tensor grad, Tensor(e!) total, Tensor features, Tensor[] bottlenecks, Tensor mean, "
       "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "
       "Tensor(c!) p, Tensor(d!) q, bool described, bool prepend=False) -> ()");
+  m.def(
+      "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
+      "bool prepend=False) -> ()");
+  m.def("cpu_bn_relu_pool_conv1x1_inference(Tensor x, Tensor[] tensors, float eps, int[] grid, Tensor(a!) out) -> ()");
+  m.def("cpu_bn_relu_global_avgpool_inference(Tensor x, Tensor[] tensors, float eps, int images) -> Tensor");
+  m.def(
+      "cpu_stem_inference(Tensor images, Tensor weight, Tensor[] tensors, float eps, int stride, int padding, "
+      "Tensor(a!) out) -> ()");
 }

@@ -21,7 +21,7 @@ PARTS = (DenseBlock, Transition, BNReLUConv1x1)
 STOCK = "stock torch"
 SLOW = {
     "aten": "On CPUs this dtype runs on plain torch operations: in less memory than stock, but slower.",
-    "cpu": "Slower than stock on CPUs: single images below 96x96 in inference; and, on any device, second derivatives.",
+    "cpu": "Slower than stock, on any device: second derivatives.",
 }
 """What is said below a table of the backends that serve CPUs; docs/limits.md has the figures and reasons."""
 VOLUME_POOLS = (nn.MaxPool3d, nn.AvgPool3d)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from densenet_fast import ops
+from densenet_fast import inference, ops
 from densenet_fast.backends import aten, select
 from densenet_fast.backends.affine import Update, accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
@@ -49,9 +49,11 @@ class BatchStatistics(NamedTuple):
 
 
 class Updates:
-    """Updates of running statistics that wait, to be made by one call: a call takes longer than a normalisation."""
+    """Updates of running statistics that wait, to be made by one call: a call takes longer than a normalisation; and
+    the ``room`` that parts which run one after the other have for their feature maps."""
 
     def __init__(self) -> None:
+        self.room = inference.Room()
         self._like: tuple[torch.device, torch.dtype] | None = None
         self._waiting: list[Update] = []
 
@@ -154,6 +156,10 @@ def _bn_relu_conv1x1(
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
     check_input(x)
+    if pool and not describe:
+        made = inference.transition(x, operands, _room(updates))
+        if made is not None:
+            return made, None
     group = operands.group()
     mean, var = _known(x, operands.reader, statistics, group)
     outputs = ops.bn_relu_conv1x1(x, mean, var, operands.stages, pool, describe, group)
@@ -243,6 +249,16 @@ def run_bn_relu_maxpool(
     return _bn_relu_maxpool(x, operands, describe, updates)
 
 
+def run_stem(images: Tensor, convolution: nn.Module, operands: NormOperands, updates: Updates | None) -> Tensor | None:
+    """:func:`bn_relu_maxpool` of what a plain ``convolution`` makes of the images, as one call; None where they have to
+    be called one after the other: where this is not inference, or the convolution is of an unusual kind."""
+    return inference.stem(images, convolution, operands, _room(updates))
+
+
+def _room(updates: Updates | None) -> inference.Room | None:
+    return None if updates is None else updates.room
+
+
 def _bn_relu_maxpool(
     x: Tensor, operands: NormOperands, describe: bool, updates: Updates | None = None
 ) -> tuple[Tensor, BatchStatistics | None]:
@@ -278,6 +294,9 @@ def run_bn_relu_global_avgpool(
 def _bn_relu_global_avgpool(
     x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: Updates | None = None
 ) -> Tensor:
+    made = inference.global_avgpool(x, operands)
+    if made is not None:
+        return made
     group = operands.group()
     known = _known(x, operands.reader, statistics, group)
     outputs = ops.bn_relu_global_avgpool(x, *known, operands.stages, group)
@@ -353,6 +372,10 @@ def _dense_block(
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = _autocast(x, statistics)
     check_input(x)
+    if not describe:
+        made = inference.dense_block(x, operands, _room(updates))
+        if made is not None:
+            return made, None
     rates, stages, group = operands.drop_rates, operands.stages, operands.group()
     masks = _masks(x, operands)
     differentiable = operands.differentiable(x)

@@ -5,8 +5,8 @@ that no tensor among them was exchanged, and that none changed its dtype, shape 
 remember what kinds of input they have been checked beside.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from densenet_fast.backends import select
 from densenet_fast.backends.affine import Running, RunningStatistics, accumulation_dtype
 from densenet_fast.backends.inputs import Fixed
 from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
+
+Made = TypeVar("Made")
 
 
 class BatchNorm(NamedTuple):
@@ -89,6 +91,7 @@ class Operands:
         self._by_batch = any(not norm.frozen for norm in norms)
         self._groups = {norm.group for norm in norms if not norm.frozen}
         self._admitted: set[tuple[object, ...]] = set()
+        self._remembered: dict[Callable[..., object], object] = {}
 
     def group(self) -> str | None:
         """The name of the process group over which the batches are normalised; None if there is but this process."""
@@ -99,6 +102,12 @@ class Operands:
     def differentiable(self, x: Tensor) -> bool:
         """Whether autograd follows an op on x."""
         return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.followed().places))
+
+    def remembered(self, examine: Callable[["Operands"], Made]) -> Made:
+        """What ``examine`` makes of these, which is asked once."""
+        if examine not in self._remembered:
+            self._remembered[examine] = examine(self)
+        return self._remembered[examine]
 
     def admit(self, x: Tensor, channels: int | None = None) -> None:
         """As :meth:`check`, but for inputs of a kind that was admitted before only what is not of the kind; for callers
@@ -180,6 +189,8 @@ class BlockOperands(Operands):
         _check_kinds(units)
         self.layers, self.bottleneck, self.drop_channels, self.prepend = layers, sizes == {2}, drop_channels, prepend
         self.growths = [layer[-1].weight.shape[0] for layer in layers]
+        self.channels = layers[0][0].weight.shape[1]
+        self.columns = self.channels + sum(self.growths)
         self.drop_rates = Fixed([0.0] * len(layers) if drop_rates is None else map(float, drop_rates))
         self.drops = any(self.drop_rates)
         self.dropped_channels = [unit.weight.shape[0] for unit in units]
@@ -205,6 +216,10 @@ class BlockOperands(Operands):
             return self._none
         recomputes = getattr(select(x.device, x.dtype), "RECOMPUTES_WIDE_BOTTLENECKS", False)
         return self._worth_it if recomputes else self._asked
+
+    def own(self, features: Tensor) -> Tensor:
+        """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
+        return features.narrow(1, self.columns - self.channels if self.prepend else 0, self.channels)
 
     def check(self, x: Tensor) -> None:
         self._check_input(x)

@@ -45,6 +45,7 @@ LEVELS = [
     ["ops.chain"],
     ["ops"],
     ["operands"],
+    ["inference"],
     ["functional", "nn.calls"],
     ["nn.sync_batch_norm", "nn.memory_format", "checkpoints"],
     ["nn.fusion", "nn.recomputation", "nn.snapshot"],

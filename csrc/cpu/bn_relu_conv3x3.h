@@ -92,26 +92,32 @@ struct Filters {
   // channels, and the depth the input channels; or, turned, the other way round
   template <typename To>
   void transform(const Panels& panels, bool turned) const {
-    const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
     const int64_t depth = turned ? out_channels : in_channels;
     constexpr int64_t kSlice = 32;
     const int64_t slices = (depth + kSlice - 1) / kSlice;
-    const TileKernels<T>& kernel = tile_kernels<T>(dims);
     torch::stable::parallel_for(0, taps * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t tap = i % taps, p = i / taps / slices, k = i / taps % slices * kSlice;
-        const int64_t first = 32 * p * s.out + k * s.in + plane * (turned ? taps - 1 - tap : tap) * s.tap;
-        const int64_t width = panels.width(p), valid = panels.valid(p), slice = std::min(depth - k, kSlice);
-        uint32_t* to = panels.panel(p, values * tap) + k / kPerWord<To> * width;
-        if (own && std::is_same_v<To, float>) {
-          kernel.weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
-        } else if (own) {
-          kernel.weight(own + first, s, slice, valid, width, turned, to, panels.size());
-        } else {
-          tile_kernels<To>(dims).weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
-        }
+        transform_slice<To>(panels, p, 32 * p, k, std::min(depth - k, kSlice), turned, tap);
       }
     });
+  }
+
+  // Of panel p, whose first column is `column`, and of a tap in depth, the slice of the depth from k on
+  template <typename To>
+  void transform_slice(const Panels& panels, int64_t p, int64_t column, int64_t k, int64_t slice, bool turned,
+                       int64_t tap = 0) const {
+    const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
+    const int64_t first = column * s.out + k * s.in + plane * (turned ? taps - 1 - tap : tap) * s.tap;
+    const int64_t width = panels.width(p), valid = panels.valid(p);
+    uint32_t* to = panels.panel(p, values * tap) + k / kPerWord<To> * width;
+    if (own && std::is_same_v<To, float>) {
+      tile_kernels<T>(dims).weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
+    } else if (own) {
+      tile_kernels<T>(dims).weight(own + first, s, slice, valid, width, turned, to, panels.size());
+    } else {
+      tile_kernels<To>(dims).weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
+    }
   }
 };
 

@@ -1,5 +1,5 @@
 // The head: BN-ReLU and the mean over an image's pixels, forward and backward.
-#include "tiles.h"
+#include "inference.h"
 
 namespace densenet_fast {
 namespace {
@@ -13,25 +13,39 @@ int64_t pixels(int64_t rows, int64_t images) {
 }
 
 // Means of relu(y) over the pixels of each image, [N, C]
+template <typename T>
+Tensor means(const Tensor& x, const Matrix<const T>& m, Affine affine, int64_t images) {
+  const int64_t size = pixels(m.rows, images);
+  Tensor out = torch::stable::new_empty(x, {images, m.cols});
+  const Matrix<T> result(out, "out");
+  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      std::vector<float> sum = zeros(m.cols);
+      for (int64_t first = 0; first < size; first += kBlock) {
+        const int64_t n = std::min(kBlock, size - first);
+        pool_kernels_of<T>().bn_relu_total(m.row(image * size + first), m.ld, n, m.cols, affine, sum.data());
+      }
+      pool_kernels_of<T>().scaled(sum.data(), m.cols, 1.0f / size, result.row(image));
+    }
+  });
+  return out;
+}
+
 Tensor bn_relu_global_avgpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int64_t images) {  // [M, C], [C] each
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
-    const Affine a = affine(mean, scale, shift, m.cols);
-    const int64_t size = pixels(m.rows, images);
-    Tensor out = torch::stable::new_empty(x, {images, m.cols});
-    const Matrix<T> result(out, "out");
-    torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t image = begin; image < end; ++image) {
-        std::vector<float> sum = zeros(m.cols);
-        for (int64_t first = 0; first < size; first += kBlock) {
-          const int64_t n = std::min(kBlock, size - first);
-          pool_kernels_of<T>().bn_relu_total(m.row(image * size + first), m.ld, n, m.cols, a, sum.data());
-        }
-        pool_kernels_of<T>().scaled(sum.data(), m.cols, 1.0f / size, result.row(image));
-      }
-    });
-    return out;
+    return means<T>(x, m, affine(mean, scale, shift, m.cols), images);
+  });
+}
+
+// The same by running statistics
+Tensor bn_relu_global_avgpool_inference(Tensor x, std::vector<Tensor> tensors, double eps, int64_t images) {  // [M, C]
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    STD_TORCH_CHECK(tensors.size() == kNormTensors, "tensors: expected four");
+    return means<T>(x, m, FrozenNorm(tensors.data(), eps, m.cols).affine(), images);
   });
 }
 
@@ -69,5 +83,6 @@ std::tuple<Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu_global_avgpool", TORCH_BOX(&densenet_fast::bn_relu_global_avgpool));
+  m.impl("cpu_bn_relu_global_avgpool_inference", TORCH_BOX(&densenet_fast::bn_relu_global_avgpool_inference));
   m.impl("cpu_bn_relu_global_avgpool_backward", TORCH_BOX(&densenet_fast::bn_relu_global_avgpool_backward));
 }

@@ -1,5 +1,6 @@
 // The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the
 // convolution are linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
+#include "inference.h"
 #include "products.h"
 
 namespace densenet_fast {
@@ -51,6 +52,18 @@ struct Pooling {
   bool drops_rows() const { return outputs * window != inputs; }
 };
 
+// Means of relu(y), for products.h
+template <typename T>
+auto pooled(const Matrix<const T>& x, Affine affine, const Pooling& pooling) {
+  return [=](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
+    const auto sources = pooling.sources(x, row, rows);
+    kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, affine.from(c), values, rest, ld);
+  };
+}
+
+template <typename T>
+constexpr bool kExact = sizeof(T) < sizeof(float);  // the means' rounding is multiplied too
+
 // out = mean(relu(y)) @ weight^T + bias, with its statistics if they are given places
 Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
                             std::optional<Tensor> bias, std::vector<int64_t> grid, std::optional<Tensor> out_mean,
@@ -68,14 +81,33 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Tiles tiles = product_tiles(pooling.outputs);
     TileStatistics partial(tiles, statistics ? w.rows : 0);
     multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"), tiles,
-                statistics ? &partial : nullptr, sizeof(T) < sizeof(float),
-                [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
-                  const auto sources = pooling.sources(m, row, rows);
-                  kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, a.from(c), values, rest,
-                                               ld);
-                });
+                statistics ? &partial : nullptr, kExact<T>, pooled<T>(m, a, pooling));
     if (statistics) partial.combine(tiles, *statistics);
     return out;
+  });
+}
+
+// The same by running statistics, without a bias
+void bn_relu_pool_conv1x1_inference(Tensor x, std::vector<Tensor> tensors, double eps, std::vector<int64_t> grid,
+                                    Tensor out) {  // [M, C], [M', C']
+  by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> m(x, "x");
+    STD_TORCH_CHECK(tensors.size() == kNormTensors + 1, "tensors: expected five");
+    const FrozenNorm norm(tensors.data(), eps, m.cols);
+    const Weight<T> w(tensors[kNormTensors]);
+    const Pooling pooling(grid, m.rows);
+    const Matrix<T> result(out, "out");
+    STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
+    STD_TORCH_CHECK(result.rows == pooling.outputs && result.cols == w.rows, "out: expected [", pooling.outputs, ", ",
+                    w.rows, "]");
+    const int64_t tile = std::min(pooling.outputs, kTileRows);
+    const Shares shares(pooling.outputs, kTileRows, w.rows, kPackCost / pooling.window);
+    std::vector<std::optional<ProductScratch<T>>> own(shares.count());
+    multiply_in_shares<T>(
+        shares, w, nullptr, result, kExact<T>,
+        [&](int64_t share) -> ProductScratch<T>& { return own[share].emplace(tile, w.rows, w.cols, kExact<T>); },
+        pooled<T>(m, norm.affine(), pooling));
   });
 }
 
@@ -116,5 +148,6 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu_pool_conv1x1", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1));
+  m.impl("cpu_bn_relu_pool_conv1x1_inference", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1_inference));
   m.impl("cpu_bn_relu_pool_conv1x1_backward", TORCH_BOX(&densenet_fast::bn_relu_pool_conv1x1_backward));
 }

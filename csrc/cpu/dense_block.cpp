@@ -1,6 +1,6 @@
 // A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers
-// with a bottleneck, without biases or dropout, in one process. Between two kernels it computes a few short vectors, for
-// which a call of torch's each would take longer than the kernels of a small layer.
+// with a bottleneck, without biases or dropout, in one process. Between two kernels it computes a few short vectors,
+// for which a call of torch's each would take longer than the kernels of a small layer.
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
 
@@ -215,10 +215,10 @@ void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Mat
 // From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages.
 // Bottlenecks that were not kept it recomputes. G stands in `total` [M, C_total], which may be grad. p and q start with
 // what came from behind the block.
-void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
-                          double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
-                          Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed, Tensor q_packed,
-                          bool described, bool prepend) {
+void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean,
+                          Tensor var, double count, std::vector<Tensor> tensors, std::vector<double> eps,
+                          std::vector<int64_t> grid, Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed,
+                          Tensor q_packed, bool described, bool prepend) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<T> result(grad_x, "grad_x");

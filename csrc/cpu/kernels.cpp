@@ -19,6 +19,7 @@ constexpr Kernels<T> table() {
           .dropout = dropout<T>,
           .bn_relu_mean = bn_relu_mean<T>,
           .mask_windows = mask_windows<T>,
+          .fold = fold,
           .add = add<T>,
           .store_rows = store_rows<T>,
           .pack = pack<T>,

@@ -100,6 +100,8 @@ struct Kernels {
   void (*mask_windows)(const float* grad, int64_t grad_ld, const T* const* x, int64_t offset, int64_t rows,
                        int64_t window, int64_t cols, Affine affine, T* const* out, uint32_t* a, int64_t a_width,
                        float* sum_d, float* sum_dx);
+  // scale = weight (unless null) / sqrt(var + eps), [cols]
+  void (*fold)(const float* var, float eps, const float* weight, int64_t cols, float* scale);
   // total += values, [count]
   void (*add)(const T* values, int64_t count, float* total);
   // out = values + bias (unless null), [rows, cols], then normalised and rectified (unless null)

@@ -35,6 +35,24 @@ void bn_relu_max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols,
 }
 
 template <typename T>
+void max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, T* out, int64_t out_ld) {
+  for (int64_t o = 0; 2 * o < width; ++o, out += out_ld) {
+    const int first = o > 0 ? 0 : 1, last = 2 * o + 1 < width ? 2 : 1;
+    columns(cols, [&]<int N>(int64_t c) {
+      floats<N> best = {};
+      for (int64_t line = 0; line < lines.count; ++line) {
+        const T* x = lines.data[line] + (2 * o - 1) * ld + c;
+        for (int i = first; i <= last; ++i) {
+          const floats<N> a = load<N>(x + i * ld);
+          best = (a > best) | (a != a) ? a : best;
+        }
+      }
+      store<N>(out + c, best);
+    });
+  }
+}
+
+template <typename T>
 void mask_max(const Readers<T>& readers, int64_t grad_ld, const T* x, int64_t ld, int64_t width, int64_t cols,
               Affine affine, T* out, float* sum_d, float* sum_dx) {
   for (int64_t o = 0; 2 * o < width; ++o) {
@@ -113,7 +131,7 @@ void scaled(const float* values, int64_t count, float factor, T* out) {
 
 template <typename T>
 constexpr PoolKernels<T> table() {
-  return {bn_relu_max<T>, mask_max<T>, bn_relu_total<T>, mask_average<T>, scaled<T>};
+  return {bn_relu_max<T>, max<T>, mask_max<T>, bn_relu_total<T>, mask_average<T>, scaled<T>};
 }
 
 }  // namespace

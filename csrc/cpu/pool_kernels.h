@@ -28,6 +28,9 @@ struct PoolKernels {
   // first of equals, a NaN before all numbers; both contiguous
   void (*bn_relu_max)(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, Affine affine, T* out,
                       uint8_t* argmax);
+  // one output line, [(width + 1) / 2, cols]: out = maximum over the window of lines that are not negative; a NaN is
+  // more than all numbers
+  void (*max)(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, T* out, int64_t out_ld);
   // one line of pixels, [width, cols]: D = (sum of the gradients of the outputs whose maximum it is) * (y > 0):
   // sum_d += sum D, sum_dx += sum D * (x - mean), out (contiguous) = scale * D
   void (*mask_max)(const Readers<T>& readers, int64_t grad_ld, const T* x, int64_t ld, int64_t width, int64_t cols,

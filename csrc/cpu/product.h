@@ -2,6 +2,7 @@
 // adds one outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
 #pragma once
 
+#include "transpose.h"
 #include "vectors.h"
 
 namespace densenet_fast {
@@ -142,25 +143,54 @@ void product<bf16>(Operand a, Operand b, int64_t rows, int64_t cols, int64_t ste
 }
 #endif
 
+constexpr int64_t kPackAhead = 512;  // bytes
+
+// the words k of columns j of a panel [depth, width], for k from `first` and j from `column`
+template <typename T>
+inline void pack_words(const T* values, int64_t depth_stride, int64_t col_stride, int64_t first, int64_t depth,
+                       int64_t column, int64_t cols, int64_t width, uint32_t* out) {
+  constexpr int64_t per_word = 4 / sizeof(T);
+  for (int64_t k = first; k * per_word < depth; ++k) {
+    const T* low = values + k * per_word * depth_stride;
+    for (int64_t j = column; j < cols; ++j) {
+      const T* value = low + j * col_stride;
+      if constexpr (per_word == 1) {
+        out[k * width + j] = same_bits<uint32_t>(*value);
+      } else {
+        const uint32_t high = k * per_word + 1 < depth ? value[depth_stride].bits : 0;
+        out[k * width + j] = value->bits | high << 16;
+      }
+    }
+  }
+}
+
 // word(k, j) = value k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
 template <typename T>
 void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
           uint32_t* out) {
   constexpr int64_t per_word = 4 / sizeof(T);
-  for (int64_t k = 0; k < depth; k += per_word, out += width) {
-    const T* first = values + k * depth_stride;
-    if constexpr (per_word == 1) {
-      for (int64_t j = 0; j < cols; ++j) out[j] = same_bits<uint32_t>(first[j * col_stride]);
-    } else if (k + 1 == depth) {
-      for (int64_t j = 0; j < cols; ++j) out[j] = first[j * col_stride].bits;
-    } else if (const T* second = first + depth_stride; col_stride == 1) {
-      for (int64_t j = 0; j < cols; ++j) out[j] = first[j].bits | static_cast<uint32_t>(second[j].bits) << 16;
-    } else {
-      for (int64_t j = 0; j < cols; ++j) {
-        out[j] = first[j * col_stride].bits | static_cast<uint32_t>(second[j * col_stride].bits) << 16;
+  const int64_t steps = (depth + per_word - 1) / per_word;
+  int64_t done = 0, side = 0;  // words and columns that are transposed in squares
+  if (depth_stride == 1) {
+    done = depth / per_word / kLanes * kLanes;
+    side = cols / kLanes * kLanes;
+    for (int64_t j = 0; j < side; j += kLanes) {
+      for (int64_t k = 0; k < done; k += kLanes) {
+        WordLanes square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const T* from = values + (j + i) * col_stride + k * per_word;
+          __builtin_prefetch(from + kPackAhead / sizeof(T));
+          __builtin_memcpy(&square[i], from, sizeof(WordLanes));
+        }
+        transpose_square(square);
+        for (int i = 0; i < kLanes; ++i) store_bits(out + (k + i) * width + j, square[i]);
       }
     }
-    for (int64_t j = cols; j < width; ++j) out[j] = 0;
+    pack_words(values, 1, col_stride, 0, done * per_word, side, cols, width, out);
+  }
+  pack_words(values, depth_stride, col_stride, done, depth, 0, cols, width, out);
+  for (int64_t k = 0; k < steps; ++k) {
+    for (int64_t j = cols; j < width; ++j) out[k * width + j] = 0;
   }
 }
 

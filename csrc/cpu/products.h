@@ -38,20 +38,23 @@ struct Weight {
 
   // The panels whose columns are this one's rows, and the depth its columns; or, transposed, the other way round
   void pack(const Panels& panels, bool transposed) const {
-    panels.each([&](int64_t p) {
-      const int64_t valid = panels.valid(p), first = 32 * p * (transposed ? 1 : ld);
-      const int64_t part_rows = transposed ? rows : valid, part_cols = transposed ? valid : cols;
-      const T* part = own ? own + first : nullptr;
-      int64_t part_ld = ld;
-      const auto rounded = scratch<T>(own ? 0 : part_rows * part_cols);
-      if (!own) {
-        kernels_of<T>().store_rows(wide + first, ld, part_rows, part_cols, nullptr, nullptr, rounded.get(), part_cols);
-        part = rounded.get();
-        part_ld = part_cols;
-      }
-      kernels_of<T>().pack(part, transposed ? part_ld : 1, transposed ? 1 : part_ld, transposed ? rows : cols, valid,
-                           panels.width(p), panels.panel(p));
-    });
+    panels.each([&](int64_t p) { pack_panel(panels, p, 32 * p, transposed); });
+  }
+
+  // Panel p, whose first column is `column`
+  void pack_panel(const Panels& panels, int64_t p, int64_t column, bool transposed) const {
+    const int64_t valid = panels.valid(p), first = column * (transposed ? 1 : ld);
+    const int64_t part_rows = transposed ? rows : valid, part_cols = transposed ? valid : cols;
+    const T* part = own ? own + first : nullptr;
+    int64_t part_ld = ld;
+    const auto rounded = scratch<T>(own ? 0 : part_rows * part_cols);
+    if (!own) {
+      kernels_of<T>().store_rows(wide + first, ld, part_rows, part_cols, nullptr, nullptr, rounded.get(), part_cols);
+      part = rounded.get();
+      part_ld = part_cols;
+    }
+    kernels_of<T>().pack(part, transposed ? part_ld : 1, transposed ? 1 : part_ld, transposed ? rows : cols, valid,
+                         panels.width(p), panels.panel(p));
   }
 };
 

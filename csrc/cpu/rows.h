@@ -179,6 +179,11 @@ void mask(const T* grad, int64_t grad_ld, const T* x, int64_t ld, int64_t rows, 
   }
 }
 
+inline void fold(const float* var, float eps, const float* weight, int64_t cols, float* scale) {
+  for (int64_t c = 0; c < cols; ++c) scale[c] = 1.0f / __builtin_sqrtf(var[c] + eps);
+  for (int64_t c = 0; weight && c < cols; ++c) scale[c] *= weight[c];
+}
+
 template <typename T>
 void add(const T* values, int64_t count, float* total) {
   columns(count, [&]<int N>(int64_t c) { store<N>(total + c, load<N>(total + c) + load<N>(values + c)); });

@@ -334,6 +334,13 @@ struct Panels {
   Panels(int64_t cols, int64_t steps, int64_t matrices = 1)
       : cols(cols), steps(steps), count((cols + 31) / 32), words(scratch<uint32_t>(matrices * size())) {}
 
+  // Other sizes in the same memory, no larger
+  void reshape(int64_t columns, int64_t depth) {
+    cols = columns;
+    steps = depth;
+    count = (columns + 31) / 32;
+  }
+
   int64_t padded() const { return round_up(cols, 16); }
   int64_t size() const { return padded() * steps; }  // words of one matrix
   int64_t width(int64_t panel) const { return std::min<int64_t>(padded() - 32 * panel, 32); }

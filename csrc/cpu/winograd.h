@@ -9,6 +9,7 @@
 #pragma once
 
 #include "product.h"
+#include "transpose.h"
 #include "vectors.h"
 
 namespace densenet_fast {
@@ -208,41 +209,74 @@ inline void filter_line(V g0, V g1, V g2, V* out, int stride) {
   out[3 * stride] = g2;
 }
 
+// The nine taps of kLanes filters for each of kLanes channels, [channel][tap][filter], as vectors. Filters of which
+// neither the channels nor the taps are adjacent, or fewer, are read one value after the other.
+template <typename S>
+struct FilterSquare {
+  floats<kLanes> taps[kLanes][9];
+
+  void load_from(const S* first, FilterStrides strides, int64_t channels, int64_t filters) {
+    const bool whole = channels == kLanes && filters == kLanes;
+    if (whole && strides.in == 1) {
+      for (int i = 0; i < 9; ++i) {
+        floats<kLanes> square[kLanes];
+        for (int j = 0; j < kLanes; ++j) square[j] = load<kLanes>(first + j * strides.out + i * strides.tap);
+        transpose_square(square);
+        for (int c = 0; c < kLanes; ++c) taps[c][i] = square[c];
+      }
+    } else if (whole && strides.tap == 1 && strides.in == 9) {
+      for (int part = 0; part < 9; ++part) {
+        floats<kLanes> square[kLanes];
+        for (int j = 0; j < kLanes; ++j) square[j] = load<kLanes>(first + j * strides.out + part * kLanes);
+        transpose_square(square);
+        for (int i = 0; i < kLanes; ++i) taps[(part * kLanes + i) / 9][(part * kLanes + i) % 9] = square[i];
+      }
+    } else if (strides.out == 1 && filters == kLanes) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int i = 0; i < 9; ++i) taps[c][i] = load<kLanes>(first + c * strides.in + i * strides.tap);
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int i = 0; i < 9; ++i) {
+          float values[kLanes] = {};
+          const S* from = first + c * strides.in + i * strides.tap;
+          for (int64_t j = 0; j < filters; ++j) values[j] = load<1>(from + j * strides.out)[0];
+          taps[c][i] = load<kLanes>(values);
+        }
+      }
+    }
+  }
+};
+
 // word(value, k, j) of G g G^T for filters g
 template <typename T, typename S>
 void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int64_t cols, int64_t width, bool turned,
                      uint32_t* out, int64_t position) {
   constexpr int64_t per_word = 4 / sizeof(T);
-  const int64_t steps = (depth + per_word - 1) / per_word;
   using V = floats<kLanes>;
-  for (int64_t k = 0; k < steps; ++k) {
+  FilterSquare<S> square;
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    const int64_t channels = depth - k < kLanes ? depth - k : kLanes;
     for (int64_t c = 0; c < width; c += kLanes) {
-      V u[2][16];
-      for (int64_t half = 0; half < per_word; ++half) {
-        float taps[9][kLanes] = {};
-        const S* first = filters + (k * per_word + half) * strides.in + c * strides.out;
-        const bool inside = k * per_word + half < depth;
-        const bool adjacent = strides.out == 1 && c + kLanes <= cols;
-        if (inside && !adjacent) {
-          for (int64_t j = 0; j < kLanes && c + j < cols; ++j) {
-            for (int i = 0; i < 9; ++i)
-              taps[turned ? 8 - i : i][j] = load<1>(first + j * strides.out + i * strides.tap)[0];
+      const int64_t count = cols - c < 0 ? 0 : cols - c < kLanes ? cols - c : kLanes;
+      square.load_from(filters + k * strides.in + c * strides.out, strides, channels, count);
+      for (int64_t step = 0; step * per_word < channels; ++step) {
+        V u[2][16] = {};
+        for (int64_t half = 0; half < per_word && step * per_word + half < channels; ++half) {
+          const V* taps = square.taps[step * per_word + half];
+          V g[9], rows[12];
+          for (int i = 0; i < 9; ++i) g[i] = taps[turned ? 8 - i : i];
+          for (int j = 0; j < 3; ++j) filter_line(g[j], g[3 + j], g[6 + j], rows + j, 3);
+          for (int i = 0; i < 4; ++i) filter_line(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], u[half] + 4 * i, 1);
+        }
+        for (int i = 0; i < 16; ++i) {
+          uint32_t* words = out + i * position + (k / per_word + step) * width + c;
+          if constexpr (per_word == 1) {
+            __builtin_memcpy(words, &u[0][i], sizeof(V));
+          } else {
+            const auto pairs = pair<kLanes>(u[0][i], u[1][i]);
+            __builtin_memcpy(words, &pairs, sizeof(pairs));
           }
-        }
-        V g[9], rows[12];
-        for (int i = 0; i < 9; ++i) {
-          g[i] = inside && adjacent ? load<kLanes>(first + (turned ? 8 - i : i) * strides.tap) : load<kLanes>(taps[i]);
-        }
-        for (int j = 0; j < 3; ++j) filter_line(g[j], g[3 + j], g[6 + j], rows + j, 3);
-        for (int i = 0; i < 4; ++i) filter_line(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], u[half] + 4 * i, 1);
-      }
-      for (int i = 0; i < 16; ++i) {
-        uint32_t* words = out + i * position + k * width + c;
-        if constexpr (per_word == 1) {
-          __builtin_memcpy(words, &u[0][i], sizeof(V));
-        } else {
-          const auto pairs = pair<kLanes>(u[0][i], u[1][i]);
-          __builtin_memcpy(words, &pairs, sizeof(pairs));
         }
       }
     }

@@ -27,6 +27,8 @@ AGAINST = {
     "cuda": ("reference", "torchvision", "torchvision-me", "timm", "compile"),
 }
 WITH_OURS = {"cpu": ("ours", "ours-me"), "cuda": ("ours", "ours-me", "ours-compile")}
+ENGINES = {"cpu": ("openvino", "onnxruntime"), "cuda": ()}
+"""By default in inference."""
 DEFAULTS = {
     "cpu": {"batch": [16], "dtype": "fp32", "repeats": 5},
     "cuda": {"batch": [64], "dtype": "bf16", "repeats": 20},
@@ -194,17 +196,20 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     kind = options.device.type
     against = AGAINST[kind] if options.against is None else options.against
     ours = WITH_OURS[kind] if options.against is None else ("ours", "ours-me")
-    names, left_out = available(list(dict.fromkeys([*against, *ours])), options.model)
+    if options.against is None and options.infer:
+        against += ENGINES[kind]
+    train, dtype = not options.infer, DTYPES[options.dtype]
+    names, left_out = available(list(dict.fromkeys([*against, *ours])), options.model, train, dtype, options.device)
     for name, why in left_out.items():
         print(f"{name} is left out: {why}", file=sys.stderr)
     if not names:
         return 1
     layout = options.layout or ("channels_last" if options.batch == "max" else "both")
-    layouts = {name: layouts_of(name) if layout == "both" else [layout] for name in names}
+    free = {name: layout != "both" and COMPETITORS[name].engine is None for name in names}
+    layouts = {name: [layout] if free[name] else layouts_of(name) for name in names}
     entries = [Entry(name, own, options.model) for name in names for own in layouts[name]]
-    train = not options.infer
     start = time.perf_counter()
-    agree([entry for entry in entries if not entry.compiled], train, options.device, min(64, options.size))
+    agree(compared(entries), train, options.device, min(64, options.size))
     checked = time.perf_counter()
     turns, dropped = chosen_batches(options, entries)
     for name, why in dropped.items():
@@ -215,7 +220,7 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     start += time.perf_counter() - checked
     end = start + 60 * options.minutes
     timed = end if options.memory == "none" else start + TIMED_SHARE * (end - start)
-    timings = measure_times(turns, options.size, DTYPES[options.dtype], train, options.device, options.repeats, timed)
+    timings = measure_times(turns, options.size, dtype, train, options.device, options.repeats, timed)
     names = list(dict.fromkeys(entry.competitor for entry, _ in turns))
     baseline = next(name for name in ("torchvision", "reference", *names) if name in names)
     setting = {"network": options.model, "mode": files.mode, "batches": "max" if options.batch == "max" else "given"}
@@ -231,6 +236,11 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
     plots.bench_bars(files.path("", "png"), f"{files.title()}\n{device_name(options.device)}", best, baseline)
     print(f"{files.path('', 'csv')}: all rows")
     return 0
+
+
+def compared(entries: list[Entry]) -> list[Entry]:
+    """Those that are compared beforehand, all but the compiled ones; one that runs in float64 first."""
+    return sorted((entry for entry in entries if not entry.compiled), key=lambda entry: entry.by_engine)
 
 
 def chosen_batches(options: argparse.Namespace, entries: list[Entry]) -> tuple[list[tuple[Entry, int]], dict[str, str]]:

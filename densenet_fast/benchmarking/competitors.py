@@ -1,4 +1,5 @@
-"""Who is measured: the plain DenseNet, torchvision's, timm's and ours, eager and compiled, in two memory layouts."""
+"""Who is measured: the plain DenseNet, torchvision's, timm's and ours, eager and compiled, in two memory layouts; and
+inference engines."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import densenet_fast
 from densenet_fast import reference
+from densenet_fast.benchmarking.engines import Engine, ONNXRuntime, OpenVINO
 from densenet_fast.benchmarking.networks import architecture
 from densenet_fast.thirdparty import import_timm, import_torchvision
 
@@ -51,11 +53,21 @@ def _with_small_stem(model: nn.Module, arguments: Arguments) -> nn.Module:
 
 @dataclass(frozen=True)
 class Competitor:
-    """An implementation: how it is built, what readers call it, and whether ``torch.compile`` runs it."""
+    """An implementation: how it is built, what readers call it, whether ``torch.compile`` runs it, and the engine that
+    does, if it is one."""
 
     build: Callable[[Arguments], nn.Module]
     label: str
     compiled: bool = False
+    engine: type[Engine] | None = None
+
+    def obstacle(self, train: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot run so, or None."""
+        if self.engine is None:
+            return None
+        if train or device.type != "cpu":
+            return "it is for inference on CPUs"
+        return self.engine.obstacle(dtype)
 
 
 def _ours(arguments: Arguments, memory_efficient: bool = False) -> nn.Module:
@@ -68,6 +80,10 @@ COMPETITORS = {
     "torchvision-me": Competitor(lambda arguments: _torchvision(arguments, True), "torchvision memory_efficient"),
     "timm": Competitor(_timm, "timm"),
     "compile": Competitor(_torchvision, "torchvision torch.compile", compiled=True),
+    "openvino": Competitor(lambda arguments: OpenVINO(_torchvision(arguments)), "OpenVINO", engine=OpenVINO),
+    "onnxruntime": Competitor(
+        lambda arguments: ONNXRuntime(_torchvision(arguments)), "ONNX Runtime", engine=ONNXRuntime
+    ),
     "ours": Competitor(_ours, "densenet_fast"),
     "ours-me": Competitor(lambda arguments: _ours(arguments, True), "densenet_fast memory_efficient"),
     "ours-compile": Competitor(_ours, "densenet_fast torch.compile", compiled=True),
@@ -91,6 +107,10 @@ class Entry:
     def compiled(self) -> bool:
         return COMPETITORS[self.competitor].compiled
 
+    @property
+    def by_engine(self) -> bool:
+        return COMPETITORS[self.competitor].engine is not None
+
     def model(self, device: torch.device, train: bool) -> nn.Module:
         """Built, not compiled; its weights are those of every other competitor."""
         arguments = architecture(self.network)
@@ -108,7 +128,9 @@ class Entry:
 
 def layouts_of(competitor: str) -> list[str]:
     """In which it is measured: what ``torch.compile`` makes in channels_last alone, for the compiler takes minutes, and
-    chooses the layouts of convolutions itself."""
+    chooses the layouts of convolutions itself; so do engines, whose images are contiguous."""
+    if COMPETITORS[competitor].engine is not None:
+        return ["contiguous"]
     return ["channels_last"] if COMPETITORS[competitor].compiled else list(LAYOUTS)
 
 
@@ -117,11 +139,17 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, dynamic=False)
 
 
-def available(names: Sequence[str], network: str) -> tuple[list[str], dict[str, str]]:
-    """Those of ``names`` that can be built for ``network`` here, and of the others why not."""
+def available(
+    names: Sequence[str], network: str, train: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[list[str], dict[str, str]]:
+    """Those of ``names`` that can be built for ``network`` here and run so, and of the others why not."""
     usable, left_out = [], {}
     for name in names:
         try:
+            reason = COMPETITORS[name].obstacle(train, dtype, device)
+            if reason is not None:
+                left_out[name] = reason
+                continue
             COMPETITORS[name].build(architecture(network))
             usable.append(name)
         except (ImportError, AttributeError, ValueError, TypeError, RuntimeError) as error:

@@ -21,6 +21,7 @@ from densenet_fast.functional import Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import copied, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory
+from densenet_fast.operands import BlockOperands
 from densenet_fast.ops import planned
 
 
@@ -241,6 +242,8 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
                 x, statistics = both
                 inside, kept, following = True, False, beyond
                 continue
+        if updates is not None:
+            updates.room.reader = _block(following)
         made, statistics = fused.apply(operands, x, statistics, _is_described(following), updates)
         returned = fused.wanted(made, x, step.layout)
         kept = fused.keeps_output(operands) and returned is made
@@ -253,6 +256,11 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
 def _runs(found: Found[Operands] | None) -> bool:
     """Whether there is a step, and it can run as one op."""
     return found is not None and found.obstacle is None
+
+
+def _block(found: Found[Operands] | None) -> BlockOperands | None:
+    """The step's operands, if there is one, and it can run as one op and is a dense block."""
+    return found.operands if _runs(found) and isinstance(found.operands, BlockOperands) else None
 
 
 def _is_described(found: Found[Operands] | None) -> bool:

@@ -81,6 +81,9 @@ class StemOperands:
     ) -> tuple[Tensor, BatchStatistics | None]:
         """From ``x`` to the result and, if asked to describe it, its statistics."""
         if self.convolution is not None:
+            made = None if describe else functional.run_stem(x, self.convolution, self.operands, updates)
+            if made is not None:
+                return made, None
             x = convolved(self.convolution, x)
         return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
 

@@ -19,7 +19,7 @@ from densenet_fast.nn.bn_relu_conv1x1 import Transition
 from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
 from densenet_fast.nn.memory_format import convolved, handed_out, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory, all_below
-from densenet_fast.operands import ConvOperands, NormOperands, Operands
+from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 
 STEM = ["norm0", "relu0", "pool0"]
 
@@ -75,6 +75,10 @@ class Step:
         they cannot run as one."""
         return None
 
+    def block(self) -> BlockOperands | None:
+        """Its operands, if it is a dense block that can run as one op."""
+        return None
+
     def reads_block(self) -> ConvOperands | NormOperands | None:
         """Its operands, if it can run as one with the dense block before it."""
         return None
@@ -123,6 +127,9 @@ class Part(Step):
             return None
         return functional.run_dense_block_and_reader(x, self.found.operands, behind, statistics, describe, updates)
 
+    def block(self) -> BlockOperands | None:
+        return self.found.operands if self.keeps_output else None
+
     def reads_block(self) -> ConvOperands | None:
         return self.found.operands if type(self.module) is Transition else None
 
@@ -153,6 +160,9 @@ class Stem(Step):
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         if self.convolution is not None:
+            made = None if describe else functional.run_stem(x, self.convolution, self.operands, updates)
+            if made is not None:
+                return made, None
             x = convolved(self.convolution, x)
         return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
 
@@ -233,6 +243,8 @@ class Features(nn.Sequential):
             step.note(reason)
             if reason is None:
                 channels_last = step.channels_last(channels_last)
+                if updates is not None:
+                    updates.room.reader = left[-1].block() if left and not changed else None
                 made = None if changed or updates is None else _run_with_reader(step, left, x, statistics, updates)
                 if made is not None:
                     step = left.pop()

@@ -16,8 +16,9 @@ __all__ = ["contiguous_gradient", "convolved", "copied", "handed_out", "is_chann
 def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
     """``x``, whose memory is channels last, for a reader who may change it in place: in the memory format asked for,
     and a copy if it is ``kept`` for the backward pass."""
-    if not channels_last and not x.is_contiguous():
-        return x.contiguous()
+    layout = CHANNELS_LAST.get(x.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
+    if not x.is_contiguous(memory_format=layout) and (x.dim() in CHANNELS_LAST or not channels_last):
+        return x.contiguous(memory_format=layout)
     return x.clone() if kept and x.requires_grad else x
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from densenet_fast.__main__ import main
-from densenet_fast.benchmarking import command, competitors, memory, steps
+from densenet_fast.benchmarking import command, competitors, memory, steps, times
 from densenet_fast.benchmarking.command import measured_memories
 from densenet_fast.benchmarking.competitors import COMPETITORS, Competitor, Entry, layouts_of
 from densenet_fast.benchmarking.memory import Memory
@@ -19,7 +19,10 @@ from densenet_fast.benchmarking.steps import Disagreement, agree
 from densenet_fast.benchmarking.times import Timing
 
 TINY = ["bench", "--model", "densenet_bc10", "--batch", "3", "--size", "16", "--repeats", "2", "--threads", "1"]
-INSTALLED = [name for name in COMPETITORS if name != "timm" or importlib.util.find_spec("timm")]
+ENGINES = [name for name in COMPETITORS if COMPETITORS[name].engine is not None]
+INSTALLED = [
+    name for name in COMPETITORS if name not in ENGINES and (name != "timm" or importlib.util.find_spec("timm"))
+]
 COLUMNS = """
     network mode batches size dtype batch competitor layout median_s p20_s p80_s repeats images_per_s speed_ratio
     peak_mib reserved_mib memory_ratio failure date commit device driver threads backend os python torch cuda
@@ -43,7 +46,7 @@ def rows_of(out):
 
 @pytest.mark.parametrize("mode", [["--train"], ["--infer", "--dtype", "bf16"]])
 def test_every_competitor_end_to_end(mode, out, capsys):
-    assert main([*TINY, *mode, "--against", ",".join(COMPETITORS), "--out", str(out)]) == 0
+    assert main([*TINY, *mode, "--against", ",".join(INSTALLED), "--out", str(out)]) == 0
     rows = rows_of(out)
     assert list(rows[0]) == COLUMNS
     assert [(row["competitor"], row["layout"]) for row in rows] == [
@@ -61,6 +64,30 @@ def test_every_competitor_end_to_end(mode, out, capsys):
     (markdown,), (picture,) = out.rglob("*.md"), out.rglob("*.png")
     assert table[-1] in markdown.read_text() and "commit" in markdown.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_inference_engines(name, out, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setattr(times, "PAUSE", 0.0)
+    assert main([*TINY, "--infer", "--against", f"torchvision,{name}", "--out", str(out)]) == 0
+    (row,) = (row for row in rows_of(out) if row["competitor"] == name)
+    assert row["failure"] == "" and row["layout"] == "contiguous" and float(row["median_s"]) > 0
+    job = memory.Job(name, "contiguous", "densenet_bc10", 2, 16, "fp32", False, "cpu", 1)
+    assert memory.measure_here(job).failure == ""
+    entry, images = job.entry, job.entry.images(2, 16, torch.device("cpu"))
+    model = entry.model(torch.device("cpu"), False)
+    with torch.no_grad():
+        assert model(images).shape == (2, 10) and model.prepare(images) is model.prepare(images)
+        assert model(images[:1]).shape == (1, 10)
+
+
+def test_engines_are_left_out_of_what_they_do_not_do(out, capsys):
+    assert main([*TINY, "--train", "--against", ",".join(ENGINES), "--out", str(out)]) == 0
+    assert main([*TINY, "--infer", "--dtype", "fp16", "--against", "onnxruntime", "--out", str(out)]) == 0
+    lines = capsys.readouterr().err
+    assert all(f"{name} is left out: it is for inference on CPUs" in lines for name in ENGINES)
+    assert "onnxruntime is left out: " in lines.rpartition("inference on CPUs")[2]
 
 
 def test_several_batches_and_the_faster_layouts_memory(out):

@@ -1,0 +1,198 @@
+"""Parts in inference on CPUs: each is one call of a compiled kernel, which normalises by running statistics.
+
+They serve where autograd follows nothing. A part before a dense block writes its result among the block's features, so
+that nothing is copied between the two.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast.backends import cpu
+from densenet_fast.backends.layout import empty_image, to_matrix
+from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
+from densenet_fast.ops import planned
+from densenet_fast.ops.op import named, seen_by_dispatcher
+from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
+
+Grid = tuple[int, ...]
+
+MOST_IMAGE_CHANNELS = 16
+"""Of the stem's own convolution, which copies the patches that it multiplies."""
+
+kernels = torch.ops.densenet_fast
+
+
+class Frozen:
+    """What the kernels take of stages: of each its normalisation's four tensors and its convolution's weight, if it has
+    one; an empty tensor for one that is absent."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.eps = stages.eps
+        self._vectors = [t for stage in stages for t in stage[:4] if t is not None]
+        self._weights = [stage.conv_weight for stage in stages if stage.conv_weight is not None]
+        self._dtypes = {weight.dtype for weight in self._weights}
+        empty = torch.empty(0)
+        taken = 5 if self._weights else 4
+        self.tensors = [empty if t is None else t for stage in stages for t in stage[:taken]]
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether the kernels take them beside x."""
+        return (
+            self._dtypes <= {x.dtype, torch.float32}
+            and all(map(Tensor.is_contiguous, self._vectors))
+            and all(w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) for w in self._weights)
+        )
+
+
+class Room:
+    """What the parts of a chain know of each other: the dense block that reads what is made next, if it is one, and the
+    features among which that was made."""
+
+    def __init__(self) -> None:
+        self.reader: BlockOperands | None = None
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def image(self, like: Tensor, grid: Grid, channels: int) -> Tensor:
+        """An uninitialised [N, channels, *spatial] with adjacent channels, among its reader's features."""
+        if self.reader is None or _frozen(self.reader) is None or self.reader.channels != channels:
+            return empty_image(like, grid, channels)
+        features = empty_image(like, grid, self.reader.columns)
+        own = self.reader.own(features)
+        self._made = own, features
+        return own
+
+    def features_of(self, x: Tensor) -> Tensor | None:
+        """Those among which x was made, for its one reader."""
+        made, self._made = self._made, None
+        return made[1] if made is not None and made[0] is x else None
+
+
+def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor | None:
+    """The block's features [N, C_total, H, W] from x [N, C0, H, W], or None where it is not for these kernels."""
+    features = None if room is None else room.features_of(x)
+    frozen = _served(x, operands)
+    if frozen is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
+        return None
+    with _noted("dense_block", x, operands):
+        if features is None:
+            features = empty_image(x, _grid(x), operands.columns)
+            cpu.append_features(x, _matrix(operands.own(features)), None)
+        kernels.cpu_dense_block_inference(
+            _matrix(features), x.shape[1], frozen.tensors, frozen.eps, _grid(x), operands.prepend
+        )
+    return features
+
+
+def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor | None:
+    """BN-ReLU, a mean over windows of 2 and a 1x1 convolution of x [N, C, H, W], or None where it is not for these
+    kernels."""
+    frozen = _served(x, operands)
+    if frozen is None:
+        return None
+    with _noted("bn_relu_conv1x1", x, operands):
+        grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
+        out = (room or Room()).image(x, grid, operands.unit.weight.shape[0])
+        kernels.cpu_bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
+    return out
+
+
+def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
+    """BN-ReLU and the mean over all pixels of x [N, C, H, W], or None where it is not for these kernels."""
+    frozen = _served(x, operands)
+    if frozen is None:
+        return None
+    with _noted("bn_relu_global_avgpool", x, operands):
+        return kernels.cpu_bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
+
+
+def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: Room | None) -> Tensor | None:
+    """The convolution, BN-ReLU and the maximum over windows of 3 of images [N, C, H, W], or None where they are not for
+    these kernels."""
+    if torch.compiler.is_compiling():
+        return None
+    dtype = autocast_dtype(images.device)
+    if dtype is not None and images.dtype == torch.float32:
+        images = images.to(dtype)
+    weight, (stage,) = convolution.weight, operands.stages
+    kernel, stride, padding = weight.shape[-1], convolution.stride[0], convolution.padding[0]
+    if not _plain_convolution(convolution, images, dtype) or stage.running_mean is None:
+        return None
+    sizes = [(size + 2 * padding - kernel) // stride + 1 for size in images.shape[2:]]
+    frozen = _served(images, operands, weight)
+    if frozen is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
+        return None
+    with _noted("bn_relu_maxpool", images, operands):
+        grid = (images.shape[0], *((size + 1) // 2 for size in sizes))
+        out = (room or Room()).image(images, grid, weight.shape[0])
+        taps = weight.detach().permute(0, 2, 3, 1).contiguous()
+        images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
+        kernels.cpu_stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
+    return out
+
+
+def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.dtype | None) -> bool:
+    """Whether it is a convolution of few channels, without a bias, on plain squares."""
+    weight = convolution.weight
+    squares = (weight.shape[2:], convolution.stride, convolution.padding)
+    return (
+        convolution.bias is None
+        and images.dim() == weight.dim() == 4
+        and images.shape[1] == weight.shape[1] <= MOST_IMAGE_CHANNELS
+        and not isinstance(convolution.padding, str)
+        and all(size[0] == size[1] for size in squares)
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+        and (weight.dtype == images.dtype or (autocast is not None and weight.dtype == torch.float32))
+    )
+
+
+def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
+    """What the kernels take of the operands, or None where x, they and ``others`` are not for these kernels."""
+    if torch.compiler.is_compiling():
+        return None
+    frozen = _frozen(operands)
+    if frozen is None or x.dim() != 4 or x.numel() == 0 or not frozen.fit(x):
+        return None
+    if operands.differentiable(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in others)):
+        return None
+    if cpu.unavailable() is not None or not cpu.supports(x.device, x.dtype):
+        return None
+    if seen_by_dispatcher([x, operands.stages.tensors, *others]):
+        return None
+    return frozen
+
+
+def _frozen(operands: Operands) -> Frozen | None:
+    """What the kernels take of the operands; None where they are not all plain and normalised by running statistics."""
+    return operands.remembered(_examined)
+
+
+def _examined(operands: Operands) -> Frozen | None:
+    unfit = any(norm.training for norm in operands.norms) or not all(map(_is_plain, operands.stages))
+    return None if unfit else Frozen(operands.stages)
+
+
+def _is_plain(stage: Stage) -> bool:
+    plain = stage.frozen and stage.running_var is not None and stage.conv_bias is None
+    return plain and all(t is None or t.dtype == torch.float32 for t in stage[:4])
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [M, C] with adjacent columns: a view in one call where all rows are at one distance."""
+    n, channels, height, width = x.shape
+    image, column, line, row = x.stride()
+    if column == 1 and line == width * row and image == height * line:
+        return x.as_strided((n * height * width, channels), (row, 1))
+    return to_matrix(x)
+
+
+def _grid(x: Tensor) -> Grid:
+    return x.shape[0], *x.shape[2:]
+
+
+def _noted(name: str, x: Tensor, operands: Operands) -> Any:
+    operands.outcome.walked = planned.obstacle(x)
+    return named(f"densenet_fast::{name}")
