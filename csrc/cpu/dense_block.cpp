@@ -1,6 +1,6 @@
 // A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers
-// with a bottleneck, without biases or dropout, in one process. Between two kernels it computes a few short vectors, for
-// which a call of torch's each would take longer than the kernels of a small layer.
+// with a bottleneck, without biases or dropout, in one process. Between two kernels it computes a few short vectors,
+// for which a call of torch's each would take longer than the kernels of a small layer.
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
 
