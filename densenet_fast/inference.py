@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends import cpu
+from densenet_fast.backends import cpu, select
 from densenet_fast.backends.layout import empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
@@ -158,7 +158,7 @@ def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
         return None
     if operands.differentiable(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in others)):
         return None
-    if cpu.unavailable() is not None or not cpu.supports(x.device, x.dtype):
+    if select(x.device, x.dtype) is not cpu:
         return None
     if seen_by_dispatcher([x, operands.stages.tensors, *others]):
         return None

@@ -214,7 +214,10 @@ class BlockOperands(Operands):
         """
         if not differentiable:
             return self._none
-        recomputes = getattr(select(x.device, x.dtype), "RECOMPUTES_WIDE_BOTTLENECKS", False)
+        if torch.compiler.is_compiling():
+            recomputes = x.device.type == "cpu"
+        else:
+            recomputes = getattr(select(x.device, x.dtype), "RECOMPUTES_WIDE_BOTTLENECKS", False)
         return self._worth_it if recomputes else self._asked
 
     def own(self, features: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ LEVELS = [
     ["backends.plan"],
     ["backends"],
     ["ops.stage"],
-    ["ops.ahead", "ops.planned"],
+    ["ops.ahead", "ops.block_plan", "ops.planned"],
     ["ops.stock", "ops.batching", "ops.op"],
     ["ops.bn_conv1x1_avgpool"],
     ["ops.single"],
