@@ -320,7 +320,8 @@ def dense_block(
     """A dense block: each layer reads x and all features made before it, and appends its own.
 
     Saved for the backward pass: the result and the output of each bottleneck; with ``memory_efficient`` the result
-    alone, the bottlenecks being recomputed.
+    alone, the bottlenecks being recomputed. On CPUs those are recomputed always that have more channels than their
+    layers read: they are the cheapest to recompute.
 
     Args:
         x: [N, C0, *spatial], floating.

@@ -27,7 +27,8 @@ class DenseNet(reference.DenseNet):
         bn_size: bottlenecks have bn_size * k channels; None for layers without a bottleneck.
         drop_rate: dropout rate of each layer's new features.
         num_classes: number of classes.
-        memory_efficient: whether to recompute the bottlenecks in the backward pass instead of keeping them.
+        memory_efficient: whether to recompute the bottlenecks, and what the stem's convolution makes, in the backward
+            pass instead of keeping them.
         in_channels: channels of the images.
         compression: theta; a transition keeps floor(theta * C) of C channels; 1 for none.
         small_inputs: the CIFAR stem (one 3x3 convolution) instead of the ImageNet stem.

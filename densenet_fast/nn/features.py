@@ -18,6 +18,7 @@ from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.bn_relu_conv1x1 import Transition
 from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
 from densenet_fast.nn.memory_format import convolved, handed_out, is_channels_last
+from densenet_fast.nn.recomputation import convolution_recomputed
 from densenet_fast.nn.snapshot import Found, Memory, all_below
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 
@@ -142,13 +143,17 @@ class Part(Step):
 
 
 class Stem(Step):
-    """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if it is a plain one."""
+    """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if it is a plain one, whose
+    result is ``recomputed`` in the backward pass or kept."""
 
     settled = True
 
-    def __init__(self, features: "Features", convolution: nn.Conv2d | None, operands: NormOperands) -> None:
+    def __init__(
+        self, features: "Features", convolution: nn.Conv2d | None, operands: NormOperands, recomputed: bool
+    ) -> None:
         super().__init__(*([] if convolution is None else [convolution]), *_stem_modules(features))
         self.features, self.convolution, self.operands = weakref.ref(features), convolution, operands
+        self.recomputed = recomputed
 
     def obstacle(self, x: Tensor) -> str | None:
         return fusion.input_obstacle(x, 2)
@@ -163,7 +168,10 @@ class Stem(Step):
             made = None if describe else functional.run_stem(x, self.convolution, self.operands, updates)
             if made is not None:
                 return made, None
-            x = convolved(self.convolution, x)
+            images, x = x, convolved(self.convolution, x)
+            if self.recomputed:
+                with convolution_recomputed(self.convolution, images, x):
+                    return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
         return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
 
     def note(self, reason: str | None) -> None:
@@ -310,7 +318,8 @@ def _examined(features: Features) -> Found[list[Step]]:
         if stem is None and name in STEM:
             if name == "norm0":
                 plain = bool(steps) and _is_plain_convolution(steps[-1].modules[0])
-                steps.append(Stem(features, steps.pop().modules[0] if plain else None, operands))
+                convolution = steps.pop().modules[0] if plain else None
+                steps.append(Stem(features, convolution, operands, _recomputes(features)))
             continue
         found = module.found() if _is_plain_part(module) else None
         runs = found is not None and found.obstacle is None
@@ -337,6 +346,12 @@ def _rectified(x: Tensor) -> Tensor:
         return F.relu(x, inplace=True)
     except RuntimeError:
         return F.relu(x)
+
+
+def _recomputes(features: Features) -> bool:
+    """Whether all dense blocks are memory efficient."""
+    flags = [part.memory_efficient for part in features._modules.values() if isinstance(part, DenseBlock)]
+    return bool(flags) and all(flags)
 
 
 def _is_plain_convolution(module: nn.Module) -> bool:

@@ -1,4 +1,5 @@
-"""Recomputation on stock layers: what torchvision's ``memory_efficient`` does, with running statistics updated once."""
+"""Recomputation on stock layers: what torchvision's ``memory_efficient`` does, with running statistics updated once.
+And recomputation of the stem's convolution."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from densenet_fast.nn.memory_format import convolved
 from densenet_fast.operands import active_transform
+from densenet_fast.ops.stage import autocast_dtype
 
 
 def recomputable(inputs: Sequence[Tensor]) -> bool:
@@ -40,3 +43,39 @@ def _buffers_unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for part, buffers in own:
             part._buffers.update(buffers)
+
+
+@contextmanager
+def convolution_recomputed(convolution: nn.Module, images: Tensor, made: Tensor) -> Iterator[None]:
+    """Meanwhile no op keeps ``made`` for its backward pass, which the plain ``convolution`` made of ``images``. The
+    backward pass makes it again, differentiably if it is differentiated itself.
+
+    Raises, there:
+        RuntimeError: the images or the convolution's parameters have been exchanged or changed in place.
+    """
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if hooked or images.is_inference() or not (recomputable([made]) and type(images) is Tensor):
+        yield
+        return
+
+    def sources() -> list[tuple[int, int]]:
+        own = (images, convolution.weight, convolution.bias)
+        return [(id(t), t._version) for t in own if t is not None]
+
+    dtype, kind, before = autocast_dtype(images.device), images.device.type, sources()
+    place, shape = made.data_ptr(), made.shape
+
+    def again() -> Tensor:
+        if sources() != before:
+            raise RuntimeError(
+                "the stem's images or its convolution's parameters have been modified by an inplace operation or "
+                "exchanged since the forward pass, and memory_efficient recomputes the convolution from them"
+            )
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            return convolved(convolution, images)
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: again if t.data_ptr() == place and t.shape == shape else t,
+        lambda kept: again() if kept is again else kept,
+    ):
+        yield

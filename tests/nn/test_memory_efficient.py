@@ -1,6 +1,7 @@
 """``memory_efficient``: per model, block and layer, fused or not."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import densenet_fast
 from densenet_fast import functional
-from densenet_fast.nn import DenseBlock, DenseLayer
+from densenet_fast.nn import DenseBlock, DenseLayer, features, memory_format
 from helpers import assert_same, error, make_norm, randomise, twin
 
 SHAPE = dict(growth_rate=8, block_config=(3, 4), num_init_features=16, num_classes=5)
@@ -112,3 +113,58 @@ def test_unfused_it_computes_the_same_and_updates_running_statistics_once(how, a
     norm = efficient.features.denseblock1.denselayer2.norm1
     assert norm.num_batches_tracked == 1
     assert error(norm.running_mean, model.features.denseblock1.denselayer2.norm1.running_mean) < 1e-12
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_what_the_stems_convolution_makes_is_kept_or_made_again(efficient, monkeypatch):
+    made = []
+
+    def convolved(*arguments):
+        out = memory_format.convolved(*arguments)
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(features, "convolved", convolved)
+    model = densenet_fast.DenseNet(**SHAPE, memory_efficient=efficient)
+    loss = model(torch.randn(2, 3, 32, 32)).sum()
+    assert [(ref() is None) for ref in made] == [efficient]
+    loss.backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_stem_made_again_gives_bitwise_the_same_gradients(autocast):
+    torch.manual_seed(0)
+    model, x, gradients = randomise(densenet_fast.DenseNet(**SHAPE)), torch.randn(2, 3, 48, 40), []
+    for efficient in (False, True):
+        network = copy.deepcopy(model)
+        for part in network.modules():
+            if hasattr(part, "memory_efficient"):
+                part.memory_efficient = efficient
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = network(leaf)
+        out.float().square().sum().backward()
+        gradients.append([leaf.grad, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_second_derivatives_reach_what_the_stem_is_made_of():
+    torch.manual_seed(0)
+    model, x, found = randomise(densenet_fast.DenseNet(**SHAPE)).double(), torch.randn(2, 3, 32, 32).double(), []
+    for efficient in (False, True):
+        for part in model.modules():
+            if hasattr(part, "memory_efficient"):
+                part.memory_efficient = efficient
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [leaf, model.features.conv0.weight]))
+    assert all(error(a, b) < 1e-9 for a, b in zip(*found, strict=True))
+
+
+def test_a_stem_that_changed_before_it_is_made_again_raises():
+    model = densenet_fast.DenseNet(**SHAPE, memory_efficient=True)
+    loss = model(torch.randn(2, 3, 32, 32)).sum()
+    with torch.no_grad():
+        model.features.conv0.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
