@@ -40,7 +40,10 @@ def main() -> None:
     rows: list[Row] = []
     for depth in sorted(options.depths):
         network = f"densenet_bc{depth}"
-        new = [memory_row(name, depth, limit, rows, options) for name in available(WHO, network)[0]]
+        new = [
+            memory_row(name, depth, limit, rows, options)
+            for name in available(WHO, network, True, DTYPES[options.dtype], options.device)[0]
+        ]
         rows += new
         write(figure, options, rows, show=False)  # should the times need more than the system has
         add_times(new, network, options)

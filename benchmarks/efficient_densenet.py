@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed steps after warming up (5)")
     options = parser.parse_args()
     figure = Figure("efficient_densenet", options)
-    names, _ = available(WHO, NETWORK)
+    names, _ = available(WHO, NETWORK, True, DTYPES[options.dtype], options.device)
     entries = [Entry(name, layout, NETWORK) for name in names for layout in LAYOUTS]
     agree(entries, True, options.device, SIZE)
     turns = [(entry, BATCH) for entry in entries]

@@ -34,7 +34,7 @@ def main() -> None:
     figure = Figure("largest_batch", options)
     rows: list[dict[str, Any]] = []
     for network in progress(options.models, "networks"):
-        names = available(options.against, network)[0]
+        names = available(options.against, network, True, DTYPES[options.dtype], options.device)[0]
         for name in progress(names, network):
             job = Job(
                 name,

@@ -34,8 +34,10 @@ def main() -> None:
         for converted in (False, True):
             process = context.Process(target=measure, args=(library, converted, results))
             process.start()
-            peaks[library].append(results.get())
             process.join()
+            if process.exitcode:
+                raise SystemExit(f"{library}, converted {converted}: exit code {process.exitcode}")
+            peaks[library].append(results.get())
     print(json.dumps(peaks))
 
 

@@ -38,7 +38,7 @@ def fused_calls(monkeypatch):
         return out
 
     monkeypatch.setattr(fused, "apply", run)
-    monkeypatch.setattr(ops, "dense_block", lambda *args: (inside and calls.append(all(args[7])), op(*args))[1])
+    monkeypatch.setattr(ops, "dense_block", lambda *args: (inside and calls.append(any(args[7])), op(*args))[1])
     return calls
 
 

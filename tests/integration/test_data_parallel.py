@@ -9,7 +9,7 @@ from integration.support import assert_close, images, pair
 from torch import Tensor, nn
 
 import densenet_fast
-from densenet_fast import ops
+from densenet_fast import functional
 
 
 def replicate(model: nn.Module, copies: int) -> list[nn.Module]:
@@ -43,8 +43,10 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[s
 @pytest.mark.parametrize("memory_efficient", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_replicas_in_threads_equal_stocks(training, memory_efficient, monkeypatch):
-    calls, fused = [], ops.dense_block
-    monkeypatch.setattr(ops, "dense_block", lambda *args: (calls.append(1), fused(*args))[1])
+    calls = []
+    for name in ("TRANSITION", "HEAD"):
+        fused = getattr(functional, name)
+        monkeypatch.setattr(functional, name, lambda *args, fused=fused: (calls.append(1), fused(*args))[1])
     x = images(5, 3, 40, 36)
     assert_close(*(step(model, x) for model in pair(training=training, memory_efficient=memory_efficient)))
     assert len(calls) == 4
