@@ -169,7 +169,7 @@ class Stem(Step):
             if made is not None:
                 return made, None
             images, x = x, convolved(self.convolution, x)
-            if self.recomputed:
+            if self.recomputed and not torch.compiler.is_compiling():
                 with convolution_recomputed(self.convolution, images, x):
                     return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
         return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)

@@ -71,7 +71,8 @@ def convolution_recomputed(convolution: nn.Module, images: Tensor, made: Tensor)
                 "the stem's images or its convolution's parameters have been modified by an inplace operation or "
                 "exchanged since the forward pass, and memory_efficient recomputes the convolution from them"
             )
-        with torch.autocast(kind, dtype, enabled=dtype is not None):
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, dtype, enabled=dtype is not None) if known else nullcontext():
             return convolved(convolution, images)
 
     with torch.autograd.graph.saved_tensors_hooks(
