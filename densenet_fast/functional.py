@@ -22,7 +22,7 @@ from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, Operands, check
 from densenet_fast.ops import planned, stock
 from densenet_fast.ops.chain import HEAD, TRANSITION
-from densenet_fast.ops.op import seen_by_dispatcher
+from densenet_fast.ops.op import saved_tensors_are_looked_at, seen_by_dispatcher
 from densenet_fast.ops.stage import autocast_dtype, global_count, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
 
@@ -415,7 +415,7 @@ def run_dense_block_and_reader(
     """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call that
     spares the host work and the memory of a gradient; None where they have to be called one after the other: where
     neither counts, or there is more to do."""
-    if operands.drops or _saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
+    if operands.drops or saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
         return None
     is_planned, differentiable = planned.obstacle(x) is None, operands.differentiable(x)
     if not is_planned and (x.device.type != "cpu" or not differentiable):
@@ -446,11 +446,6 @@ def run_dense_block_and_reader(
     _update_running_statistics(x, operands, mean, var, count, updates)
     _update_running_statistics(x, reader, *own[:3], updates)
     return out, BatchStatistics(*own[3:5]) if describe else None
-
-
-def _saved_tensors_are_looked_at() -> bool:
-    """Whether hooks see what is saved for the backward pass: those of checkpointing count it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 LARGEST_VARIANCE = 2.0**80

@@ -15,6 +15,7 @@ from torch import Tensor
 from densenet_fast.backends import select
 from densenet_fast.backends.affine import Running, RunningStatistics, accumulation_dtype
 from densenet_fast.backends.inputs import Fixed
+from densenet_fast.ops.block_plan import own_features
 from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 
 Made = TypeVar("Made")
@@ -222,7 +223,7 @@ class BlockOperands(Operands):
 
     def own(self, features: Tensor) -> Tensor:
         """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
-        return features.narrow(1, self.columns - self.channels if self.prepend else 0, self.channels)
+        return own_features(features, self.channels, self.prepend)
 
     def check(self, x: Tensor) -> None:
         self._check_input(x)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from densenet_fast.nn.memory_format import convolved
 from densenet_fast.operands import active_transform
+from densenet_fast.ops.op import saved_tensors_are_looked_at
 from densenet_fast.ops.stage import autocast_dtype
 
 
@@ -53,8 +54,7 @@ def convolution_recomputed(convolution: nn.Module, images: Tensor, made: Tensor)
     Raises, there:
         RuntimeError: the images or the convolution's parameters have been exchanged or changed in place.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if hooked or images.is_inference() or not (recomputable([made]) and type(images) is Tensor):
+    if saved_tensors_are_looked_at() or images.is_inference() or not (recomputable([made]) and type(images) is Tensor):
         yield
         return
 

@@ -107,3 +107,8 @@ class Plan:
     def normalised_by_batch(self, i: int) -> bool:
         """Whether layer i or a later one, or a reader behind the block, normalises its input by batch statistics."""
         return self.described or any(not layer[0].frozen for layer in self.layers[i:])
+
+
+def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:
+    """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
+    return features[:, features.shape[1] - in_channels :] if prepend else features[:, :in_channels]

@@ -15,10 +15,10 @@ from torch import Tensor
 from densenet_fast.backends.layout import is_channels_last
 from densenet_fast.ops import planned, stock
 from densenet_fast.ops.ahead import compile_ahead
-from densenet_fast.ops.block_plan import Plan
+from densenet_fast.ops.block_plan import Plan, own_features
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
-from densenet_fast.ops.dense_block import consuming_backward, own_features
+from densenet_fast.ops.dense_block import consuming_backward
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
 from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten

@@ -32,7 +32,7 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
-from densenet_fast.ops.block_plan import Plan
+from densenet_fast.ops.block_plan import Plan, own_features
 from densenet_fast.ops.op import Gradients, Parts, define, with_autograd
 from densenet_fast.ops.single import fake_count
 from densenet_fast.ops.stage import (
@@ -471,11 +471,6 @@ def for_each_layer(bottlenecks: list[Tensor], saved: list[bool], like: Tensor) -
     """Of each layer its bottleneck, empty where it was not ``saved``, from those that were."""
     kept, empty = iter(bottlenecks), like.new_empty(0)
     return [next(kept) if flag else empty for flag in saved]
-
-
-def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:
-    """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
-    return features[:, features.shape[1] - in_channels :] if prepend else features[:, :in_channels]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:

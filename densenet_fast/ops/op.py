@@ -76,6 +76,11 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
     )
 
 
+def saved_tensors_are_looked_at() -> bool:
+    """Whether hooks see what is saved for the backward pass: those of checkpointing count it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def with_autograd(
     op: Op,
     save: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None],

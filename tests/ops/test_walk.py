@@ -154,6 +154,20 @@ def test_what_is_not_plain_is_left_to_the_op(change, backward, counted):
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
 
+def test_g_stands_in_the_memory_of_a_gradient_that_nobody_else_needs(monkeypatch):
+    own, shared = cpu.dense_block_backward, []
+
+    def recorded(grad, total, *arguments):
+        shared.append(total.data_ptr() == grad.data_ptr())
+        own(grad, total, *arguments)
+
+    monkeypatch.setattr(cpu, "dense_block_backward", recorded)
+    densenet_fast.DenseNet(8, (2, 2), 16, num_classes=5)(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert shared == [True, True]
+    densenet_fast.nn.DenseBlock(2, 8, 4, 4)(torch.randn(2, 8, 6, 6, requires_grad=True)).sum().backward()
+    assert shared == [True, True, False]
+
+
 def test_wrong_arguments_raise():
     kernels = torch.ops.densenet_fast
     x, layers, _ = make(torch.float32, spatial=(6, 6))
