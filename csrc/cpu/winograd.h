@@ -36,8 +36,9 @@ inline void transform_tiles(int64_t tiles, int64_t cols, TransformedTiles<T> out
     auto tile = transform.template operator()<N>(c);
     if (sizeof(T) == 4 || !out.paired) {
       T* to = out.data + c;
-      for (int64_t t = 0; t < tiles; ++t, to += out.row) {
-        tile(t, [&](int i, floats<N> v) { store<N>(to + i * out.position, v); });
+      const int64_t position = out.position, row = out.row;
+      for (int64_t t = 0; t < tiles; ++t, to += row) {
+        tile(t, [=](int i, floats<N> v) { store<N>(to + i * position, v); });
       }
     } else {
       T* to = out.data + 2 * c;
@@ -68,14 +69,22 @@ inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, Tra
                                                                                                  auto emit) mutable {
       const T* const* tile = pixels + kValues * t;
       const bool right_of_the_last = t > 0 && tile[kAcross + 1] == tile[kAcross + W + 1 - kValues];
-      for (int j = 0; j < 2 && right_of_the_last; ++j) {
-        for (int i = j; i < kValues; i += kAcross) line.v[i] = line.v[i + W];
-      }
-      for (int j = right_of_the_last ? 2 : 0; j < kAcross; ++j) {
+      const auto down = [&](int j) {
         floats<N> d[4];
         for (int i = 0; i < 4; ++i) d[i] = load_pixel(tile[kAcross * i + j]);
         Filtering<2>::input(d, 1, line.v + j, kAcross);
+      };
+      if (right_of_the_last) {
+        for (int i = 0; i < kValues; i += kAcross) {
+          line.v[i] = line.v[i + W];
+          line.v[i + 1] = line.v[i + W + 1];
+        }
+      } else {
+        down(0);
+        down(1);
       }
+#pragma GCC unroll 4
+      for (int j = 2; j < kAcross; ++j) down(j);
       for (int i = 0; i < kValues; i += kAcross) {
         floats<N> v[kAcross];
         Filtering<W>::input(line.v + i, 1, v, 1);
