@@ -29,19 +29,20 @@ const TileKernels<T>& tile_kernels(const ImageTiles& image) {
   return image.dims == 1 ? all.line : image.wide == 2 ? all.square : all.wide;
 }
 
-// As many as `count` values of as many as `tiles` tiles; what no tile is stored to stays zero
+// As many as `count` values of as many as `tiles` tiles. Products read whole words, and of pairs multiples of 16
+// columns: if there are as many as this but not of the matrix, `ragged`, what no tile is stored to stays zero.
 template <typename T>
 struct Transformed {
   int64_t words, position;  // in a row, from position to position
   bool paired;
   std::unique_ptr<T[], decltype(&std::free)> data;
 
-  Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired)
+  Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired, bool ragged)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
         position((paired ? steps_of<T>(tiles) : tiles) * words + kSkew),
         paired(paired),
         data(scratch<T>(count * position * kPerWord<T>)) {
-    std::fill_n(data.get(), count * position * kPerWord<T>, T{});
+    if (ragged) std::fill_n(data.get(), count * position * kPerWord<T>, T{});
   }
 
   TransformedTiles<T> tiles() const { return {data.get(), position * kPerWord<T>, words * kPerWord<T>, paired}; }
@@ -164,7 +165,7 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
   const Parts parts(image, kForwardPixels, 1);
   parts.tiles.share([&](auto each) {
     const int64_t largest = parts.largest(), products_ld = weights.padded();
-    const Transformed<Tile> v(values, parts.largest_input(), x.cols, false);
+    const Transformed<Tile> v(values, parts.largest_input(), x.cols, false, x.cols % kPerWord<Tile> != 0);
     const auto products = scratch<float>(values * largest * products_ld);
     Pixels<const T> around(image, true), next(image);
     Pixels<T> inside(image);
@@ -225,9 +226,9 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
   std::vector<ColumnSums> sums_parts(tiles.chunks);
   tiles.run([&](int64_t chunk) {
     const int64_t largest = parts.largest(), largest_input = parts.largest_input();
-    const Transformed<T> dy(values, out ? largest_input : 0, grad.cols, false);
-    const Transformed<T> ady(values, need_weight ? largest : 0, grad.cols, true);
-    const Transformed<T> v(values, need_weight ? largest_input : 0, 32, true);
+    const Transformed<T> dy(values, out ? largest_input : 0, grad.cols, false, grad.cols % kPerWord<T> != 0);
+    const Transformed<T> ady(values, need_weight ? largest : 0, grad.cols, true, grad.cols % 16 != 0);
+    const Transformed<T> v(values, need_weight ? largest_input : 0, 32, true, x.cols % 16 != 0);
     const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, values);
     Operand transposed[kMostValues] = {};
     const auto products = scratch<float>(out ? values * largest * 32 : 0);

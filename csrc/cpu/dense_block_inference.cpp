@@ -85,7 +85,7 @@ class Block {
       own.reset(new Workspace<Tile, T>{{rows, bottleneck_, width_, false},
                                        scratch<float>(image_.values() * tiles * round_up(growth_, 16)),
                                        {growth_, steps_of<Tile>(bottleneck_), image_.values()},
-                                       {image_.values(), tiles, bottleneck_, false},
+                                       {image_.values(), tiles, bottleneck_, false, true},
                                        Pixels<const T>(image_, true),
                                        Pixels<const T>(image_),
                                        Pixels<T>(image_)});

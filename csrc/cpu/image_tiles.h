@@ -34,7 +34,10 @@ struct ImageTiles {
   int64_t taps = 1;                        // in depth
   int64_t high = 2, wide = 2, border = 1;  // of a tile, and what its filters reach beyond it
 
-  // Of `widest` pixels across, in wider images
+  // Of fewer pixels, the smaller tiles' filters are made sooner than the wider tiles save
+  static constexpr int64_t kManyPixels = 256;
+
+  // Tiles of `widest` pixels across where that is faster
   ImageTiles(const std::vector<int64_t>& grid, int64_t rows, int64_t widest) {
     dims = static_cast<int64_t>(grid.size()) - 1;
     const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
@@ -51,7 +54,7 @@ struct ImageTiles {
     } else {
       height = grid[dims - 1];
       width = grid[dims];
-      if (width > 2) wide = widest;
+      if (width > 2 && rows >= kManyPixels) wide = widest;
     }
     down = (height + high - 1) / high;
     across = (width + wide - 1) / wide;

@@ -249,9 +249,14 @@ void winograd_weight(const S* filters, FilterStrides strides, int64_t depth, int
       const int64_t count = cols - c < 0 ? 0 : cols - c < kLanes ? cols - c : kLanes;
       square.load_from(filters + k * strides.in + c * strides.out, strides, channels, count);
       for (int64_t step = 0; step * per_word < channels; ++step) {
-        V u[2][kValues] = {};
-        for (int64_t half = 0; half < per_word && step * per_word + half < channels; ++half) {
-          const V* taps = square.taps[step * per_word + half];
+        V u[per_word][kValues];
+        for (int64_t half = 0; half < per_word; ++half) {
+          const int64_t channel = step * per_word + half;
+          if (channel >= channels) {
+            for (V& value : u[half]) value = V{};
+            continue;
+          }
+          const V* taps = square.taps[channel];
           V g[9], rows[12];
           for (int i = 0; i < 9; ++i) g[i] = taps[turned ? 8 - i : i];
           for (int j = 0; j < 3; ++j) Filtering<2>::filter(g + j, 3, rows + j, 3);
