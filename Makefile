@@ -20,7 +20,7 @@ else
   INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: demo test emulate clients lint smoke gpu versions sanitize clean installed-in-active-environment
+.PHONY: demo test emulate clients lint smoke gpu versions wheel sdist sanitize clean installed-in-active-environment
 
 demo: $(INSTALLED)
 	$(RUN) -m densenet_fast train --data digits --compare reference
@@ -66,6 +66,13 @@ build/clients/.installed: $(CLIENTS)
 VERSIONS ?= 2.11.0 2.13.0 newest
 versions: $(INSTALLED)
 	$(RUN) tests/load_library.py $(VERSIONS)
+
+# A wheel for every Python 3 and every Linux with glibc 2.28 or newer, and what it can be built from, in dist/.
+wheel: $(INSTALLED)
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+sdist: $(INSTALLED)
+	$(RUN) setup.py --quiet sdist
 
 # The kernel tests with the compiled kernels, the product in tile registers emulated, and the kernels in CUDA C++
 # emulated, under the address and undefined-behaviour sanitizers.

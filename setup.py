@@ -1,30 +1,32 @@
-"""Metadata of densenet_fast, and the build of its extension.
+"""The build of densenet_fast's extension.
 
-One shared library serves every Python and every torch from 2.11 on. Ninja builds it where it is found; without a
-compiler or torch the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds
+One shared library serves every Python and every torch from 2.11 on, whose headers are taken from the environment that it
+is built for, also where the build is isolated from that; else the build asks for torch. Ninja builds it where it is
+found; without a compiler the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds
 CUDA kernels too, for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES;
 DENSENET_FAST_CUDA=0 leaves them out. Their runtime is linked in, so the library loads where there is no CUDA.
 """
 
+import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "densenet_fast/version.py").read_text())[1]
-TRAIN = ["matplotlib>=3.8", "scikit-learn>=1.4"]
+TORCH = "torch>=2.11"
 
 LIBRARY = "_kernels.so"
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -56,6 +58,11 @@ TENSOR_CORE_KERNELS = ("bn_relu_conv3x3", "bn_relu_conv3x3_grad_weight", "bn_rel
 CUDA_KERNELS = ("statistics", "gradients", "pooling", "vectors")
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+
+OLDEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+"""The newest symbol versions that the library may need, those of manylinux_2_28."""
+MOVED = {"dl": "libdl.so.2", "pthread_": "libpthread.so.0", "sem_": "libpthread.so.0", "shm_": "librt.so.1"}
+"""The libraries beside libc.so.6 in which glibc had the functions of these prefixes until version 2.34."""
 
 
 def find(program: str) -> str | None:
@@ -98,6 +105,71 @@ def gpu_code(nvcc: str, tensor_cores: bool) -> str:
     return " ".join(flags)
 
 
+def pure() -> bool:
+    """Whether the package is to be installed without the library."""
+    return os.environ.get("DENSENET_FAST_PURE", "0") not in ("", "0")
+
+
+def find_torch() -> Path | None:
+    """The folder of torch 2.11 or newer: what can be imported, or what is installed where this Python installs to, which
+    a build in isolation cannot import."""
+    spec = importlib.util.find_spec("torch")
+    found = [Path(spec.origin).parent] if spec and spec.origin else []
+    for home in [*found, *(Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib"))]:
+        version = home / "version.py"
+        number = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
+        if number and (int(number[1]), int(number[2])) >= tuple(map(int, re.findall(r"\d+", TORCH))):
+            return home
+    return None
+
+
+def is_old(version: str) -> bool:
+    """Whether ``GLIBC_2.17``, say, is no newer than ``OLDEST``; of other libraries all are."""
+    name, _, number = version.rpartition("_")
+    parts = tuple(int(part) for part in re.findall(r"\d+", number))
+    return name not in OLDEST or parts <= OLDEST[name]
+
+
+def symbols(library: str | Path) -> list[tuple[str, str, bool, bool]]:
+    """Name, version, whether the library defines it, and whether in this version alone: of its symbols with versions."""
+    output = subprocess.run(["objdump", "-T", library], check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"^\S+ .{7} (\S+)\t\S+ +(\(?)((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)\)? +(?:\.\w+ )?(\S+)$", output, re.M)
+    return [(name, version, section != "*UND*", not hidden) for section, hidden, version, name in found]
+
+
+def newer_symbols(library: str | Path) -> list[str]:
+    """The symbols that the library needs in versions newer than ``OLDEST``."""
+    return [f"{name}@{version}" for name, version, defined, _ in symbols(library) if not defined and not is_old(version)]
+
+
+def older_glibc(compiler: str, folder: Path) -> str:
+    """The flags that link functions which glibc 2.34 moved into libc.so.6 by the versions that they had before: there are
+    libraries in ``folder`` that define these. Nothing with a glibc in which they have not moved."""
+    libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], check=True, capture_output=True, text=True).stdout
+    versions: dict[str, dict[str, bool]] = {}
+    for name, version, defined, default in symbols(libc.strip()):
+        if defined:
+            versions.setdefault(name, {})[version] = default
+    libraries: dict[str, dict[str, list[str]]] = {}
+    for name, of in versions.items():
+        old = [version for version in of if is_old(version)]
+        homes = [library for prefix, library in MOVED.items() if name.startswith(prefix)]
+        if homes and old and not any(of[version] for version in old):
+            newest = max(old, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
+            libraries.setdefault(homes[0], {}).setdefault(newest, []).append(name)
+    flags = []
+    for library, nodes in libraries.items():
+        functions = [f"void {name}(void) {{}}" for names in nodes.values() for name in names]
+        script = [f"{version} {{ global: {'; '.join(names)}; }};" for version, names in nodes.items()]
+        source, map_file = folder / f"{library}.c", folder / f"{library}.map"
+        source.write_text("\n".join(functions))
+        map_file.write_text("\n".join(script))
+        command = [compiler, "-x", "c", "-w", "-fno-builtin", "-shared", "-nostdlib", f"-Wl,-soname,{library}"]
+        subprocess.run([*command, f"-Wl,--version-script,{map_file}", source, "-o", folder / library], check=True)
+        flags.append(str(folder / library))
+    return f"-Wl,--as-needed {' '.join(flags)} -Wl,--no-as-needed" if flags else ""
+
+
 def cuda_libraries(nvcc: str) -> str:
     """The flags that link CUDA's runtime statically, its symbols hidden: torch may bring a runtime of its own."""
     source = HERE / "csrc/cuda" / f"{CUDA_KERNELS[0]}.cu"
@@ -128,7 +200,7 @@ class BuildLibrary(build_ext):
             return
         build = Path(self.build_temp).resolve() / "densenet_fast"
         build.mkdir(parents=True, exist_ok=True)
-        rules, edges = self.rules(), self.edges()
+        rules, edges = self.rules(build), self.edges()
         (build / "build.ninja").write_text(ninja(rules, edges))
         program = find("ninja")
         if subprocess.run([program, "-C", str(build)]).returncode if program else not run_all(rules, edges, build):
@@ -144,17 +216,13 @@ class BuildLibrary(build_ext):
 
     def missing(self) -> str:
         """What stands in the way of a build, or nothing."""
-        if os.environ.get("DENSENET_FAST_PURE", "0") not in ("", "0"):
+        if pure():
             return "DENSENET_FAST_PURE is set"
         if sys.platform != "linux":
             return f"no build for {sys.platform} yet"
         if find(self.compiler_name()) is None:
             return f"{self.compiler_name()} was not found"
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            return "torch was not found (pip install --no-build-isolation . builds with the one that is installed)"
-        return ""
+        return "" if find_torch() else f"{TORCH} was not found"
 
     @staticmethod
     def compiler_name() -> str:
@@ -168,23 +236,21 @@ class BuildLibrary(build_ext):
         source = 'void f() { asm("tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
         return subprocess.run(command, input=source, text=True, stderr=subprocess.DEVNULL).returncode == 0
 
-    def rules(self) -> dict[str, str]:
+    def rules(self, build: Path) -> dict[str, str]:
         """The commands by name, with $in, $out and $more for what differs."""
-        import torch
-
-        home, nvcc, ldflags = Path(torch.__file__).parent, find_nvcc(), os.environ.get("LDFLAGS", "")
+        home, nvcc, ldflags = find_torch(), find_nvcc(), os.environ.get("LDFLAGS", "")
         compiler = self.compiler_name()
         flags = f"{FLAGS} -isystem {home / 'include'} {os.environ.get('CXXFLAGS', '')}"
         commands = {"compile": f"{compiler} -MMD -MF $out.d {flags} $more -c $in -o $out"}
         if nvcc:
             commands["cuda"] = f"{nvcc} -ccbin {compiler} -MD -MF $out.d {CUDA_FLAGS} $more -c $in -o $out"
-            ldflags = f"{cuda_libraries(nvcc)} {ldflags}"
+            ldflags = f"{cuda_libraries(nvcc)} {older_glibc(compiler, build)} {ldflags}"
         commands["link"] = f"{compiler} -shared $in -o $out -L{home / 'lib'} -ltorch_cpu -ltorch {ldflags}"
         return commands
 
     def edges(self) -> list[Edge]:
         """Every object, those that take longest first, and last the library."""
-        objects = [("ops", "ops", "")]
+        objects = [("ops", "ops", ""), ("compatibility", "compatibility", "")]
         tiles = self.has_tile_registers()
         objects += [(f"cpu_{name}", f"cpu/{name}", "-DAMX_BF16" if tiles else "") for name in CPU_SOURCES]
         objects += [
@@ -230,39 +296,21 @@ def run_all(rules: dict[str, str], edges: Sequence[Edge], build: Path) -> bool:
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for this platform and every Python 3: the library holds no Python."""
+    """A wheel for every Python 3: the library holds no Python. For every Linux with glibc 2.28 or newer, if the library
+    needs nothing newer."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        platform_tag, library = super().get_tag()[2], Path(self.bdist_dir, "densenet_fast", LIBRARY)
+        if platform_tag.startswith("linux_") and library.exists():
+            if newer := newer_symbols(library):
+                print(f"densenet_fast: not for every Linux, needs {', '.join(newer)}", file=sys.stderr)
+            else:
+                platform_tag = f"manylinux_{OLDEST['GLIBC'][0]}_{OLDEST['GLIBC'][1]}_{platform.machine()}"
+        return "py3", "none", platform_tag
 
 
 setup(
-    name="densenet_fast",
-    version=VERSION,
-    description="A drop-in replacement for torchvision's DenseNet, without its memory",
-    long_description=(HERE / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="BSD-3-Clause",
-    packages=find_packages(include=["densenet_fast", "densenet_fast.*"]),
     ext_modules=[Extension("densenet_fast._kernels", sources=[], optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
-    python_requires=">=3.10",
-    install_requires=["torch>=2.11", "numpy", "tqdm"],
-    extras_require={
-        "train": TRAIN,
-        "gpu": ["triton>=3.6"],
-        "test": [
-            *TRAIN,
-            "clang-format==23.1.5",
-            "ninja",
-            "onnx",
-            "onnxruntime",
-            "onnxscript",
-            "pytest>=8",
-            "pytest-xdist",
-            "ruff==0.17.6",
-            "pillow",
-            "triton>=3.6; sys_platform == 'linux'",
-        ],
-    },
+    setup_requires=[] if pure() or find_torch() else [TORCH],
 )

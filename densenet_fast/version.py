@@ -1,3 +1,3 @@
-"""The package's version, read by setup.py too."""
+"""The package's version, read by pyproject.toml too."""
 
 __version__ = "0.1.0"
