@@ -1,10 +1,10 @@
 """The build of densenet_fast's extension.
 
-One shared library serves every Python and every torch from 2.11 on, whose headers are taken from the environment that it
-is built for, also where the build is isolated from that; else the build asks for torch. Ninja builds it where it is
-found; without a compiler the package installs without it and says so. Where nvcc is found (in CUDA_HOME or on PATH) it holds
-CUDA kernels too, for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of CUDA_ARCHITECTURES;
-DENSENET_FAST_CUDA=0 leaves them out. Their runtime is linked in, so the library loads where there is no CUDA.
+One shared library serves every Python and every torch from 2.11 on. Its headers are those of the environment that it is
+built for, also where the build is isolated from that; if torch is not there the build asks for it. Ninja builds the
+library where it is found; without a compiler the package installs without it and says so. Where nvcc is found (in
+CUDA_HOME or on PATH) it holds CUDA kernels too, for the architectures of TORCH_CUDA_ARCH_LIST or all that nvcc knows of
+CUDA_ARCHITECTURES; DENSENET_FAST_CUDA=0 leaves them out. Their runtime is linked in, so the library loads without CUDA.
 """
 
 import importlib.util
@@ -111,8 +111,8 @@ def pure() -> bool:
 
 
 def find_torch() -> Path | None:
-    """The folder of torch 2.11 or newer: what can be imported, or what is installed where this Python installs to, which
-    a build in isolation cannot import."""
+    """The folder of torch 2.11 or newer: what can be imported, or what is installed where this Python installs to and a
+    build in isolation cannot import."""
     spec = importlib.util.find_spec("torch")
     found = [Path(spec.origin).parent] if spec and spec.origin else []
     for home in [*found, *(Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib"))]:
@@ -131,20 +131,24 @@ def is_old(version: str) -> bool:
 
 
 def symbols(library: str | Path) -> list[tuple[str, str, bool, bool]]:
-    """Name, version, whether the library defines it, and whether in this version alone: of its symbols with versions."""
+    """Of each symbol with a version: name, version, whether the library defines it, and whether by default so."""
     output = subprocess.run(["objdump", "-T", library], check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"^\S+ .{7} (\S+)\t\S+ +(\(?)((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)\)? +(?:\.\w+ )?(\S+)$", output, re.M)
+    found = re.findall(
+        r"^\S+ .{7} (\S+)\t\S+ +(\(?)((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)\)? +(?:\.\w+ )?(\S+)$", output, re.M
+    )
     return [(name, version, section != "*UND*", not hidden) for section, hidden, version, name in found]
 
 
 def newer_symbols(library: str | Path) -> list[str]:
     """The symbols that the library needs in versions newer than ``OLDEST``."""
-    return [f"{name}@{version}" for name, version, defined, _ in symbols(library) if not defined and not is_old(version)]
+    return [
+        f"{name}@{version}" for name, version, defined, _ in symbols(library) if not defined and not is_old(version)
+    ]
 
 
 def older_glibc(compiler: str, folder: Path) -> str:
-    """The flags that link functions which glibc 2.34 moved into libc.so.6 by the versions that they had before: there are
-    libraries in ``folder`` that define these. Nothing with a glibc in which they have not moved."""
+    """The flags that link functions which glibc 2.34 moved into libc.so.6 by the versions that they had before, with
+    libraries in ``folder`` that define these; none with a glibc in which they have not moved."""
     libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], check=True, capture_output=True, text=True).stdout
     versions: dict[str, dict[str, bool]] = {}
     for name, version, defined, default in symbols(libc.strip()):

@@ -99,7 +99,7 @@ class DenseNet(reference.DenseNet):
         return self.classifier(reference.average(rectified(self.features(x))))
 
 
-def _head_examined(model: DenseNet) -> Found[NormOperands]:
+def _head_examined(model: DenseNet) -> Found:
     reason = model.head_obstacle()
     return Found(reason, NormOperands(fusion.batch_norm(model.features.norm5)) if reason is None else None)
 

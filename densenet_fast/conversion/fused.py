@@ -61,7 +61,7 @@ class Fused(Converted):
             return super().forward(*args, **kwargs)
         return alone(args[0], operands, self.__dict__[STATE])
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found[Operands]:
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
         layout = self.__dict__.get(STATE)
         if layout is None:
             return Found("it was not converted", None)
@@ -70,19 +70,19 @@ class Fused(Converted):
         return found(self, layout, args[0])
 
 
-def found(module: nn.Module, layout: Layout, x: Any) -> Found[Operands]:
+def found(module: nn.Module, layout: Layout, x: Any) -> Found:
     """Why a call of ``module`` with ``x`` cannot run as one op, or its operands."""
     reason = call_obstacle(x, layout)
     return structure(module, layout) if reason is None else Found(reason, None)
 
 
-def structure(module: nn.Module, layout: Layout) -> Found[Operands]:
+def structure(module: nn.Module, layout: Layout) -> Found:
     """Why no call of ``module`` can run as one op, or its operands."""
     reason = replaced(layout)
     return _memory(module) if reason is None else Found(reason, None)
 
 
-def _examined(module: nn.Module) -> Found[Operands]:
+def _examined(module: nn.Module) -> Found:
     layout = vars(module)[STATE]
     reason = obstacle(module, layout)
     return Found(reason, gathered(module, layout) if reason is None else None)

@@ -60,7 +60,7 @@ class Step:
         self.module = module
         self.layout: Layout | None = vars(module).get(STATE) if isinstance(module, Fused) else None
 
-    def found(self) -> Found[Operands]:
+    def found(self) -> Found:
         """Why it is not one op, or its operands."""
         if self.layout is None or fusion.has_hooks(self.module):
             return Found("it is a part of its own", None)
@@ -98,7 +98,7 @@ class SegmentStep(Step):
         self.owner, self.segment, self.place, self.convolution = owner, segment, place, convolution
         self.layout = segment.layout
 
-    def found(self) -> Found[Operands]:
+    def found(self) -> Found:
         if self.convolution is not None and fusion.has_hooks(self.convolution):
             return Found("its convolution has a hook or a forward of its own", None)
         reason, operands = layout.replaced(self.layout), None
@@ -182,8 +182,8 @@ def segment_obstacle(module: nn.Module, segment: Segment) -> str | None:
     return layout.obstacle(Stretch(module, segment.names), segment.layout)
 
 
-def _examined(module: nn.Module) -> Found[list[Found[Operands]]]:
-    found: list[Found[Operands]] = []
+def _examined(module: nn.Module) -> Found:
+    found: list[Found] = []
     for segment in segments_of(module):
         reason = segment_obstacle(module, segment)
         body = None if reason is not None else Stretch(module, segment.names)
@@ -253,16 +253,16 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
     return fused.handed_over(x, dtype, channels_last, kept) if inside else x
 
 
-def _runs(found: Found[Operands] | None) -> bool:
+def _runs(found: Found | None) -> bool:
     """Whether there is a step, and it can run as one op."""
     return found is not None and found.obstacle is None
 
 
-def _block(found: Found[Operands] | None) -> BlockOperands | None:
+def _block(found: Found | None) -> BlockOperands | None:
     """The step's operands, if there is one, and it can run as one op and is a dense block."""
     return found.operands if _runs(found) and isinstance(found.operands, BlockOperands) else None
 
 
-def _is_described(found: Found[Operands] | None) -> bool:
+def _is_described(found: Found | None) -> bool:
     """Whether the step, if there is one, reads the statistics of its input."""
     return _runs(found) and found.operands.reads_statistics

@@ -18,7 +18,7 @@ class _Fusible(nn.Sequential):
         """Why its children cannot run as one op, or None."""
         raise NotImplementedError
 
-    def found(self) -> Found[ConvOperands]:
+    def found(self) -> Found:
         """Its obstacle now or its operands, which are looked for again only if something has changed."""
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class BNReLUConv1x1(_Fusible):
             return f"its children are {', '.join(self._modules)}"
         return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
 
-    def found(self) -> Found[ConvOperands]:
+    def found(self) -> Found:
         """Its obstacle now or its operands, which are looked for again only if something has changed."""
         return _alone_memory(self)
 
@@ -105,7 +105,7 @@ class Transition(_Fusible, reference.Transition):
             or fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
         )
 
-    def found(self) -> Found[ConvOperands]:
+    def found(self) -> Found:
         """Its obstacle now or its operands, which are looked for again only if something has changed."""
         return _transition_memory(self)
 
@@ -125,7 +125,7 @@ class Transition(_Fusible, reference.Transition):
         return self.run(x, operands, None, describe=False)[0]
 
 
-def _examined(part: _Fusible) -> Found[ConvOperands]:
+def _examined(part: _Fusible) -> Found:
     reason = part.obstacle()
     return Found(reason, ConvOperands(fusion.unit(part, "norm", "conv")) if reason is None else None)
 

@@ -133,7 +133,7 @@ class DenseBlock(reference.DenseBlock):
             prepend=self.prepend,
         )
 
-    def found(self) -> Found[BlockOperands]:
+    def found(self) -> Found:
         """Its obstacle now or its operands, which are looked for again only if something has changed."""
         return _memory(self)
 
@@ -165,7 +165,7 @@ class DenseBlock(reference.DenseBlock):
         return handed_out(self.run(x, operands, None, describe=False)[0], is_channels_last(x), kept=True)
 
 
-def _examined(block: DenseBlock) -> Found[BlockOperands]:
+def _examined(block: DenseBlock) -> Found:
     reason = block.obstacle()
     return Found(reason, block.operands() if reason is None else None)
 

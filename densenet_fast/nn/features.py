@@ -20,7 +20,7 @@ from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
 from densenet_fast.nn.memory_format import convolved, handed_out, is_channels_last
 from densenet_fast.nn.recomputation import convolution_recomputed
 from densenet_fast.nn.snapshot import Found, Memory, all_below
-from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
+from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands
 
 STEM = ["norm0", "relu0", "pool0"]
 
@@ -97,7 +97,7 @@ class Step:
 class Part(Step):
     """A dense block or a transition that can run as one op."""
 
-    def __init__(self, module: DenseBlock | Transition, found: Found[Operands]) -> None:
+    def __init__(self, module: DenseBlock | Transition, found: Found) -> None:
         super().__init__(module)
         self.module, self.found = module, found
         self.keeps_output = isinstance(module, DenseBlock)
@@ -300,7 +300,7 @@ def _stem_modules(features: Features) -> list[nn.Module]:
     return [features._modules[name] for name in STEM]
 
 
-def _stem_examined(features: Features) -> Found[NormOperands]:
+def _stem_examined(features: Features) -> Found:
     reason = features.stem_obstacle()
     return Found(reason, NormOperands(fusion.batch_norm(features.norm0)) if reason is None else None)
 
@@ -308,7 +308,7 @@ def _stem_examined(features: Features) -> Found[NormOperands]:
 _stem_memory = Memory(_stem_examined, _stem_modules, (Features,))
 
 
-def _examined(features: Features) -> Found[list[Step]]:
+def _examined(features: Features) -> Found:
     """The steps, with a reason if they have to be found before every call."""
     steps: list[Step] = []
     stem, operands = _stem_memory(features)

@@ -19,15 +19,13 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast.nn.sync_batch_norm import SyncBatchNorm
-
-Kept = TypeVar("Kept")
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -44,11 +42,11 @@ _values = dict.values
 _dtype, _device, _shape = map(operator.attrgetter, ("dtype", "device", "shape"))
 
 
-class Found(NamedTuple, Generic[Kept]):
+class Found(NamedTuple):
     """Why a module cannot run fused, or what its op takes."""
 
     obstacle: str | None
-    operands: Kept | None
+    operands: Any
 
 
 class Snapshot:
@@ -114,7 +112,7 @@ class Snapshot:
         )
 
 
-class Memory(Generic[Kept]):
+class Memory:
     """What ``examine`` finds out about a module, examined anew only if the module or one of those ``below`` it has
     changed since, or if there was an obstacle.
 
@@ -129,7 +127,7 @@ class Memory(Generic[Kept]):
 
     def __init__(
         self,
-        examine: Callable[[Any], Found[Kept]],
+        examine: Callable[[Any], Found],
         below: Callable[[Any], Sequence[nn.Module]],
         kinds: tuple[type[nn.Module], ...] = (),
         known: Collection[str] = (),
@@ -144,9 +142,9 @@ class Memory(Generic[Kept]):
     def forget(self) -> None:
         """Lets go of all that was found out."""
         self._functions = [dict(attributes) for attributes in self._classes]
-        self._remembered: WeakKeyDictionary[nn.Module, tuple[Snapshot, Found[Kept]]] = WeakKeyDictionary()
+        self._remembered: WeakKeyDictionary[nn.Module, tuple[Snapshot, Found]] = WeakKeyDictionary()
 
-    def __call__(self, module: nn.Module) -> Found[Kept]:
+    def __call__(self, module: nn.Module) -> Found:
         if torch.compiler.is_compiling() or (self._kinds and type(module) is not self._kinds[0]):
             return self._examine(module)
         if self._classes != self._functions:
@@ -165,7 +163,7 @@ class Memory(Generic[Kept]):
         return found
 
 
-_memories: list[Memory[Any]] = []
+_memories: list[Memory] = []
 
 
 def _forget_all(phase: str, info: dict[str, int]) -> None:
