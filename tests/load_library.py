@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def here() -> None:
     """Loads the library into this Python's torch and holds its CPU kernels against torch's own."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # unless the package is installed
     import torch
 
     from densenet_fast import functional
