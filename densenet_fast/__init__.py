@@ -11,11 +11,13 @@ from densenet_fast.conversion import convert, restore
 from densenet_fast.explain import explain
 from densenet_fast.models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from densenet_fast.nn.fusion import set_fused
+from densenet_fast.ops.flops import add_flops
 from densenet_fast.version import __version__
 
 __all__ = [
     "DenseNet",
     "__version__",
+    "add_flops",
     "convert",
     "densenet121",
     "densenet161",
