@@ -1,6 +1,7 @@
 """The package as a whole: its layers, its size, what it says of the machine."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import densenet_fast
 from densenet_fast import info
+from densenet_fast.__main__ import main
 
 ROOT = Path(densenet_fast.__file__).parent
 TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
@@ -131,6 +133,19 @@ def test_info_tells_which_kernels_serve():
     report = info.report()
     assert re.search(r"cpu +\| float32, bfloat16 +\| cpu ", report) and re.search(r"float16, float64 +\| aten ", report)
     assert "available: C++" in report
+
+
+def test_info_tells_programs_what_it_tells_readers(capsys):
+    assert main(["info", "--json"]) == 0
+    told, report = json.loads(capsys.readouterr().out), info.report()
+    assert {key: [*found] if isinstance(found, dict) else [*found[0]] for key, found in told.items()} == {
+        "versions": ["densenet_fast", "python", "torch", "torchvision", "triton", "numpy"],
+        "devices": ["name", "description", "backends"],
+        "backends": ["name", "available", "detail"],
+        "launch_plans": ["available", "detail"],
+    }
+    assert [*told["devices"][0]["backends"]] == ["float32", "bfloat16", "float16", "float64"]
+    assert all(b["name"] in report and b["detail"] in report for b in told["backends"])
 
 
 def test_info_tells_this_machine():
