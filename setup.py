@@ -251,6 +251,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "gpu": ["triton>=3.6"],
+        "hub": ["huggingface_hub", "safetensors"],
         "test": [
             *TRAIN,
             "clang-format==23.1.5",
@@ -261,6 +262,7 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff==0.17.6",
+            "safetensors",
             "pillow",
             "triton>=3.6; sys_platform == 'linux'",
         ],

@@ -50,6 +50,7 @@ LEVELS = [
     ["inference"],
     ["functional", "nn.calls"],
     ["nn.sync_batch_norm", "nn.memory_format", "checkpoints"],
+    ["pretrained"],
     ["nn.fusion", "nn.recomputation", "nn.snapshot"],
     ["nn.dense_block", "nn.bn_relu_conv1x1"],
     ["nn"],
@@ -62,6 +63,8 @@ LEVELS = [
     ["conversion.candidates"],
     ["conversion.recognition", "conversion.graphs"],
     ["models", "conversion"],
+    ["timm_models"],
+    ["registry"],
     ["explain"],
     [""],
     ["info", "training"],
@@ -117,7 +120,8 @@ def test_files_are_short():
 def test_importing_the_package_imports_neither_torchvision_nor_the_commands():
     code = (
         "import sys, densenet_fast; "
-        "unwanted = ('torchvision', 'sklearn', 'matplotlib', 'triton', 'torch._dynamo', 'densenet_fast.training', "
+        "unwanted = ('torchvision', 'timm', 'safetensors', 'huggingface_hub', 'sklearn', 'matplotlib', 'triton', "
+        "'torch._dynamo', 'densenet_fast.training', "
         "'densenet_fast.benchmarking', 'torch.utils.flop_counter'); "
         "print([m for m in unwanted if m in sys.modules]); "
         "from torch.utils.flop_counter import flop_registry; "
