@@ -124,6 +124,7 @@ def test_importing_the_package_imports_neither_torchvision_nor_the_commands():
         "'torch._dynamo', 'densenet_fast.training', "
         "'densenet_fast.benchmarking', 'torch.utils.flop_counter'); "
         "print([m for m in unwanted if m in sys.modules]); "
+        "import importlib.util; importlib.util.find_spec('torch.utils.flop_counter'); "
         "from torch.utils.flop_counter import flop_registry; "
         "print(densenet_fast.ops.flops.FORMULAS.keys() <= {op._qualified_op_name[15:] for op in flop_registry "
         "if getattr(op, '_qualified_op_name', '').startswith('densenet_fast::')})"

@@ -4,10 +4,9 @@ Counted are the convolutions by their definition, two operations a product, as t
 first or minimal filtering leaves of them. Recomputed bottlenecks count again.
 """
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -109,13 +108,13 @@ class _Registering:
     """Finds torch's counter and lets its import register the formulas: it imports Triton, as this package does not."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != COUNTER:
+        spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
+        if spec is None:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
             execute(module)
             _register(module)
 
