@@ -6,9 +6,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1; sys_platform == 'linux'
-# Libraries that convert() is tested with; those of make test without their dependencies, which their DenseNets do without.
+# Libraries that this is tested with; those of make test without their dependencies, which they do without there.
 CLIENTS := tests/clients/requirements.txt
-LIBRARIES ?= $(shell grep -E '^(timm|monai)==' $(CLIENTS))
+LIBRARIES ?= $(shell grep -E '^(timm|monai)==' $(CLIENTS)) ptflops==0.7.5
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)

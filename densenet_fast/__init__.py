@@ -11,11 +11,14 @@ from densenet_fast.conversion import convert, restore
 from densenet_fast.explain import explain
 from densenet_fast.models import DenseNet, densenet121, densenet161, densenet169, densenet201, densenet264
 from densenet_fast.nn.fusion import set_fused
+from densenet_fast.ops.flops import add_flops
+from densenet_fast.registry import get_model, list_models, register_timm
 from densenet_fast.version import __version__
 
 __all__ = [
     "DenseNet",
     "__version__",
+    "add_flops",
     "convert",
     "densenet121",
     "densenet161",
@@ -24,8 +27,11 @@ __all__ = [
     "densenet264",
     "explain",
     "functional",
+    "get_model",
+    "list_models",
     "nn",
     "reference",
+    "register_timm",
     "restore",
     "set_fused",
 ]

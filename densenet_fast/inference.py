@@ -4,6 +4,8 @@ They serve where autograd follows nothing. A part before a dense block writes it
 that nothing is copied between the two.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from densenet_fast.backends import cpu, select
 from densenet_fast.backends.layout import empty_image, is_dense, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
+from densenet_fast.ops.flops import of_convolutions, of_stages
 from densenet_fast.ops.op import named, seen_by_dispatcher
 from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 
@@ -123,7 +126,8 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     frozen = _served(images, operands, weight)
     if frozen is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
         return None
-    with _noted("bn_relu_maxpool", images, operands):
+    flops = functools.partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
+    with _noted("bn_relu_maxpool", images, operands, flops):
         grid = (images.shape[0], *((size + 1) // 2 for size in sizes))
         out = (room or Room()).image(images, grid, weight.shape[0])
         taps = weight.detach().permute(0, 2, 3, 1).contiguous()
@@ -193,6 +197,6 @@ def _grid(x: Tensor) -> Grid:
     return x.shape[0], *x.shape[2:]
 
 
-def _noted(name: str, x: Tensor, operands: Operands) -> Any:
+def _noted(name: str, x: Tensor, operands: Operands, *more: Callable[[], int]) -> Any:
     operands.outcome.walked = planned.obstacle(x)
-    return named(f"densenet_fast::{name}")
+    return named(f"densenet_fast::{name}", x, lambda: of_stages(x, operands.stages.tensors), *more)

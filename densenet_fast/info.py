@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from typing import Any
 
 import torch
 
@@ -13,29 +14,65 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def facts() -> dict[str, Any]:
+    """What :func:`report` says, for programs: of strings, booleans, lists and dictionaries; None for a package that is
+    not installed. Keys stay as they are and others may join them::
+
+        versions: {package: version}
+        devices: [{name, description, backends: {dtype: backend}}]
+        backends: [{name, available, detail}], the preferred one first
+        launch_plans: {available, detail}
+    """
+    versions = {"densenet_fast": densenet_fast.__version__, "python": platform.python_version()}
+    missing = _without_plans()
+    plans = missing or f"by cuLaunchKernel and {triton.describe()}"
+    return {
+        "versions": versions | {package: _version(package) for package in PACKAGES},
+        "devices": [
+            {"name": name, "description": description, "backends": _served(torch.device(name))}
+            for name, description in _devices().items()
+        ],
+        "backends": [
+            {"name": b.name, "available": b.unavailable() is None, "detail": b.unavailable() or b.describe()}
+            for b in BACKENDS
+        ],
+        "launch_plans": {"available": missing is None, "detail": plans},
+    }
+
+
 def report() -> str:
     """Versions, devices, and for each device the backend that serves each dtype and why the others do not."""
-    versions = [("densenet_fast", densenet_fast.__version__), ("python", platform.python_version())]
-    versions += [(package, _version(package)) for package in PACKAGES]
-    sections = [table(("package", "version"), versions), table(("device", "name"), list(_devices().items()))]
-    sections.append(table(("device", "dtype", "backend"), _served()))
-    states = [(b.name, b.unavailable() or f"available: {b.describe()}") for b in BACKENDS]
-    sections.append(table(("backend", "state"), states))
-    sections.append(table(("launch plans",), [(_plans(),)]))
+    found = facts()
+    versions = [(package, version or "not installed") for package, version in found["versions"].items()]
+    devices = [(device["name"], device["description"]) for device in found["devices"]]
+    served = []
+    for device in found["devices"]:
+        by_backend: dict[str, list[str]] = {}
+        for dtype, backend in device["backends"].items():
+            by_backend.setdefault(backend, []).append(dtype)
+        served += [(device["name"], ", ".join(dtypes), backend) for backend, dtypes in by_backend.items()]
+    sections = [table(("package", "version"), versions), table(("device", "name"), devices)]
+    sections.append(table(("device", "dtype", "backend"), served))
+    sections.append(table(("backend", "state"), [(b["name"], _state(b, ": ")) for b in found["backends"]]))
+    sections.append(table(("launch plans",), [(_state(found["launch_plans"], ", "),)]))
     return "\n\n".join(sections)
 
 
-def _plans() -> str:
-    """Whether ops are planned on GPUs, or why not."""
+def _state(found: dict[str, Any], mark: str) -> str:
+    return f"available{mark}{found['detail']}" if found["available"] else found["detail"]
+
+
+def _without_plans() -> str | None:
+    """Why ops are not planned on GPUs, or None."""
     missing = plan.unavailable() or (cuda.unavailable() if not cuda_kernels.emulated() else "the kernels are emulated")
-    return missing or triton.unavailable() or f"available, by cuLaunchKernel and {triton.describe()}"
+    return missing or triton.unavailable()
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _devices() -> dict[str, str]:
@@ -56,13 +93,10 @@ def processor() -> str:
     return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _served() -> list[tuple[str, str, str]]:
-    rows = []
-    for device in _devices():
-        by_backend: dict[str, list[str]] = {}
-        for dtype in DTYPES:
-            usable = (b for b in BACKENDS if b.unavailable() is None and b.supports(torch.device(device), dtype))
-            backend = next((b.name for b in usable), "stock torch")
-            by_backend.setdefault(backend, []).append(str(dtype).removeprefix("torch."))
-        rows += [(device, ", ".join(dtypes), backend) for backend, dtypes in by_backend.items()]
-    return rows
+def _served(device: torch.device) -> dict[str, str]:
+    """The backend of each dtype on ``device``."""
+    served = {}
+    for dtype in DTYPES:
+        usable = (b.name for b in BACKENDS if b.unavailable() is None and b.supports(device, dtype))
+        served[str(dtype).removeprefix("torch.")] = next(usable, "stock torch")
+    return served

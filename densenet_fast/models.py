@@ -5,9 +5,9 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from densenet_fast import checkpoints, reference
+from densenet_fast import checkpoints, pretrained, reference
 from densenet_fast.nn import DenseBlock, Transition, calls, fusion
 from densenet_fast.nn.features import Features, Head, rectified
 from densenet_fast.nn.snapshot import Found, Memory
@@ -74,6 +74,67 @@ class DenseNet(reference.DenseNet):
         for module in self.modules():
             if isinstance(module, DenseBlock):
                 module.memory_efficient = memory_efficient
+        self._arguments = (
+            ("growth_rate", growth_rate),
+            ("block_config", (*block_config,)),
+            ("num_init_features", num_init_features),
+            ("bn_size", bn_size),
+            ("drop_rate", drop_rate),
+            ("num_classes", num_classes),
+            ("memory_efficient", memory_efficient),
+            ("in_channels", in_channels),
+            ("compression", compression),
+            ("small_inputs", small_inputs),
+            ("bias", bias),
+        )
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Writes ``config.json``, the arguments of this, and ``model.safetensors``, its tensors, into ``folder``, which
+        is made if it is missing. ``huggingface_hub.upload_folder`` makes a repository of it.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+            ValueError: ``folder`` is a file, or a part was replaced by another than the arguments make.
+        """
+        arguments = dict(self._arguments)
+        if isinstance(self.classifier, nn.Linear):
+            arguments["num_classes"] = self.classifier.out_features
+        pretrained.save(self, arguments, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **arguments: Any,
+    ) -> "DenseNet":
+        """The model, in eval mode, in a folder that :meth:`save_pretrained` wrote, or in a repository of the Hugging
+        Face Hub: one made of such a folder, or one of timm's ("timm/densenet121.ra_in1k").
+
+        Args:
+            source: the folder, or the repository's name, owner/name.
+            revision, token, cache_dir, force_download, local_files_only: as of ``huggingface_hub.hf_hub_download``.
+            **arguments: of :class:`DenseNet`, in place of those that were written.
+
+        Raises:
+            ModuleNotFoundError: safetensors, or for a repository huggingface_hub, is not installed.
+            ValueError: there is no such folder, or it holds no model of this class with these arguments.
+        """
+        options = dict(revision=revision, token=token, cache_dir=cache_dir, force_download=force_download)
+        options["local_files_only"] = local_files_only
+        written, state_dict = pretrained.read(source, arguments, options)
+        try:
+            model = cls(**written)
+        except TypeError as error:
+            raise ValueError(f"source: expected arguments of {cls.__name__} in {source}, got {written}") from error
+        pretrained.check(f"source: expected in {source}", written, model, state_dict)
+        model.load_state_dict(state_dict)
+        return model.eval()
 
     def head_obstacle(self) -> str | None:
         """Why ``features.norm5`` cannot run as one op with the ReLU and the average behind it, or None."""

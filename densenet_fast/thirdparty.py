@@ -1,11 +1,22 @@
 """Libraries that are used where they are installed."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
 _declared_operators: list[torch.library.Library] = []
+
+
+def needed(package: str, by: str) -> None:
+    """Raises an error that says what to install, where ``package`` is not.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"{by} needs {package}, which is not installed: pip install {package}", name=package)
 
 
 def import_torchvision() -> ModuleType:

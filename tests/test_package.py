@@ -1,6 +1,7 @@
 """The package as a whole: its layers, its size, what it says of the machine."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import densenet_fast
 from densenet_fast import info
+from densenet_fast.__main__ import main
 
 ROOT = Path(densenet_fast.__file__).parent
 TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
@@ -37,7 +39,7 @@ LEVELS = [
     ["backends.plan"],
     ["backends"],
     ["ops.stage"],
-    ["ops.ahead", "ops.block_plan", "ops.planned"],
+    ["ops.ahead", "ops.block_plan", "ops.flops", "ops.planned"],
     ["ops.stock", "ops.batching", "ops.op"],
     ["ops.bn_conv1x1_avgpool"],
     ["ops.single"],
@@ -48,6 +50,7 @@ LEVELS = [
     ["inference"],
     ["functional", "nn.calls"],
     ["nn.sync_batch_norm", "nn.memory_format", "checkpoints"],
+    ["pretrained"],
     ["nn.fusion", "nn.recomputation", "nn.snapshot"],
     ["nn.dense_block", "nn.bn_relu_conv1x1"],
     ["nn"],
@@ -60,6 +63,8 @@ LEVELS = [
     ["conversion.candidates"],
     ["conversion.recognition", "conversion.graphs"],
     ["models", "conversion"],
+    ["timm_models"],
+    ["registry"],
     ["explain"],
     [""],
     ["info", "training"],
@@ -115,12 +120,17 @@ def test_files_are_short():
 def test_importing_the_package_imports_neither_torchvision_nor_the_commands():
     code = (
         "import sys, densenet_fast; "
-        "unwanted = ('torchvision', 'sklearn', 'matplotlib', 'triton', 'torch._dynamo', 'densenet_fast.training', "
-        "'densenet_fast.benchmarking'); "
-        "print([m for m in unwanted if m in sys.modules])"
+        "unwanted = ('torchvision', 'timm', 'safetensors', 'huggingface_hub', 'sklearn', 'matplotlib', 'triton', "
+        "'torch._dynamo', 'densenet_fast.training', "
+        "'densenet_fast.benchmarking', 'torch.utils.flop_counter'); "
+        "print([m for m in unwanted if m in sys.modules]); "
+        "import importlib.util; importlib.util.find_spec('torch.utils.flop_counter'); "
+        "from torch.utils.flop_counter import flop_registry; "
+        "print(densenet_fast.ops.flops.FORMULAS.keys() <= {op._qualified_op_name[15:] for op in flop_registry "
+        "if getattr(op, '_qualified_op_name', '').startswith('densenet_fast::')})"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
+    assert output.split() == ["[]", "True"], "or the counter that is imported then does not know the ops"
 
 
 @pytest.mark.library
@@ -128,6 +138,19 @@ def test_info_tells_which_kernels_serve():
     report = info.report()
     assert re.search(r"cpu +\| float32, bfloat16 +\| cpu ", report) and re.search(r"float16, float64 +\| aten ", report)
     assert "available: C++" in report
+
+
+def test_info_tells_programs_what_it_tells_readers(capsys):
+    assert main(["info", "--json"]) == 0
+    told, report = json.loads(capsys.readouterr().out), info.report()
+    assert {key: [*found] if isinstance(found, dict) else [*found[0]] for key, found in told.items()} == {
+        "versions": ["densenet_fast", "python", "torch", "torchvision", "triton", "numpy"],
+        "devices": ["name", "description", "backends"],
+        "backends": ["name", "available", "detail"],
+        "launch_plans": ["available", "detail"],
+    }
+    assert [*told["devices"][0]["backends"]] == ["float32", "bfloat16", "float16", "float64"]
+    assert all(b["name"] in report and b["detail"] in report for b in told["backends"])
 
 
 def test_info_tells_this_machine():

@@ -26,6 +26,8 @@ FUNCTIONS = {
     "bn_relu_global_avgpool_kernel": "bn_relu_global_avgpool",
 }
 """The function of the backends, by the kernel on the GPU, where their names differ."""
+OP = re.compile(r"densenet_fast::(?!cpu_|cuda_)")
+"""What an op calls itself, beside its kernels."""
 HEAD = re.compile(r"^batch (\d+): [\d.]+ ms in \d+ launches")
 LINE = re.compile(r"^(\S+) +([\d.]+) +\S+ +\S+ +(\d+)$")
 
@@ -56,7 +58,8 @@ def by_kernel(averages: Iterable[Any], device: str, steps: int) -> dict[str, Tim
     times: dict[str, Time] = {}
     for event in averages:
         seconds = getattr(event, SELF_TIME[device]) * 1e-6 / steps
-        if event.device_type == TYPES[device] and not getattr(event, "is_user_annotation", False) and seconds:
+        shown = not getattr(event, "is_user_annotation", False) and not OP.match(event.key)
+        if event.device_type == TYPES[device] and shown and seconds:
             name = short(event.key)
             times[name] = times.get(name, Time()).plus(seconds, event.count / steps)
     return times

@@ -183,6 +183,8 @@ def environment_obstacle(x: Any) -> str | None:
             return "traced by torch.jit"
         if nn.modules.module._has_any_global_hook():
             return "a global module hook is registered"
+        if torch._C._len_torch_dispatch_stack() and (mode := _foreign_mode()) is not None:
+            return f"{mode} looks at torch's operations"
     if torch.compiler.is_exporting():
         return "exported"
     return operands.active_transform() or patched()
@@ -197,6 +199,14 @@ def input_obstacle(x: Tensor, dims: int) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
     return None
+
+
+def _foreign_mode() -> str | None:
+    """The class of an active dispatch mode that is neither torch's nor this package's, by name, or None: it may count
+    what stock layers run, and know no other operations."""
+    kinds = (type(torch._C._get_dispatch_stack_at(i)) for i in range(torch._C._len_torch_dispatch_stack()))
+    foreign = (kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "densenet_fast"))
+    return next((kind.__qualname__ for kind in foreign), None)
 
 
 _owners: list[Any] = []

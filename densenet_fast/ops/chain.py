@@ -20,7 +20,8 @@ from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
 from densenet_fast.ops.dense_block import consuming_backward
 from densenet_fast.ops.dense_block import parts as block_parts
-from densenet_fast.ops.op import Parts, channels_adjacent, in_format, named
+from densenet_fast.ops.flops import of_stages
+from densenet_fast.ops.op import Parts, channels_adjacent, direct_call, in_format, named, seen_by_dispatcher
 from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
 
 __all__ = ["HEAD", "TRANSITION"]
@@ -32,6 +33,7 @@ class Chain:
     def __init__(self, reader: Parts) -> None:
         self.name = f"{block_parts.forward.name}, {reader.forward.name.partition('::')[2]}"
         self.reader = reader
+        self.apply = direct_call(_Node, self.name)
 
     def __call__(
         self,
@@ -57,8 +59,7 @@ class Chain:
         inputs = (x, mean, var, stages.tensors, stages.eps, drop_rates, bottleneck, saved, described, prepend)
         inputs += (read_stages.tensors, read_stages.eps, *options)
         followed, read = stages.followed(), read_stages.followed()
-        with named(self.name):
-            return _apply(self, inputs, (followed, read, link), x, mean, var, *followed.tensors, *read.tensors)
+        return self.apply(self, inputs, (followed, read, link), x, mean, var, *followed.tensors, *read.tensors)
 
     def forward(
         self,
@@ -78,11 +79,11 @@ class Chain:
     ) -> tuple[Any, ...]:
         """What the block returns and what the reader does."""
         given = (tensors, eps, [], drop_rates, bottleneck, saved, described, None, None, prepend)
-        with named(block_parts.forward.name):
+        with named(block_parts.forward.name, x, lambda: of_stages(x, tensors)):
             features, packed_mean, packed_var, count, bottlenecks = block_parts.forward.body(x, mean, var, *given)
         columns = slice(0, features.shape[1])
         known = (packed_mean[columns], packed_var[columns]) if described else (None, None)
-        with named(self.reader.forward.name):
+        with named(self.reader.forward.name, features, lambda: of_stages(features, read_tensors)):
             made = self.reader.forward.body(features, *known, read_tensors, read_eps, *options, None)
         return features, packed_mean, packed_var, count, bottlenecks, *made
 
@@ -108,20 +109,24 @@ class Chain:
         read_tensors: list[Tensor],
         read_eps: list[float],
         *options: Any,
+        seen: bool = False,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """The gradients of x, of the block's tensors and of the reader's, as far as ``needs`` (x's, its statistics',
-        then one per tensor) and the last of the options, the reader's, say so."""
+        then one per tensor) and the last of the options, the reader's, say so. Both ops are ``seen`` by the dispatcher
+        or not."""
         *options, read_needs = options
         known = (features, read_mean, read_var, read_count, read_tensors, read_eps)
-        with named(self.reader.backward.name):
-            grad, grads = self.reader.backward.body(grad, *known, *options, None, read_needs)
+        with named(self.reader.backward.name, grad):
+            read = self.reader.backward if seen else self.reader.backward.body
+            grad, grads = read(grad, *known, *options, None, read_needs)
         own, through = grads[: len(read_tensors)], grads[len(read_tensors) :] or (None, None)
         if not read_needs[0]:
             return features.new_empty(0), [None] * len(tensors), own
         block = (features, mean, var, count, bottlenecks, saved, tensors, eps, [], drop_rates, bottleneck)
         block += (in_channels, None, [needs[0], *needs[2:]], prepend)
-        with named(block_parts.backward.name):
-            grad_x, grads = consuming_backward(grad, *through, *block)
+        with named(block_parts.backward.name, grad):
+            run = block_parts.backward if seen else consuming_backward
+            grad_x, grads = run(grad, *through, *block)
         return grad_x, grads, own
 
     def on_stock(self, ctx: Any, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
@@ -145,10 +150,11 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, chain: Chain, inputs: tuple[Any, ...], hidden: tuple[Followed, Followed, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
-        made = planned.run(chain.name, chain.forward, inputs)
-        features, mean, var, count, bottlenecks, out, *read = made
         x, _, _, tensors, ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved, ctx.described, ctx.prepend, *rest = inputs
         read_tensors, ctx.read_eps, *ctx.options = rest
+        with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
+            made = planned.run(chain.name, chain.forward, inputs)
+        features, mean, var, count, bottlenecks, out, *read = made
         *ctx.followed, link = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
         ctx.block, ctx.reader = SimpleNamespace(), SimpleNamespace()
@@ -165,10 +171,9 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         read, rest = rest[:3], rest[3:]
-        of_stages, of_bottlenecks = ctx.sizes
-        tensors = saved_stages(ctx.block, rest[:of_stages])
-        bottlenecks = rest[of_stages : of_stages + of_bottlenecks]
-        read_tensors = saved_stages(ctx.reader, rest[of_stages + of_bottlenecks :])
+        first, second = ctx.sizes[0], sum(ctx.sizes)
+        tensors, bottlenecks = saved_stages(ctx.block, rest[:first]), rest[first:second]
+        read_tensors = saved_stages(ctx.reader, rest[second:])
         followed, behind = ctx.followed
         if stock.needed_in_backward(grad):
             value = own_features(features.detach(), ctx.in_channels, ctx.prepend)
@@ -182,37 +187,18 @@ class _Node(torch.autograd.Function):
             needs = followed.needs(flags[:middle])
             needed = any(flags[:middle])
             read_needs = behind.needs((needed, needed and ctx.described, False, *flags[middle:]))
-            grad_x, grads, read_grads = planned.run(
-                f"{ctx.chain.name}_backward",
-                ctx.chain.backward,
-                (
-                    channels_adjacent(grad),
-                    features,
-                    mean,
-                    var,
-                    count,
-                    bottlenecks,
-                    ctx.saved,
-                    tensors,
-                    ctx.eps,
-                    ctx.drop_rates,
-                    ctx.bottleneck,
-                    ctx.in_channels,
-                    needs,
-                    ctx.prepend,
-                    *read,
-                    read_tensors,
-                    ctx.read_eps,
-                    *ctx.options,
-                    read_needs,
-                ),
-            )
+            block = (features, mean, var, count, bottlenecks, ctx.saved, tensors, ctx.eps, ctx.drop_rates)
+            block += (ctx.bottleneck, ctx.in_channels, needs, ctx.prepend)
+            inputs = (channels_adjacent(grad), *block, *read, read_tensors, ctx.read_eps, *ctx.options, read_needs)
+            name = f"{ctx.chain.name}_backward"
+            with named(name, grad):
+                if seen_by_dispatcher([grad]):
+                    grad_x, grads, read_grads = ctx.chain.backward(*inputs, seen=True)
+                else:
+                    grad_x, grads, read_grads = planned.run(name, ctx.chain.backward, inputs)
             if not needs[0]:
                 grad_x = None
         return None, None, None, in_format(grad_x, ctx), None, None, *followed.chosen(grads), *behind.chosen(read_grads)
 
-
-_apply = super(torch.autograd.Function, _Node).apply
-"""Without what torch.func needs: no transform sees these calls."""
 
 TRANSITION, HEAD = Chain(transition_parts), Chain(head_parts)

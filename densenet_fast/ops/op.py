@@ -17,6 +17,7 @@ from densenet_fast.backends.inputs import holds_others
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_image, to_matrix
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
+from densenet_fast.ops.flops import of_stages
 from densenet_fast.ops.stage import Followed, Stage, Stages, present, without_autocast
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
@@ -43,7 +44,7 @@ class Op:
     def __call__(self, *inputs: Any) -> Any:
         if seen_by_dispatcher(inputs):
             return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
-        with named(self.name):
+        with named(self.name, inputs[0]):
             return planned.run(self.name, self.body, inputs)
 
 
@@ -60,9 +61,20 @@ def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
     return functools.partial(Op, name)
 
 
-def named(name: str) -> contextlib.AbstractContextManager[Any]:
-    """Shows what is called meanwhile under ``name`` to the profiler, if it runs."""
-    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext()
+def named(name: str, x: Tensor, *flops: Callable[[], int]) -> contextlib.AbstractContextManager[Any]:
+    """Shows to the profiler, if it runs, what is called meanwhile on x, as an operation of torch's, with the sum of its
+    ``flops``."""
+    if not torch.autograd._profiler_enabled():
+        return contextlib.nullcontext()
+    return torch._C._profiler._RecordFunctionFast(name, [x], {"flops": sum(count() for count in flops)})
+
+
+def direct_call(function: type[torch.autograd.Function], op: str) -> Callable[..., Any]:
+    """A function's ``apply`` without what torch.func needs, for where no transform sees the calls. Autograd shows it as
+    DenseBlock, of densenet_fast::dense_block, and its backward pass as DenseBlockBackward."""
+    words = op.partition("::")[2].replace(", ", "_and_").split("_")
+    shown = type(function)("".join(map(str.capitalize, words)), (function,), {})
+    return super(torch.autograd.Function, shown).apply
 
 
 def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
@@ -104,7 +116,8 @@ def with_autograd(
 
         @staticmethod
         def forward(ctx: Any, inputs: tuple[Any, ...], followed: Followed, *_: Tensor | None) -> tuple[Tensor, ...]:
-            outputs = planned.run(op.name, op.body, inputs)
+            with named(op.name, inputs[0], lambda: of_stages(inputs[0], inputs[3])):
+                outputs = planned.run(op.name, op.body, inputs)
             ctx.followed = followed
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
@@ -126,9 +139,7 @@ def with_autograd(
                 *ctx.followed.chosen(rest),
             )
 
-    apply = super(torch.autograd.Function, Direct).apply
-    """Without what torch.func needs: no transform sees these calls."""
-
+    apply = direct_call(Direct, op.name)
     arguments = op.custom_op._opoverload._schema.arguments[4:]
     tensor_lists = [str(argument.type) == "List[Tensor]" for argument in arguments]
 
@@ -156,8 +167,7 @@ def with_autograd(
             return outputs if shown is None else tuple(chain(*shown(outputs)))
         compile_ahead(call, x, mean, var, stages, *constants)
         followed = stages.followed()
-        with named(op.name):
-            return apply(inputs, followed, x, mean, var, *followed.tensors)
+        return apply(inputs, followed, x, mean, var, *followed.tensors)
 
     return call
 

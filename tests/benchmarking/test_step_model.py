@@ -239,7 +239,8 @@ def test_kernels_that_the_profiler_saw_and_a_page_without_any(tmp_path):
         self_device_time_total=6e6,
         count=6,
     )
-    (time,) = kernel_times.by_function(kernel_times.by_kernel([event, event], "cuda", 3)).items()
+    op = SimpleNamespace(**{**vars(event), "key": "densenet_fast::bn_relu_conv1x1"})
+    (time,) = kernel_times.by_function(kernel_times.by_kernel([event, op, event], "cuda", 3)).items()
     assert time == ("finalise_gradient", Time(4.0, 4.0))
     page = tmp_path / "page.txt"
     page.write_text("batch 8: no kernels\n")
