@@ -231,7 +231,7 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
         channels_last = fused.after(operands, channels_last if inside else is_channels_last(x))
         dtype = fused.result_dtype(dtype if inside else x.dtype, x.device, step.layout)
         following = left[-1].found() if left else None
-        if _runs(following) and planned.obstacle(x) is None and step.returns_all() and left[-1].obstacle(x) is None:
+        if _runs(following) and step.returns_all() and left[-1].obstacle(x) is None:
             beyond = left[-2].found() if len(left) > 1 else None
             both = fused.apply_both(operands, following.operands, x, statistics, _is_described(beyond), updates)
             if both is not None:
