@@ -22,7 +22,6 @@ from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import copied, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory
 from densenet_fast.operands import BlockOperands
-from densenet_fast.ops import planned
 
 
 class Segment(NamedTuple):
