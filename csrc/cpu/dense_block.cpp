@@ -98,6 +98,10 @@ struct Block {
     }
   }
 
+  // Columns that layers behind layer i make
+  int64_t later(size_t i) const { return columns - layers[i].width - layers[i].growth; }
+  int64_t first_later(size_t i) const { return own > 0 ? 0 : columns - later(i); }
+
   // Whether layer i or a later one, or a reader behind the block, normalises its input by the batch
   bool normalised_by_batch(size_t i) const {
     return described ||
@@ -113,17 +117,24 @@ Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
   return {static_cast<T*>(buffer.data_ptr()), rows, cols, cols};
 }
 
-// Each layer's bottleneck [M, B] where it is kept, or else in a buffer that all layers share
+// Each layer's bottleneck [M, B] where it is kept. Else, in the backward pass, in those columns of G that nobody needs
+// any more, which later layers made; where these are too few, in a buffer that all layers share
 template <typename T>
 class Bottlenecks {
  public:
-  // One for each layer, empty where it is not kept; or none at all
-  Bottlenecks(const std::vector<Tensor>& kept, const Block& block, const Tensor& like, int64_t rows)
-      : kept_(kept), rows_(rows), shared_(torch::stable::new_empty(like, {shared_size(block)})) {}
+  // One for each layer, empty where it is not kept; or none at all. Without `g` in the forward pass.
+  Bottlenecks(const std::vector<Tensor>& kept, const Block& block, const Tensor& like, int64_t rows,
+              const Matrix<T>* g = nullptr)
+      : kept_(kept),
+        block_(block),
+        rows_(rows),
+        g_(g),
+        shared_(torch::stable::new_empty(like, {rows * widest_shared()})) {}
 
   bool keeps(size_t i) const { return !kept_.empty() && kept_[i].numel() > 0; }
 
   Matrix<T> of(size_t i, int64_t cols) const {
+    if (stands_in_g(i)) return g_->columns(block_.first_later(i), cols);
     if (!keeps(i)) return within<T>(shared_, rows_, cols);
     const Matrix<T> z(kept_[i], "bottlenecks");
     STD_TORCH_CHECK(z.rows == rows_ && z.cols == cols, "bottlenecks: expected [M, B]");
@@ -131,18 +142,22 @@ class Bottlenecks {
   }
 
  private:
-  int64_t shared_size(const Block& block) const {
-    STD_TORCH_CHECK(kept_.empty() || kept_.size() == block.layers.size(),
+  bool stands_in_g(size_t i) const { return !keeps(i) && g_ && block_.later(i) >= block_.layers[i].bottleneck; }
+
+  int64_t widest_shared() const {
+    STD_TORCH_CHECK(kept_.empty() || kept_.size() == block_.layers.size(),
                     "bottlenecks: expected none or one for each layer, got ", kept_.size());
     int64_t widest = 0;
-    for (size_t i = 0; i < block.layers.size(); ++i) {
-      if (!keeps(i)) widest = std::max(widest, block.layers[i].bottleneck);
+    for (size_t i = 0; i < block_.layers.size(); ++i) {
+      if (!keeps(i) && !stands_in_g(i)) widest = std::max(widest, block_.layers[i].bottleneck);
     }
-    return rows_ * widest;
+    return widest;
   }
 
   const std::vector<Tensor>& kept_;
+  const Block& block_;
   int64_t rows_;
+  const Matrix<T>* g_;
   Tensor shared_;
 };
 
@@ -230,9 +245,9 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
     const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
     float *p = output(p_packed, block.packed, "p"), *q = output(q_packed, block.packed, "q");
     const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
-    const Bottlenecks<T> kept(bottlenecks, block, features, f.rows);
     const Matrix<T> g(total, "total");
     STD_TORCH_CHECK(g.rows == f.rows && g.cols == f.cols, "total: expected [M, C_total]");
+    const Bottlenecks<T> kept(bottlenecks, block, features, f.rows, &g);
     Matrix<const T> source =
         incoming;  // where the gradient of F stands: the incoming one until the last layer has written G
     for (size_t i = block.layers.size(); i-- > 0;) {

@@ -22,7 +22,6 @@ from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.memory_format import copied, is_channels_last
 from densenet_fast.nn.snapshot import Found, Memory
 from densenet_fast.operands import BlockOperands
-from densenet_fast.ops import planned
 
 
 class Segment(NamedTuple):
@@ -231,7 +230,7 @@ def _chained(x: Any, steps: Sequence[Step], updates: Updates | None) -> Any:
         channels_last = fused.after(operands, channels_last if inside else is_channels_last(x))
         dtype = fused.result_dtype(dtype if inside else x.dtype, x.device, step.layout)
         following = left[-1].found() if left else None
-        if _runs(following) and planned.obstacle(x) is None and step.returns_all() and left[-1].obstacle(x) is None:
+        if _runs(following) and step.returns_all() and left[-1].obstacle(x) is None:
             beyond = left[-2].found() if len(left) > 1 else None
             both = fused.apply_both(operands, following.operands, x, statistics, _is_described(beyond), updates)
             if both is not None:

@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import densenet_fast
 from conversion import twins
 from conversion.libraries import monai, skip_unless_installed, timm
-from densenet_fast import ops
+from densenet_fast import functional, ops
 from densenet_fast.conversion import fused
 from helpers import assert_same, error, randomise, step
 
@@ -39,6 +39,9 @@ def fused_calls(monkeypatch):
 
     monkeypatch.setattr(fused, "apply", run)
     monkeypatch.setattr(ops, "dense_block", lambda *args: (inside and calls.append(any(args[7])), op(*args))[1])
+    for name in ("TRANSITION", "HEAD"):  # a block together with what reads it
+        both = getattr(functional, name)
+        monkeypatch.setattr(functional, name, lambda *args, both=both: (calls.append(any(args[6])), both(*args))[1])
     return calls
 
 
@@ -244,12 +247,19 @@ def test_results_have_the_memory_format_of_the_input(memory_format):
 
 def test_feature_maps_between_blocks_are_not_copied(monkeypatch):
     """Of contiguous input the image is made channels last, and the last block's result contiguous again."""
-    model, hand, apply = densenet_fast.convert(small().eval()), fused.handed_out, fused.apply
-    handed, given = [], []
+    model, hand = densenet_fast.convert(small().eval()), fused.handed_out
+    apply, apply_both, handed, given = fused.apply, fused.apply_both, [], []
+
+    def both(block, reader, x, *args):
+        made = apply_both(block, reader, x, *args)
+        given.extend([x] if made is not None else [])
+        return made
+
     monkeypatch.setattr(fused, "handed_out", lambda *args: handed.append(hand(*args)) or handed[-1])
     monkeypatch.setattr(fused, "apply", lambda operands, x, *args: given.append(x) or apply(operands, x, *args))
+    monkeypatch.setattr(fused, "apply_both", both)
     model.features(torch.randn(2, 3, 128, 128))
-    assert [x.is_contiguous(memory_format=torch.channels_last) for x in given] == [False] + [True] * 5
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in given] == [False] + [True] * 3
     assert [x.is_contiguous() for x in handed] == [True]
 
 

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the
 BLOCKS = {
     "plain": dict(),
     "one layer": dict(depth=1),
+    "recomputed within G": dict(width=8),
+    "recomputed within G, new features first": dict(width=8, prepend=True),
     "odd sizes": dict(channels=5, width=7, k=3, spatial=(5, 7)),
     "frozen": dict(frozen=(1, 1)),
     "frozen first": dict(frozen=(1, 0)),
