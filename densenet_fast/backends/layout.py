@@ -1,6 +1,9 @@
 """A feature map as a matrix: one row per pixel, one column per channel (channels last memory)."""
 
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +33,11 @@ def is_dense(x: Tensor) -> bool:
     """Whether ``x`` is contiguous, or channels last where there is such a format."""
     last = CHANNELS_LAST.get(x.dim())
     return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+
+
+def are_dense(tensors: Sequence[Tensor]) -> bool:
+    """:func:`is_dense` of all of hundreds."""
+    return all(map(is_dense, itertools.compress(tensors, map(operator.not_, map(Tensor.is_contiguous, tensors)))))
 
 
 def to_matrix(x: Tensor) -> Tensor:
