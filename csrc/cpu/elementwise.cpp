@@ -79,7 +79,7 @@ void update_running_statistics(std::vector<Tensor> vectors, std::vector<Tensor> 
   STD_TORCH_CHECK(vectors.size() == 2 * momenta.size() && starts.size() == momenta.size(),
                   "vectors: expected two for each momentum and start, got ", vectors.size());
   const int64_t packed = mean.numel();
-  const float *batch[] = {vector(mean, packed, "mean"), vector(var, packed, "var")};
+  const float* batch[] = {vector(mean, packed, "mean"), vector(var, packed, "var")};
   const float unbiased[] = {1.0f, static_cast<float>(count / (count - 1))};
   for (size_t i = 0; i < vectors.size(); ++i) {
     const int64_t cols = vectors[i].numel(), start = starts[i / 2];

@@ -58,6 +58,7 @@ def empty_image(like: Tensor, grid: tuple[int, ...], channels: int) -> Tensor:
     return torch.empty_strided((grid[0], channels, *grid[1:]), strides, dtype=like.dtype, device=like.device)
 
 
-def as_output(view: Tensor) -> Tensor:
-    """The same memory as no view: callers may not change in place a view that a custom op returns."""
-    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+def as_output(view: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """The same memory as no view: callers may not change in place a view that a custom op returns. ``strides`` may
+    differ from the view's where its size is one."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, strides or view.stride())

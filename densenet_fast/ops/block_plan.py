@@ -13,13 +13,14 @@ from densenet_fast.ops.stage import STAGE_TENSORS, Stage, by_stage, unflatten
 
 class Walk:
     """What a backend that walks over a whole block takes of its stages: their ``tensors``, an empty one for one that is
-    absent. ``trained`` are the places of those that have gradients there, ``flags`` whether each is one of them."""
+    absent. ``trained`` are the places of those that have gradients there, ``is_trained`` says of each whether it is one
+    of them."""
 
     def __init__(self, stages: list[Stage]) -> None:
         empty = torch.empty(0)
         self.tensors = [empty if t is None else t for stage in stages for t in stage[:STAGE_TENSORS]]
-        self.flags = [i % STAGE_TENSORS in (0, 1, 4) and t is not empty for i, t in enumerate(self.tensors)]
-        self.trained = [i for i, flag in enumerate(self.flags) if flag]
+        self.is_trained = [i % STAGE_TENSORS in (0, 1, 4) and t is not empty for i, t in enumerate(self.tensors)]
+        self.trained = [i for i, flag in enumerate(self.is_trained) if flag]
         self._vectors = [t for stage in stages for t in stage[:4] if t is not None]
         self._weights = [stage.conv_weight for stage in stages]
         self._dtypes = {weight.dtype for weight in self._weights}

@@ -386,7 +386,7 @@ def _run_backward(
     own = own_features(features, in_channels, prepend)
     plan = plan_of(own, tensors, eps, bottleneck, drop_rates, described, prepend)
     backend = select(features.device, features.dtype)
-    if plan.walked_by(backend, features.dtype, group) and all(compress(needs, (True, *plan.walk.flags))):
+    if plan.walked_by(backend, features.dtype, group) and all(compress(needs, (True, *plan.walk.is_trained))):
         walk = plan.walk
         image = empty_image(features, plan.grid, in_channels)
         gradients: list[Tensor] = [features.new_empty(0)] * len(tensors)
@@ -402,7 +402,7 @@ def _run_backward(
         backend.dense_block_backward(incoming, g, *kept, walk.tensors, eps, plan.grid, *out)
         made: list[Tensor | None] = [None] * len(tensors)
         for i in walk.trained:
-            made[i] = gradients[i].to(walk.tensors[i].dtype)
+            made[i] = gradients[i] if walk.tensors[i].dtype == torch.float32 else gradients[i].to(walk.tensors[i].dtype)
         return image, made
     behind = (grad_mean.contiguous(), grad_var.contiguous()) if described else None
     gradients = BlockGradients(plan, features, mean, var, count, behind, group)
