@@ -122,8 +122,12 @@ class RunningStatistics(tuple[Running, ...]):
         self._plain = not cumulative and all(t.dtype == torch.float32 for t in self.vectors)
 
     def plain(self) -> bool:
-        """Whether all vectors are contiguous and float32, and no average is cumulative."""
-        return self._plain and all(map(Tensor.is_contiguous, self.vectors))
+        """Whether all vectors are contiguous and float32, none is of inference mode, and no average is cumulative."""
+        return (
+            self._plain
+            and all(map(Tensor.is_contiguous, self.vectors))
+            and not any(map(Tensor.is_inference, self.vectors))
+        )
 
     @functools.cached_property
     def table(self) -> Tensor:
