@@ -17,8 +17,8 @@ void bn_relu_conv3x3(Tensor x, std::optional<Tensor> mean, std::optional<Tensor>
                     filters.in_channels);
     STD_TORCH_CHECK(result.rows == m.rows && result.cols == filters.out_channels, "out: expected [M, k]");
     const std::optional<Affine> a = optional_affine(mean, scale, shift, m.cols);
-    conv3x3<T>(m, a ? &*a : nullptr, filters, bias ? vector(*bias, filters.out_channels, "bias") : nullptr,
-               ImageTiles(grid, m.rows), result);
+    conv3x3<T>(m, a ? &*a : nullptr, filters, bias ? vector(*bias, filters.out_channels, "bias") : nullptr, grid,
+               result);
   });
 }
 
@@ -52,8 +52,8 @@ Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale
       STD_TORCH_CHECK(out && before->rows == m.rows && before->cols == m.cols, "source: expected x's shape, and out");
     }
     Tensor sums = out ? new_floats(x, {2, m.cols}) : nothing(x);
-    conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, ImageTiles(grid, m.rows),
-                        before ? &*before : nullptr, result ? &*result : nullptr, floats_of(sums), dw ? &*dw : nullptr);
+    conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, grid, before ? &*before : nullptr,
+                        result ? &*result : nullptr, floats_of(sums), dw ? &*dw : nullptr);
     return sums;
   });
 }

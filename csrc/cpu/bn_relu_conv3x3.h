@@ -19,24 +19,30 @@ void prefetch(const std::vector<T*>& pixels, int64_t part, int64_t parts, int64_
   }
 }
 
+// Pixels across a tile whose values are of type Tile: the rounding of wider ones to bf16 would show
+template <typename Tile>
+constexpr int64_t kWidest = std::is_same_v<Tile, float> ? 4 : 2;
+
 template <typename T>
-const TileKernels<T>& tile_kernels(int64_t dims) {
-  return dims == 1 ? kernels_of<T>().line : kernels_of<T>().winograd;
+const TileKernels<T>& tile_kernels(const ImageTiles& image) {
+  const Kernels<T>& all = kernels_of<T>();
+  return image.dims == 1 ? all.line : image.wide == 2 ? all.square : all.wide;
 }
 
-// As many as `count` values of as many as `tiles` tiles; what no tile is stored to stays zero
+// As many as `count` values of as many as `tiles` tiles. Products read whole words, and of pairs multiples of 16
+// columns: if there are as many as this but not of the matrix, `ragged`, what no tile is stored to stays zero.
 template <typename T>
 struct Transformed {
   int64_t words, position;  // in a row, from position to position
   bool paired;
   std::unique_ptr<T[], decltype(&std::free)> data;
 
-  Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired)
+  Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired, bool ragged)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
         position((paired ? steps_of<T>(tiles) : tiles) * words + kSkew),
         paired(paired),
         data(scratch<T>(count * position * kPerWord<T>)) {
-    std::fill_n(data.get(), count * position * kPerWord<T>, T{});
+    if (ragged) std::fill_n(data.get(), count * position * kPerWord<T>, T{});
   }
 
   TransformedTiles<T> tiles() const { return {data.get(), position * kPerWord<T>, words * kPerWord<T>, paired}; }
@@ -44,9 +50,8 @@ struct Transformed {
   const uint32_t* at(int64_t i) const { return as_words(data.get()) + i * position; }
 };
 
-constexpr int64_t kMostValues = 16;  // of a transformed tile
-constexpr int64_t kForwardTiles = 28, kBackwardTiles = 112;
-constexpr int64_t kLine = 4;        // times as many tiles of one pixel
+constexpr int64_t kMostValues = 24;                             // of a transformed tile
+constexpr int64_t kForwardPixels = 112, kBackwardPixels = 448;  // that a thread works on at a time
 constexpr int64_t kSumDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
 
 // [k, B, 3, ...] in one to three dimensions, its taps evenly spaced (contiguous or channels last), of the matrices'
@@ -55,7 +60,6 @@ template <typename T>
 struct Filters {
   int64_t dims, out_channels, in_channels;
   int64_t taps, plane;  // in depth, and those of one of them
-  int64_t values;       // of its transformed
   FilterStrides strides;
   const T* own = nullptr;
   const float* wide = nullptr;
@@ -66,7 +70,6 @@ struct Filters {
         in_channels(weight.size(1)),
         taps(dims == 2 ? 1 : 3),
         plane(dims == 1 ? 1 : 9),
-        values(dims == 1 ? 1 : kMostValues),
         strides(evenly_spaced(weight, "weight")) {
     if (weight.scalar_type() == kDtype<T>) {
       own = static_cast<const T*>(weight.data_ptr());
@@ -86,37 +89,37 @@ struct Filters {
     return {t.stride(1), t.stride(0), t.stride(last)};
   }
 
-  int64_t matrices() const { return values * taps; }
+  int64_t matrices(const ImageTiles& image) const { return image.values() * taps; }
 
   // Transformed panels of T or floats, a matrix for each value of a tile and tap in depth: their columns are the output
   // channels, and the depth the input channels; or, turned, the other way round
   template <typename To>
-  void transform(const Panels& panels, bool turned) const {
+  void transform(const ImageTiles& image, const Panels& panels, bool turned) const {
     const int64_t depth = turned ? out_channels : in_channels;
     constexpr int64_t kSlice = 32;
     const int64_t slices = (depth + kSlice - 1) / kSlice;
     torch::stable::parallel_for(0, taps * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t tap = i % taps, p = i / taps / slices, k = i / taps % slices * kSlice;
-        transform_slice<To>(panels, p, 32 * p, k, std::min(depth - k, kSlice), turned, tap);
+        transform_slice<To>(image, panels, p, 32 * p, k, std::min(depth - k, kSlice), turned, tap);
       }
     });
   }
 
   // Of panel p, whose first column is `column`, and of a tap in depth, the slice of the depth from k on
   template <typename To>
-  void transform_slice(const Panels& panels, int64_t p, int64_t column, int64_t k, int64_t slice, bool turned,
-                       int64_t tap = 0) const {
+  void transform_slice(const ImageTiles& image, const Panels& panels, int64_t p, int64_t column, int64_t k,
+                       int64_t slice, bool turned, int64_t tap = 0) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
     const int64_t first = column * s.out + k * s.in + plane * (turned ? taps - 1 - tap : tap) * s.tap;
     const int64_t width = panels.width(p), valid = panels.valid(p);
-    uint32_t* to = panels.panel(p, values * tap) + k / kPerWord<To> * width;
+    uint32_t* to = panels.panel(p, image.values() * tap) + k / kPerWord<To> * width;
     if (own && std::is_same_v<To, float>) {
-      tile_kernels<T>(dims).weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
+      tile_kernels<T>(image).weight_to_floats(own + first, s, slice, valid, width, turned, to, panels.size());
     } else if (own) {
-      tile_kernels<T>(dims).weight(own + first, s, slice, valid, width, turned, to, panels.size());
+      tile_kernels<T>(image).weight(own + first, s, slice, valid, width, turned, to, panels.size());
     } else {
-      tile_kernels<To>(dims).weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
+      tile_kernels<To>(image).weight_floats(wide + first, s, slice, valid, width, turned, to, panels.size());
     }
   }
 };
@@ -152,15 +155,17 @@ inline void transform_input(const TileKernels<bf16>& kernel, const bf16* const* 
 // conv3x3 with transformed values of type Tile
 template <typename Tile, typename T>
 void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
-                const ImageTiles& image, const Matrix<T>& out) {
-  const TileKernels<T>& kernel = tile_kernels<T>(image.dims);
-  const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), filters.matrices());
-  filters.template transform<Tile>(weights, false);
-  const int64_t values = filters.values;
-  const Parts parts(image, kForwardTiles * (image.dims == 1 ? kLine : 1), 1);
+                const std::vector<int64_t>& grid, const Matrix<T>& out) {
+  const ImageTiles image(grid, x.rows, kWidest<Tile>);
+  check_dimensions(filters, image);
+  const TileKernels<T>& kernel = tile_kernels<T>(image);
+  const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), filters.matrices(image));
+  filters.template transform<Tile>(image, weights, false);
+  const int64_t values = image.values();
+  const Parts parts(image, kForwardPixels, 1);
   parts.tiles.share([&](auto each) {
     const int64_t largest = parts.largest(), products_ld = weights.padded();
-    const Transformed<Tile> v(values, parts.largest_input(), x.cols, false);
+    const Transformed<Tile> v(values, parts.largest_input(), x.cols, false, x.cols % kPerWord<Tile> != 0);
     const auto products = scratch<float>(values * largest * products_ld);
     Pixels<const T> around(image, true), next(image);
     Pixels<T> inside(image);
@@ -195,35 +200,35 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
 // are multiplied as floats, their tiles are not rounded.
 template <typename T>
 void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
-             const ImageTiles& image, const Matrix<T>& out) {
-  check_dimensions(filters, image);
-  return kernels().multiplies_bf16 ? conv3x3_in<T>(x, affine, filters, bias, image, out)
-                                   : conv3x3_in<float>(x, affine, filters, bias, image, out);
+             const std::vector<int64_t>& grid, const Matrix<T>& out) {
+  return kernels().multiplies_bf16 ? conv3x3_in<T>(x, affine, filters, bias, grid, out)
+                                   : conv3x3_in<float>(x, affine, filters, bias, grid, out);
 }
 
 // D = conv3x3_input_grad(grad, weight) * (y > 0):  out = source + scale * D, without the source if that is null, with
 // sums [2, B] = (sum D, sum D * (x - mean));  and grad_weight; each unless null
 template <typename T>
 void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Affine affine, const Filters<T>& filters,
-                      const ImageTiles& image, const Matrix<const T>* source, const Matrix<T>* out, float* sums,
-                      const FiltersGradient* grad_weight) {
+                      const std::vector<int64_t>& grid, const Matrix<const T>* source, const Matrix<T>* out,
+                      float* sums, const FiltersGradient* grad_weight) {
+  const ImageTiles image(grid, x.rows, kWidest<T>);
   check_dimensions(filters, image);
-  const TileKernels<T>& kernel = tile_kernels<T>(image.dims);
-  const int64_t values = filters.values;
+  const TileKernels<T>& kernel = tile_kernels<T>(image);
+  const int64_t values = image.values();
   const bool need_weight = grad_weight != nullptr;
   if (out) advise_huge_pages(*out);
-  const Panels weights(x.cols, steps_of<T>(grad.cols), filters.matrices());
-  if (out) filters.template transform<T>(weights, true);
-  const Parts parts(image, kBackwardTiles * (image.dims == 1 ? kLine : 1), kPerWord<T>);
+  const Panels weights(x.cols, steps_of<T>(grad.cols), filters.matrices(image));
+  if (out) filters.template transform<T>(image, weights, true);
+  const Parts parts(image, kBackwardPixels, kPerWord<T>);
   const Tiles& tiles = parts.tiles;
   const int64_t du_position = grad.cols * weights.padded();
   std::vector<Accumulator> du(tiles.chunks * filters.taps);
   std::vector<ColumnSums> sums_parts(tiles.chunks);
   tiles.run([&](int64_t chunk) {
     const int64_t largest = parts.largest(), largest_input = parts.largest_input();
-    const Transformed<T> dy(values, out ? largest_input : 0, grad.cols, false);
-    const Transformed<T> ady(values, need_weight ? largest : 0, grad.cols, true);
-    const Transformed<T> v(values, need_weight ? largest_input : 0, 32, true);
+    const Transformed<T> dy(values, out ? largest_input : 0, grad.cols, false, grad.cols % kPerWord<T> != 0);
+    const Transformed<T> ady(values, need_weight ? largest : 0, grad.cols, true, grad.cols % 16 != 0);
+    const Transformed<T> v(values, need_weight ? largest_input : 0, 32, true, x.cols % 16 != 0);
     const TransposedFactor<T> factor(need_weight ? grad.cols * steps_of<T>(largest) : 0, values);
     Operand transposed[kMostValues] = {};
     const auto products = scratch<float>(out ? values * largest * 32 : 0);

@@ -173,7 +173,6 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
     STD_TORCH_CHECK(f.cols == block.columns, "features: expected ", block.columns, " columns, got ", f.cols);
     float *m = output(mean, block.packed, "mean"), *v = output(var, block.packed, "var");
     std::vector<float> rstd(block.packed);
-    const ImageTiles image(grid, f.rows);
     const Bottlenecks<T> kept(bottlenecks, block, features, f.rows);
     const auto statistics_of = [&](int64_t first, float eps) {
       return StatisticsOutput(m + first, v + first, rstd.data() + first, eps);
@@ -195,13 +194,13 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
         const Folded second = layer.second.fold(nullptr, nullptr);
         const Affine then = second.affine();
         conv1x1<T>(inputs, first.affine(), weight, nullptr, &then, z, nullptr);
-        conv3x3<T>(z.readonly(), nullptr, filters, nullptr, image, made);
+        conv3x3<T>(z.readonly(), nullptr, filters, nullptr, grid, made);
       } else {
         const StatisticsOutput statistics = statistics_of(layer.packed, layer.second.eps);
         conv1x1<T>(inputs, first.affine(), weight, nullptr, nullptr, z, layer.second.frozen() ? nullptr : &statistics);
         const Folded second = layer.second.fold(m + layer.packed, v + layer.packed);
         const Affine affine = second.affine();
-        conv3x3<T>(z.readonly(), &affine, filters, nullptr, image, made);
+        conv3x3<T>(z.readonly(), &affine, filters, nullptr, grid, made);
       }
       if (block.normalised_by_batch(i + 1)) column_statistics<T>(made.readonly(), statistics_of(layer.made, 0));
     }
@@ -250,7 +249,6 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
     STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
     const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
     float *p = output(p_packed, block.packed, "p"), *q = output(q_packed, block.packed, "q");
-    const ImageTiles image(grid, f.rows);
     const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
     const Bottlenecks<T> kept(bottlenecks, block, features, f.rows);
     const Matrix<T> g(total, "total");
@@ -281,7 +279,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       const FiltersGradient grad_filters(of_second[4]);
       STD_TORCH_CHECK(of_second[4].size(0) == layer.growth && of_second[4].size(1) == layer.bottleneck,
                       "gradients: expected the shapes of tensors");
-      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), image, nullptr, &dz,
+      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), grid, nullptr, &dz,
                           sums.data(), &grad_filters);
       collect(layer.second, second, sums, of_second, p + packed, q + packed);
 

@@ -52,13 +52,15 @@ struct Workspace {
 template <typename Tile, typename T>
 class Block {
  public:
-  Block(const Matrix<T>& features, std::vector<Layer<T>> layers, const ImageTiles& image, const Tensor& like)
+  Block(const Matrix<T>& features, std::vector<Layer<T>> layers, const std::vector<int64_t>& grid, const Tensor& like)
       : features_(features),
         layers_(std::move(layers)),
-        image_(image),
+        image_(grid, features.rows, kWidest<Tile>),
         tile_rows_(features.rows > kFewRows ? kTileRows : kTileRows / 2),
-        tile_tiles_(features.rows > kFewRows ? kForwardTiles : kForwardTiles / 2) {
+        tile_tiles_((features.rows > kFewRows ? kForwardPixels : kForwardPixels / 2) / image_.pixels()) {
+    STD_TORCH_CHECK(image_.dims == 2, "grid: expected two spatial sizes, got ", image_.dims);
     for (const Layer<T>& layer : layers_) {
+      check_dimensions(layer.filters, image_);
       bottleneck_ = std::max(bottleneck_, layer.bottleneck());
       growth_ = std::max(growth_, layer.growth());
       width_ = std::max(width_, layer.width());
@@ -81,9 +83,9 @@ class Block {
     if (!own) {
       const int64_t rows = std::min(features_.rows, tile_rows_), tiles = std::min(image_.columns(), tile_tiles_);
       own.reset(new Workspace<Tile, T>{{rows, bottleneck_, width_, false},
-                                       scratch<float>(kMostValues * tiles * round_up(growth_, 16)),
-                                       {growth_, steps_of<Tile>(bottleneck_), kMostValues},
-                                       {kMostValues, tiles, bottleneck_, false},
+                                       scratch<float>(image_.values() * tiles * round_up(growth_, 16)),
+                                       {growth_, steps_of<Tile>(bottleneck_), image_.values()},
+                                       {image_.values(), tiles, bottleneck_, false, true},
                                        Pixels<const T>(image_, true),
                                        Pixels<const T>(image_),
                                        Pixels<T>(image_)});
@@ -106,7 +108,7 @@ class Block {
   static Part plane(int64_t first, int64_t tiles) { return {first, tiles, 0, 1, tiles, 0, 0}; }
 
   void conv3x3(const Layer<T>& layer, const Matrix<const T>& z) {
-    const TileKernels<T>& kernel = tile_kernels<T>(image_.dims);
+    const TileKernels<T>& kernel = tile_kernels<T>(image_);
     const Shares shares(image_.columns(), tile_tiles_, layer.growth(), kFilterCost);
     shares.run([&](int64_t share, int64_t column, auto each) {
       Workspace<Tile, T>& own = workspace(share);
@@ -118,13 +120,13 @@ class Block {
       bool packed = false;
       each([&](int64_t first, int64_t n, int64_t following) {
         for (int64_t p = 0; !packed && p < weights.count; ++p) {
-          layer.filters.template transform_slice<Tile>(weights, p, column + 32 * p, 0, z.cols, false);
+          layer.filters.template transform_slice<Tile>(image_, weights, p, column + 32 * p, 0, z.cols, false);
         }
         packed = true;
         transform_input(kernel, own.around.of(z, plane(first, n)), n, z.cols, nullptr, v);
         own.next.of(z, plane(first + n, following));
-        for (int64_t i = 0; i < kMostValues; ++i) {
-          prefetch(own.next.pointers, i, kMostValues, 0, z.cols);
+        for (int64_t i = 0; i < image_.values(); ++i) {
+          prefetch(own.next.pointers, i, image_.values(), 0, z.cols);
           for (int64_t p = 0; p < weights.count; ++p) {
             const int64_t width = weights.width(p);
             for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
@@ -169,13 +171,10 @@ void dense_block_inference(Tensor features, int64_t in_channels, std::vector<Ten
       layer.read = prepend ? columns - layer.width() : 0;
       layer.made = prepend ? layer.read - layer.growth() : layer.width();
     }
-    const ImageTiles image(grid, f.rows);
-    STD_TORCH_CHECK(image.dims == 2, "grid: expected two spatial sizes, got ", image.dims);
-    for (const Layer<T>& layer : layers) check_dimensions(layer.filters, image);
     if (kernels().multiplies_bf16) {
-      Block<T, T>(f, std::move(layers), image, features).run();
+      Block<T, T>(f, std::move(layers), grid, features).run();
     } else {
-      Block<float, T>(f, std::move(layers), image, features).run();
+      Block<float, T>(f, std::move(layers), grid, features).run();
     }
   });
 }

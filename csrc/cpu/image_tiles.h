@@ -1,6 +1,7 @@
 // The tiles that the convolution of kernel size 3 works on, and their division into parts that stay in cache.
 //
-// In two dimensions, and in each plane of three, a tile is 2x2 pixels, at the lower and right border perhaps fewer. The
+// In two dimensions, and in each plane of three, a tile is 2x2 or 2x4 pixels, at the lower and right border perhaps
+// fewer. The
 // tiles of one place in all planes of a volume are a column; an image is a volume of one plane, and a line one whose
 // planes, and tiles, are a pixel each. A part is some columns between two planes: rows, plane by plane, of which the
 // taps of a neighbouring plane read a range.
@@ -30,10 +31,14 @@ struct Part {
 
 struct ImageTiles {
   int64_t dims, batch, depth = 1, height = 1, width = 1, down, across;
-  int64_t taps = 1;              // in depth
-  int64_t size = 2, border = 1;  // of a tile, and what its filters reach beyond it
+  int64_t taps = 1;                        // in depth
+  int64_t high = 2, wide = 2, border = 1;  // of a tile, and what its filters reach beyond it
 
-  ImageTiles(const std::vector<int64_t>& grid, int64_t rows) {
+  // Of fewer pixels, the smaller tiles' filters are made sooner than the wider tiles save
+  static constexpr int64_t kManyPixels = 256;
+
+  // Tiles of `widest` pixels across where that is faster
+  ImageTiles(const std::vector<int64_t>& grid, int64_t rows, int64_t widest) {
     dims = static_cast<int64_t>(grid.size()) - 1;
     const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
     STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
@@ -44,30 +49,33 @@ struct ImageTiles {
       taps = 3;
     }
     if (dims == 1) {
-      size = 1;
+      high = wide = 1;
       border = 0;
     } else {
       height = grid[dims - 1];
       width = grid[dims];
+      if (width > 2 && rows >= kManyPixels) wide = widest;
     }
-    down = (height + size - 1) / size;
-    across = (width + size - 1) / size;
+    down = (height + high - 1) / high;
+    across = (width + wide - 1) / wide;
   }
 
   int64_t columns() const { return batch * down * across; }
+  int64_t pixels() const { return high * wide; }                                // of a tile
+  int64_t values() const { return (high + 2 * border) * (wide + 2 * border); }  // of a transformed tile
 
   // Pointers to the pixels, from `border` above and left to it below and right, of the tiles of a part's columns in
   // `planes` planes from `plane`; null outside
   template <typename T>
   void pixels(const Matrix<T>& m, const Part& part, int64_t plane, int64_t planes, int64_t border, T** out) const {
-    const int64_t side = size + 2 * border, count = side * side, next_plane = height * width * m.ld,
-                  next = part.width * count;
+    const int64_t rows = high + 2 * border, cols = wide + 2 * border, count = rows * cols;
+    const int64_t next_plane = height * width * m.ld, next = part.width * count;
     for (int64_t column = 0; column < part.width; ++column) {
       const int64_t t = part.first + column, volume = t / (down * across);
-      const int64_t y = t / across % down * size - border, x = t % across * size - border;
+      const int64_t y = t / across % down * high - border, x = t % across * wide - border;
       T** to = out + column * count;
-      for (int64_t i = y; i < y + side; ++i) {
-        for (int64_t j = x; j < x + side; ++j) {
+      for (int64_t i = y; i < y + rows; ++i) {
+        for (int64_t j = x; j < x + cols; ++j) {
           const bool inside = column < part.columns && 0 <= i && i < height && 0 <= j && j < width;
           *to++ = inside ? m.row(((volume * depth + plane) * height + i) * width + j) : nullptr;
         }
@@ -99,7 +107,7 @@ struct ImageTiles {
   }
 };
 
-// The division of the tiles into parts of about `rows` rows, each of them a multiple of `multiple` a plane
+// The division of the tiles into parts of about `pixels` pixels, each of them a multiple of `multiple` a plane
 struct Parts {
   const ImageTiles& image;
   int64_t multiple, columns, across, down;
@@ -108,9 +116,9 @@ struct Parts {
   // Neighbours' overlap is transformed once in their row, and once in planes
   static constexpr int64_t kColumns = 4;
 
-  Parts(const ImageTiles& image, int64_t rows, int64_t multiple)
+  Parts(const ImageTiles& image, int64_t pixels, int64_t multiple)
       : image(image), multiple(image.taps > 1 ? multiple : 1), columns(image.columns()), tiles(0, 1, 1) {
-    const int64_t depth = std::max<int64_t>(image.depth, 1);
+    const int64_t depth = std::max<int64_t>(image.depth, 1), rows = pixels / image.pixels();
     int64_t wide = std::clamp<int64_t>(columns, 1, kColumns);
     const int64_t deep = std::clamp<int64_t>(rows / wide, 1, depth);
     if (deep == depth) wide = std::max<int64_t>(rows / deep, 1);
@@ -154,8 +162,8 @@ struct Pixels {
   explicit Pixels(const ImageTiles& image, bool around = false) : image(image), border(around ? image.border : 0) {}
 
   T* const* of(const Matrix<T>& m, const Part& part, int64_t above = 0, int64_t below = 0) {
-    const int64_t side = image.size + 2 * border, planes = above + part.planes + below;
-    pointers.resize(side * side * planes * part.width);
+    const int64_t planes = above + part.planes + below;
+    pointers.resize((image.high + 2 * border) * (image.wide + 2 * border) * planes * part.width);
     image.pixels(m, part, part.plane - above, planes, border, pointers.data());
     return pointers.data();
   }

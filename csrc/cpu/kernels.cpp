@@ -25,7 +25,8 @@ constexpr Kernels<T> table() {
           .pack = pack<T>,
           .product = product<T>,
           .transpose = nullptr,
-          .winograd = winograd_kernels<T>(),
+          .square = winograd_kernels<2, T>(),
+          .wide = winograd_kernels<4, T>(),
           .line = line_kernels<T>()};
 }
 

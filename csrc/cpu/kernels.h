@@ -115,7 +115,7 @@ struct Kernels {
                   bool accumulate);
   // unless null, product wants steps of a that are adjacent: copies a [rows, steps], whose rows are, to such
   void (*transpose)(Operand a, int64_t rows, int64_t steps, uint32_t* out);
-  TileKernels<T> winograd, line;  // of 2x2 pixels (winograd.h), and of one (line.h)
+  TileKernels<T> square, wide, line;  // of 2x2 and of 2x4 pixels (winograd.h), and of one (line.h)
 };
 
 struct KernelTable {

@@ -342,7 +342,7 @@ struct Panels {
   }
 
   int64_t padded() const { return round_up(cols, 16); }
-  int64_t size() const { return padded() * steps; }  // words of one matrix
+  int64_t size() const { return padded() * steps + kSkew; }  // words of one matrix
   int64_t width(int64_t panel) const { return std::min<int64_t>(padded() - 32 * panel, 32); }
   int64_t valid(int64_t panel) const { return std::min<int64_t>(cols - 32 * panel, 32); }
   uint32_t* panel(int64_t panel, int64_t matrix = 0) const {

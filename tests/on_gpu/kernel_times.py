@@ -77,6 +77,6 @@ def add_floors(rows: dict[str, Record], settings: Settings, ceilings: Ceilings, 
     """The floor of each function's calls in a step; what a block completes is no call of its own."""
     calls = training_step(architecture(settings.network), settings.profiled, settings.size, dtype.itemsize)
     calls = [replace(c, kernel=COMPLETED) if completes_a_block(c) else c for c in calls]
-    for line in summarise(calls, [0.0] * len(calls), ceilings, False):
+    for line in summarise(calls, [0.0] * len(calls), ceilings, 1.0):
         if line.kernel in rows:
             rows[line.kernel] |= {"floor": line.floor, "calls": line.calls, "bytes": line.bytes}
