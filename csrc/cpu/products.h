@@ -11,17 +11,20 @@ constexpr int64_t kDepthSteps = 256;  // a panel of this depth stays in the firs
 
 inline Tiles product_tiles(int64_t rows) { return Tiles(rows, kTileRows, 16); }
 
-// The division of a backward pass among threads: of its rows; or, where they are few, of the columns of the weight, for
-// to add up what each thread makes of the whole weight's gradient would take longer than what all threads do then
+// The division of a backward pass among threads: of its rows, into tiles of as many words for either type; or, where
+// rows are few, of the columns of the weight: to add up what each thread makes of the whole weight's gradient would
+// take longer than what every thread does then
 struct BackwardShares {
   Tiles tiles;  // of the rows
   int64_t panels, groups;
 
-  // tiles of about `tile` rows; `panels` of the weight, which has `cols` columns
-  BackwardShares(int64_t rows, int64_t tile, int64_t cols, int64_t panels)
-      : tiles(rows, tile, rows <= 2 * cols ? rows : 16), panels(panels), groups(1) {
-    if (rows <= 2 * cols) groups = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, panels);
-  }
+  BackwardShares(int64_t rows, const Panels& weights, int64_t per_word)
+      : BackwardShares(rows, weights.count, per_word, rows <= 2 * weights.cols) {}
+
+  BackwardShares(int64_t rows, int64_t panels, int64_t per_word, bool by_columns)
+      : tiles(rows, kTileRows * per_word, by_columns ? rows : 16),
+        panels(panels),
+        groups(by_columns ? std::clamp<int64_t>(torch::stable::get_num_threads(), 1, panels) : 1) {}
 
   int64_t first_panel(int64_t group) const { return panels * group / groups; }
 
@@ -150,8 +153,7 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
   const int64_t depth = steps_of<T>(grad.cols);
   const Panels weights(weight.cols, depth);
   const bool need_a = sums != nullptr, need_weight = grad_weight != nullptr;
-  const BackwardShares shares(grad.rows, kTileRows * kPerWord<T>, weight.cols,
-                              weights.count);  // as many words for either
+  const BackwardShares shares(grad.rows, weights, kPerWord<T>);
   const Tiles& tiles = shares.tiles;
   if (need_a && shares.groups == 1) weight.pack(weights, true);
   const bool direct = tiles.chunks == 1 && weights.padded() == weight.cols;  // into grad_weight
