@@ -40,12 +40,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "cpu_update_running_statistics(Tensor(a!)[] vectors, Tensor(b!)[] counters, float[] momenta, int[] starts, "
+      "Tensor mean, Tensor var, float count) -> ()");
   m.def("cpu_dropout(Tensor(a!) x, Tensor mask, float scale) -> ()");
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
   m.def(
       "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var, bool describe, bool "
-      "prepend=False) -> ()");
+      "prepend=False, Tensor? x=None, Tensor? x_mean=None, Tensor? x_var=None) -> ()");
   m.def(
       "cpu_dense_block_backward(Tensor grad, Tensor(e!) total, Tensor features, Tensor[] bottlenecks, Tensor mean, "
       "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends import cpu, select
-from densenet_fast.backends.layout import empty_image, is_dense, to_matrix
+from densenet_fast.backends.layout import are_dense, empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
 from densenet_fast.ops.flops import of_convolutions, of_stages
@@ -45,7 +45,7 @@ class Frozen:
         return (
             self._dtypes <= {x.dtype, torch.float32}
             and all(map(Tensor.is_contiguous, self._vectors))
-            and all(map(is_dense, self._weights))
+            and are_dense(self._weights)
         )
 
 

@@ -1,7 +1,7 @@
 // BN-ReLU-Conv1x1 on matrices, forward and backward.
 #pragma once
 
-#include "products.h"
+#include "shares.h"
 
 namespace densenet_fast {
 
@@ -11,13 +11,10 @@ template <typename T>
 void conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, const float* bias, const Affine* then,
              const Matrix<T>& out, const StatisticsOutput* statistics) {
   advise_huge_pages(out);
-  const Tiles tiles = product_tiles(x.rows);
-  TileStatistics partial(tiles, statistics ? weight.rows : 0);
-  multiply<T>(weight, bias, then, out, tiles, statistics ? &partial : nullptr, false,
-              [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
-                kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
-              });
-  if (statistics) partial.combine(tiles, *statistics);
+  multiply_described<T>(weight, bias, then, out, statistics, false, 1,
+                        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
+                          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
+                        });
 }
 
 // D = (gradient @ weight) * (y > 0):  total = source + scale * D unless total is null; the rest as multiply_backward

@@ -78,11 +78,8 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Pooling pooling(grid, m.rows);
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    const Tiles tiles = product_tiles(pooling.outputs);
-    TileStatistics partial(tiles, statistics ? w.rows : 0);
-    multiply<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"), tiles,
-                statistics ? &partial : nullptr, kExact<T>, pooled<T>(m, a, pooling));
-    if (statistics) partial.combine(tiles, *statistics);
+    multiply_described<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"),
+                          statistics ? &*statistics : nullptr, kExact<T>, pooling.window, pooled<T>(m, a, pooling));
     return out;
   });
 }
@@ -105,7 +102,7 @@ void bn_relu_pool_conv1x1_inference(Tensor x, std::vector<Tensor> tensors, doubl
     const Shares shares(pooling.outputs, kTileRows, w.rows, kPackCost / pooling.window);
     std::vector<std::optional<ProductScratch<T>>> own(shares.count());
     multiply_in_shares<T>(
-        shares, w, nullptr, result, kExact<T>,
+        shares, w, nullptr, nullptr, result, kExact<T>,
         [&](int64_t share) -> ProductScratch<T>& { return own[share].emplace(tile, w.rows, w.cols, kExact<T>); },
         pooled<T>(m, norm.affine(), pooling));
   });

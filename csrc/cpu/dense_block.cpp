@@ -161,11 +161,26 @@ class Bottlenecks {
   Tensor shared_;
 };
 
-// Fills the columns of features but those of the block's input, which are there with their statistics, and the
-// bottlenecks that are kept.
+// x into out, with its statistics, which are copied if they are given
+template <typename T>
+void take_input(const Matrix<const T>& x, const std::optional<Tensor>& x_mean, const std::optional<Tensor>& x_var,
+                bool described, const Matrix<T>& out, const StatisticsOutput& statistics) {
+  STD_TORCH_CHECK(x.rows == out.rows && x.cols == out.cols, "x: expected [", out.rows, ", ", out.cols, "]");
+  STD_TORCH_CHECK(x_mean.has_value() == x_var.has_value(), "x_mean: expected with x_var");
+  Tiles(x.rows, x.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+    for (int64_t row = first; row < first + n; ++row) std::copy_n(x.row(row), x.cols, out.row(row));
+  });
+  if (!described) return;
+  if (!x_mean) return column_statistics(x, statistics);
+  std::copy_n(vector(*x_mean, x.cols, "x_mean"), x.cols, statistics.mean);
+  std::copy_n(vector(*x_var, x.cols, "x_var"), x.cols, statistics.var);
+}
+
+// Fills the columns of features but those of the block's input, which are there with their statistics unless `x` is
+// given, and the bottlenecks that are kept.
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
                  std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var, bool describe,
-                 bool prepend) {
+                 bool prepend, std::optional<Tensor> x, std::optional<Tensor> x_mean, std::optional<Tensor> x_var) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
     const Block block(tensors, eps, in_channels, describe, prepend);
@@ -174,11 +189,16 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
     float *m = output(mean, block.packed, "mean"), *v = output(var, block.packed, "var");
     std::vector<float> rstd(block.packed);
     const Bottlenecks<T> kept(bottlenecks, block, features, f.rows);
+    const auto statistics_of = [&](int64_t first, float eps) {
+      return StatisticsOutput(m + first, v + first, rstd.data() + first, eps);
+    };
+    if (x) {
+      advise_huge_pages(f);
+      take_input<T>({*x, "x"}, x_mean, x_var, block.normalised_by_batch(0), f.columns(block.own, in_channels),
+                    statistics_of(block.own, 0));
+    }
     for (size_t i = 0; i < block.layers.size(); ++i) {
       const Layer& layer = block.layers[i];
-      const auto statistics_of = [&](int64_t first, float eps) {
-        return StatisticsOutput(m + first, v + first, rstd.data() + first, eps);
-      };
       const Matrix<T> z = kept.of(i, layer.bottleneck);
       const Matrix<const T> inputs = f.columns(layer.read, layer.width).readonly();
       const Matrix<T> made = f.columns(layer.made, layer.growth);

@@ -71,6 +71,35 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
   });
 }
 
+// Of each normalisation its mean and its variance, by turns in `vectors`, packed in `mean` and `var` in that order:
+//   running += momentum * (batch - running), with the variance v * count / (count - 1);   counters += 1
+void update_running_statistics(std::vector<Tensor> vectors, std::vector<Tensor> counters, std::vector<double> momenta,
+                               std::vector<int64_t> starts, Tensor mean, Tensor var, double count) {
+  // [n] each, [] each, [], [], [C] each
+  STD_TORCH_CHECK(vectors.size() == 2 * momenta.size() && starts.size() == momenta.size(),
+                  "vectors: expected two for each momentum and start, got ", vectors.size());
+  const int64_t packed = mean.numel();
+  const float* batch[] = {vector(mean, packed, "mean"), vector(var, packed, "var")};
+  const float unbiased[] = {1.0f, static_cast<float>(count / (count - 1))};
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    const int64_t cols = vectors[i].numel(), start = starts[i / 2];
+    STD_TORCH_CHECK(0 <= start && start + cols <= packed, "vectors: expected at most ", packed - start, " values");
+    float* running = const_cast<float*>(vector(vectors[i], cols, "vectors"));
+    const float *from = batch[i % 2] + start, factor = unbiased[i % 2];
+    const float momentum = static_cast<float>(momenta[i / 2]);
+    for (int64_t c = 0; c < cols; ++c) {
+      const float difference = from[c] * factor - running[c];
+      running[c] = std::abs(momentum) < 0.5f ? running[c] + momentum * difference
+                                             : from[c] * factor - difference * (1 - momentum);
+    }
+  }
+  for (const Tensor& counter : counters) {
+    STD_TORCH_CHECK(counter.numel() == 1 && counter.scalar_type() == ScalarType::Long,
+                    "counters: expected one int64 value each");
+    ++*static_cast<int64_t*>(counter.data_ptr());
+  }
+}
+
 // x *= mask * scale
 void dropout(Tensor x, Tensor mask, double scale) {  // [M, C] each, mask bool
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "mask: expected bool");
@@ -101,5 +130,6 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu", TORCH_BOX(&densenet_fast::bn_relu));
   m.impl("cpu_mask", TORCH_BOX(&densenet_fast::mask));
   m.impl("cpu_finalise", TORCH_BOX(&densenet_fast::finalise));
+  m.impl("cpu_update_running_statistics", TORCH_BOX(&densenet_fast::update_running_statistics));
   m.impl("cpu_dropout", TORCH_BOX(&densenet_fast::dropout));
 }

@@ -11,11 +11,35 @@ constexpr int64_t kDepthSteps = 256;  // a panel of this depth stays in the firs
 
 inline Tiles product_tiles(int64_t rows) { return Tiles(rows, kTileRows, 16); }
 
-// Backward, the rows are summed over too: as many words of them for either type
-template <typename T>
-Tiles backward_tiles(int64_t rows) {
-  return Tiles(rows, kTileRows * kPerWord<T>, 16);
-}
+// The division of a backward pass among threads: of its rows, into tiles of as many words for either type; or, where
+// rows are few, of the columns of the weight: to add up what each thread makes of the whole weight's gradient would
+// take longer than what every thread does then
+struct BackwardShares {
+  Tiles tiles;  // of the rows
+  int64_t panels, groups;
+
+  BackwardShares(int64_t rows, const Panels& weights, int64_t per_word)
+      : BackwardShares(rows, weights.count, per_word, rows <= 2 * weights.cols) {}
+
+  BackwardShares(int64_t rows, int64_t panels, int64_t per_word, bool by_columns)
+      : tiles(rows, kTileRows * per_word, by_columns ? rows : 16),
+        panels(panels),
+        groups(by_columns ? std::clamp<int64_t>(torch::stable::get_num_threads(), 1, panels) : 1) {}
+
+  int64_t first_panel(int64_t group) const { return panels * group / groups; }
+
+  // f(share, chunk of tiles, first panel, end of the panels) in parallel
+  template <typename F>
+  void run(F f) const {
+    torch::stable::parallel_for(0, groups * tiles.chunks, 1, [&](int64_t begin, int64_t end) {
+      const Tiles::Release release;
+      for (int64_t share = begin; share < end; ++share) {
+        const int64_t group = share / tiles.chunks;
+        f(share, share % tiles.chunks, first_panel(group), first_panel(group + 1));
+      }
+    });
+  }
+};
 
 // A weight [B, C] or [B, C, 1, ...] with adjacent columns, of the matrices' dtype or float32, which is rounded as it is
 // packed
@@ -105,6 +129,19 @@ struct ProductGradient {
   std::optional<Finalise<T>> finalise;
 };
 
+// Sums the chunks' products [panels, rows, width] in their order: [rows, cols]
+inline void from_panels(const std::vector<Accumulator>& parts, const Panels& panels, int64_t rows, float* sums) {
+  panels.each([&](int64_t p) {
+    const int64_t width = panels.width(p), valid = panels.valid(p);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* out = sums + r * panels.cols + 32 * p;
+      const int64_t from = 32 * p * rows + r * width;
+      std::copy_n(parts[0].values.get() + from, valid, out);
+      for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].values.get() + from, valid, out);
+    }
+  });
+}
+
 // The gradient of weight, float32 [B, C], from that of the product, and the sums over the rows [2, C] of what mask
 // makes of the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or null, a as a panel or
 // null, width of both, sum_d, sum_dx)
@@ -116,11 +153,14 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
   const int64_t depth = steps_of<T>(grad.cols);
   const Panels weights(weight.cols, depth);
   const bool need_a = sums != nullptr, need_weight = grad_weight != nullptr;
-  if (need_a) weight.pack(weights, true);
-  const Tiles tiles = backward_tiles<T>(grad.rows);
+  const BackwardShares shares(grad.rows, weights, kPerWord<T>);
+  const Tiles& tiles = shares.tiles;
+  if (need_a && shares.groups == 1) weight.pack(weights, true);
+  const bool direct = tiles.chunks == 1 && weights.padded() == weight.cols;  // into grad_weight
   std::vector<Accumulator> weight_parts(tiles.chunks);
-  std::vector<ColumnSums> sums_parts(tiles.chunks);
-  tiles.run([&](int64_t chunk) {
+  for (Accumulator& part : weight_parts) part.reset(need_weight && !direct ? grad.cols * weights.padded() : 0);
+  std::vector<ColumnSums> sums_parts(shares.groups * tiles.chunks);
+  shares.run([&](int64_t share, int64_t chunk, int64_t begin, int64_t end) {
     constexpr bool paired = kPerWord<T> > 1;
     const int64_t rows = tiles.largest(), row_steps = steps_of<T>(rows), ld = (depth + kSkew) * kPerWord<T>;
     const bool words = grad.cols % kPerWord<T> == 0 && grad.ld % kPerWord<T> == 0 &&
@@ -131,9 +171,10 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
     const auto complete = scratch<T>(copied ? rows * ld : 0);
     const auto by_column = scratch<uint32_t>(paired ? row_steps * grad.cols : 0);  // grad as pairs along its rows
     const TransposedFactor<T> factor(need_weight ? row_steps * grad.cols : 0);
-    Accumulator& weight_part = weight_parts[chunk];
-    if (need_weight) weight_part.reset(grad.cols * weights.padded());
-    sums_parts[chunk].reset(weight.cols);
+    const int64_t first_column = 32 * begin;
+    for (int64_t p = begin; need_a && shares.groups > 1 && p < end; ++p) weight.pack_panel(weights, p, 32 * p, true);
+    sums_parts[share].reset(std::min(weight.cols, 32 * end) - first_column);
+    bool started = false;
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
       const int64_t first = tiles.begin(tile), n = tiles.begin(tile + 1) - first;
       if (n == 0) continue;
@@ -156,24 +197,27 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
         transposed =
             factor.of(paired ? by_column.get() : left.words, paired ? grad.cols : tile_ld, grad.cols, steps_of<T>(n));
       }
-      sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
-        for (int64_t p = 0; p < weights.count; ++p) {
+      sums_parts[share].add([&](float* sum_d, float* sum_dx) {
+        for (int64_t p = begin; p < end; ++p) {
           const int64_t c = 32 * p, width = weights.width(p);
           if (need_a) kernel.product(left, weights.operand(p), n, width, depth, grad_a.get(), width, false);
           mask(first, n, c, weights.valid(p), need_a ? grad_a.get() : nullptr, need_weight ? a.get() : nullptr, width,
-               sum_d + c, sum_dx + c);
+               sum_d + c - first_column, sum_dx + c - first_column);
           if (need_weight) {
             kernel.product(transposed, {a.get(), 0, width}, grad.cols, width, steps_of<T>(n),
-                           weight_part.values.get() + c * grad.cols, width, weight_part.started);
+                           direct ? grad_weight + c : weight_parts[chunk].values.get() + c * grad.cols,
+                           direct ? weight.cols : width, started);
           }
         }
       });
-      weight_part.started = true;
+      started = true;
     }
-    if (need_weight) weight_part.finish();
   });
-  if (need_weight) from_panels(weight_parts, weights, grad.cols, grad_weight);
-  if (need_a) total(sums_parts, sums);
+  if (need_weight && grad.rows == 0) std::fill_n(grad_weight, grad.cols * weight.cols, 0.0f);
+  if (need_weight && grad.rows > 0 && !direct) from_panels(weight_parts, weights, grad.cols, grad_weight);
+  for (int64_t group = 0; need_a && group < shares.groups; ++group) {
+    total(&sums_parts[group * tiles.chunks], tiles.chunks, sums + 32 * shares.first_panel(group), weight.cols);
+  }
 }
 
 }  // namespace densenet_fast

@@ -422,32 +422,24 @@ struct Finalise {
   }
 };
 
-// Sums the chunks' accumulators in their order: [2, cols]
-inline void total(const std::vector<ColumnSums>& parts, float* sums) {
-  for (int64_t i = 0; i < 2 * parts[0].cols; ++i) {
+// Sums the chunks' accumulators in their order: [2, cols], whose rows are `ld` apart
+inline void total(const ColumnSums* parts, int64_t chunks, float* sums, int64_t ld) {
+  const int64_t cols = parts[0].cols;
+  for (int64_t i = 0; i < 2 * cols; ++i) {
     double sum = 0;
-    for (const ColumnSums& part : parts) sum += part.sums[i];
-    sums[i] = sum;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += parts[chunk].sums[i];
+    sums[i / cols * ld + i % cols] = sum;
   }
+}
+
+inline void total(const std::vector<ColumnSums>& parts, float* sums) {
+  total(parts.data(), parts.size(), sums, parts[0].cols);
 }
 
 inline Tensor total(const std::vector<ColumnSums>& parts, const Tensor& like) {
   Tensor sums = new_floats(like, {2, parts[0].cols});
   total(parts, floats_of(sums));
   return sums;
-}
-
-// Sums the chunks' products [panels, rows, width] in their order: [rows, cols]
-inline void from_panels(const std::vector<Accumulator>& parts, const Panels& panels, int64_t rows, float* sums) {
-  panels.each([&](int64_t p) {
-    const int64_t width = panels.width(p), valid = panels.valid(p);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* out = sums + r * panels.cols + 32 * p;
-      const int64_t from = 32 * p * rows + r * width;
-      std::copy_n(parts[0].values.get() + from, valid, out);
-      for (size_t i = 1; i < parts.size(); ++i) kernels().f32.add(parts[i].values.get() + from, valid, out);
-    }
-  });
 }
 
 template <typename F>

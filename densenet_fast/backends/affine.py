@@ -116,6 +116,18 @@ class RunningStatistics(tuple[Running, ...]):
     def __init__(self, running: Iterable[Running]) -> None:
         self.vectors = Fixed(t for r in self for t in (r.mean, r.var))
         self.counters = [r.batches for r in self if r.batches is not None]
+        self.momenta = [0.0 if r.momentum is None else r.momentum for r in self]
+        self.starts = [r.start for r in self]
+        cumulative = any(r.momentum is None and r.batches is not None for r in self)
+        self._plain = not cumulative and all(t.dtype == torch.float32 for t in self.vectors)
+
+    def plain(self) -> bool:
+        """Whether all vectors are contiguous and float32, none is of inference mode, and no average is cumulative."""
+        return (
+            self._plain
+            and all(map(Tensor.is_contiguous, self.vectors))
+            and not any(map(Tensor.is_inference, self.vectors))
+        )
 
     @functools.cached_property
     def table(self) -> Tensor:

@@ -4,25 +4,30 @@ Functions, arguments and results are those of ``aten``. Equal inputs give bitwis
 threads; another number divides the rows otherwise, and rounds otherwise.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import extension
+from densenet_fast.backends import aten, extension
 from densenet_fast.backends.affine import (
     NO_STATISTICS,
     Affine,
     Completion,
+    Job,
     Reader,
+    RunningStatistics,
     Statistics,
     ThroughStatistics,
     Unfinished,
+    Update,
     read,
 )
-from densenet_fast.backends.aten import TAPS_FIRST, prepare, update_running_statistics
+from densenet_fast.backends.aten import TAPS_FIRST
 from densenet_fast.backends.layout import to_matrix
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
-__all__ = ["TAPS_FIRST", "prepare", "update_running_statistics"]
+__all__ = ["TAPS_FIRST"]
 
 name = "cpu"
 
@@ -184,19 +189,23 @@ def dense_block(
     eps: list[float],
     grid: tuple[int, ...],
     bottlenecks: list[Tensor],
-    statistics: Statistics,
+    mean: Tensor,
+    var: Tensor,
     describe: bool,
     prepend: bool,
+    x: Tensor | None = None,
+    x_mean: Tensor | None = None,
+    x_var: Tensor | None = None,
 ) -> None:
     """The whole block: fills the columns of features [M, C_total] but the first ``in_channels``, or to ``prepend`` the
-    last, which are there with their statistics; the packed statistics, with ``describe`` those of all features; and
-    each layer's bottleneck [M, B], if there are any, but those that are empty.
+    last, which are there with their statistics, unless they are given as ``x`` [M, C0]; the packed statistics, with
+    ``describe`` those of all features; and each layer's bottleneck [M, B], if there are any, but those that are empty.
 
     Its stages come as the ops pack them; without biases of convolutions, their other vectors contiguous and float32,
     the convolutions' weights so too or in the features' dtype.
     """
-    mean, var = statistics[:2]
-    kernels.cpu_dense_block(features, in_channels, tensors, eps, grid, bottlenecks, mean, var, describe, prepend)
+    block = (features, in_channels, tensors, eps, grid, bottlenecks, mean, var, describe, prepend)
+    kernels.cpu_dense_block(*block, x, x_mean, x_var)
 
 
 def dense_block_backward(
@@ -223,6 +232,29 @@ def dense_block_backward(
     packed statistics, it adds its own; if they are not zero it was ``described``."""
     kept = (grad, total, features, bottlenecks, mean, var, float(count), tensors, eps, grid)
     kernels.cpu_dense_block_backward(*kept, grad_x, gradients, p, q, described, prepend)
+
+
+def prepare(jobs: Sequence[Job]) -> None:
+    for kind, target, source, eps in jobs:
+        if kind == "copy":
+            target.copy_(source)
+        elif kind == "rstd":
+            torch.add(source.to(target.dtype), eps, out=target).rsqrt_()
+        elif kind == "zero":
+            target.zero_()
+        else:
+            raise ValueError(f"kind: expected copy, rstd or zero, got {kind}")
+
+
+def update_running_statistics(updates: Sequence[Update]) -> None:
+    for update in updates:
+        running, mean, var, count = update
+        if type(running) is RunningStatistics and running.plain() and isinstance(count, int):
+            torch.autograd.graph.increment_version([*running.vectors, *running.counters])
+            given = (running.vectors, running.counters, running.momenta, running.starts)
+            kernels.cpu_update_running_statistics(*given, mean, var, float(count))
+        else:
+            aten.update_running_statistics([update])
 
 
 def _evenly_spaced(weight: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 PLAIN = {Tensor, torch.nn.Parameter}
 TENSORS = {*PLAIN, type(None)}
+Made = TypeVar("Made")
 
 
 class Constants(tuple[Any, ...]):
@@ -37,6 +38,18 @@ class Fixed(list[Any]):
         """As :func:`parted` has it."""
         tensors, constants = _parted(self)
         return tensors, Constants(constants)
+
+    @functools.cached_property
+    def _made(self) -> dict[Hashable, Any]:
+        return {}
+
+    def made(self, kind: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` makes of this for one ``kind`` of call. It is kept, for sixteen kinds."""
+        if kind not in self._made:
+            if len(self._made) >= 16:
+                self._made.clear()
+            self._made[kind] = make()
+        return self._made[kind]
 
     def saved(self) -> Sequence[Tensor]:
         """Its tensors, to be kept for a backward pass."""

@@ -1,6 +1,9 @@
 """A feature map as a matrix: one row per pixel, one column per channel (channels last memory)."""
 
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +35,11 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
 
 
+def are_dense(tensors: Sequence[Tensor]) -> bool:
+    """:func:`is_dense` of all of hundreds."""
+    return all(map(is_dense, itertools.compress(tensors, map(operator.not_, map(Tensor.is_contiguous, tensors)))))
+
+
 def to_matrix(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C] with adjacent columns; a view if the memory is channels last, else a copy."""
     matrix = x.movedim(1, -1).reshape(math.prod(x.shape[:1] + x.shape[2:]), x.shape[1])
@@ -50,6 +58,7 @@ def empty_image(like: Tensor, grid: tuple[int, ...], channels: int) -> Tensor:
     return torch.empty_strided((grid[0], channels, *grid[1:]), strides, dtype=like.dtype, device=like.device)
 
 
-def as_output(view: Tensor) -> Tensor:
-    """The same memory as no view: callers may not change in place a view that a custom op returns."""
-    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+def as_output(view: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """The same memory as no view: callers may not change in place a view that a custom op returns. ``strides`` may
+    differ from the view's where its size is one."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, strides or view.stride())

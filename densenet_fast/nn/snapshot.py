@@ -39,7 +39,7 @@ CONSTANTS = {bool, int, float, str, type(None)}
 SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 _values = dict.values
-_dtype, _device, _shape = map(operator.attrgetter, ("dtype", "device", "shape"))
+_dtype, _device, _is_cpu, _shape = map(operator.attrgetter, ("dtype", "device", "is_cpu", "shape"))
 
 
 class Found(NamedTuple):
@@ -72,10 +72,12 @@ class Snapshot:
             if tensor is not None and name != "num_batches_tracked"
         ]
         self._dtypes = [*map(_dtype, self._tensors)]
+        self._on_cpu = all(map(_is_cpu, self._tensors))  # which takes less long to ask
         self._devices = [*map(_device, self._tensors)]
-        self._ranks = [*map(Tensor.dim, self._tensors)]
-        self._sizes = [*map(Tensor.numel, self._tensors)]
-        self._arrays = [tensor for tensor in self._tensors if tensor.dim() > 1]  # of others the size is the shape
+        self._vectors = [tensor for tensor in self._tensors if tensor.dim() <= 1]  # whose size is their shape
+        self._ranks = [*map(Tensor.dim, self._vectors)]
+        self._sizes = [*map(Tensor.numel, self._vectors)]
+        self._arrays = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._shapes = [*map(_shape, self._arrays)]
 
     @classmethod
@@ -105,9 +107,9 @@ class Snapshot:
             and [*flat(self._tables)] == self._keys
             and all(map(operator.is_, flat(map(_values, self._tables)), self._contents))
             and [*map(_dtype, self._tensors)] == self._dtypes
-            and [*map(_device, self._tensors)] == self._devices
-            and [*map(Tensor.dim, self._tensors)] == self._ranks
-            and [*map(Tensor.numel, self._tensors)] == self._sizes
+            and (all(map(_is_cpu, self._tensors)) if self._on_cpu else [*map(_device, self._tensors)] == self._devices)
+            and [*map(Tensor.dim, self._vectors)] == self._ranks
+            and [*map(Tensor.numel, self._vectors)] == self._sizes
             and all(map(operator.eq, map(_shape, self._arrays), self._shapes))
         )
 

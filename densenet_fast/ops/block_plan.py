@@ -1,12 +1,41 @@
 """The layers of a dense block as its op walks over them: where their columns, statistics and bottlenecks stand."""
 
+import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.layout import is_dense
-from densenet_fast.ops.stage import Stage, by_stage, unflatten
+from densenet_fast.backends.inputs import Fixed
+from densenet_fast.backends.layout import are_dense
+from densenet_fast.ops.stage import STAGE_TENSORS, Stage, by_stage, unflatten
+
+
+class Walk:
+    """What a backend that walks over a whole block takes of its stages: their ``tensors``, an empty one for one that is
+    absent. ``trained`` are the places of those that have gradients there, ``is_trained`` says of each whether it is one
+    of them."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        empty = torch.empty(0)
+        self.tensors = [empty if t is None else t for stage in stages for t in stage[:STAGE_TENSORS]]
+        self.is_trained = [i % STAGE_TENSORS in (0, 1, 4) and t is not empty for i, t in enumerate(self.tensors)]
+        self.trained = [i for i, flag in enumerate(self.is_trained) if flag]
+        self._vectors = [t for stage in stages for t in stage[:4] if t is not None]
+        self._weights = [stage.conv_weight for stage in stages]
+        self._dtypes = {weight.dtype for weight in self._weights}
+        self._plain = all(stage.conv_bias is None for stage in stages) and all(
+            t.dtype == torch.float32 for t in self._vectors
+        )
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether it takes them beside features of ``dtype``."""
+        return (
+            self._plain
+            and self._dtypes <= {dtype, torch.float32}
+            and all(map(Tensor.is_contiguous, self._vectors))
+            and are_dense(self._weights)
+        )
 
 
 class Plan:
@@ -52,22 +81,20 @@ class Plan:
         self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
         """Of the batch normalisations, whose r is computed with the statistics; a stage of another has its own."""
 
+    @functools.cached_property
+    def walk(self) -> Walk:
+        """What a backend that :meth:`walked_by` asks for takes."""
+        return Walk(self.stages)
+
     def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None) -> bool:
         """Whether the backend walks over the whole block by itself, faster than it is done here."""
-
-        def plain(stage: Stage) -> bool:
-            vectors = [t for t in stage[:4] if t is not None]
-            weight = stage.conv_weight
-            plain = stage.conv_bias is None and is_dense(weight) and weight.dtype in (dtype, torch.float32)
-            return plain and all(t.dtype == torch.float32 and t.is_contiguous() for t in vectors)
-
         return (
             hasattr(backend, "walks")
             and backend.walks(self.grid)
             and self.bottleneck
             and group is None
             and not any(self.drop_rates)
-            and all(map(plain, self.stages))
+            and self.walk.fits(dtype)
         )
 
     def read(self, i: int) -> slice:
@@ -107,6 +134,26 @@ class Plan:
     def normalised_by_batch(self, i: int) -> bool:
         """Whether layer i or a later one, or a reader behind the block, normalises its input by batch statistics."""
         return self.described or any(not layer[0].frozen for layer in self.layers[i:])
+
+
+def plan_of(
+    x: Tensor,
+    tensors: list[Tensor],
+    eps: list[float],
+    bottleneck: bool,
+    drop_rates: list[float],
+    described: bool,
+    prepend: bool,
+) -> Plan:
+    """The :class:`Plan`, which is kept with tensors that nobody exchanges."""
+
+    def make() -> Plan:
+        return Plan(x, tensors, eps, bottleneck, drop_rates, described, prepend)
+
+    if not (type(tensors) is type(eps) is type(drop_rates) is Fixed):
+        return make()
+    kind = (tuple(x.shape), bottleneck, eps.parted[1], drop_rates.parted[1], described, prepend)
+    return tensors.made(kind, make)
 
 
 def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:

@@ -14,6 +14,7 @@ Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
     G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
 """
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
-from densenet_fast.ops.block_plan import Plan, own_features
+from densenet_fast.ops.block_plan import Plan, own_features, plan_of
 from densenet_fast.ops.op import Gradients, Parts, define, with_autograd
 from densenet_fast.ops.single import fake_count
 from densenet_fast.ops.stage import (
@@ -42,7 +43,6 @@ from densenet_fast.ops.stage import (
     StageGradients,
     global_count,
     global_sum,
-    present,
     rows_of,
     save_stages,
     saved_stages,
@@ -87,14 +87,19 @@ def _forward(
     ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where they are not wanted; those of
     the features are differentiable. ``count`` is the number of rows they are over, empty without a group.
     """
-    plan = Plan(x, tensors, eps, bottleneck, drop_rates, describe, prepend)
+    plan = plan_of(x, tensors, eps, bottleneck, drop_rates, describe, prepend)
     backend = select(x.device, x.dtype)
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
     rows = features.shape[0]
+    if plan.walked_by(backend, x.dtype, group):
+        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
+        mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
+        given = (plan.walk.tensors, eps, plan.grid, for_each_layer(bottlenecks, saved, features), mean, var)
+        backend.dense_block(features, plan.widths[0], *given, describe, prepend, to_matrix(x), x_mean, x_var)
+        return image, mean, var, global_count(rows, x, group), bottlenecks
     packed = empty_statistics(features, plan.packed, plan.eps)
-    walked = plan.walked_by(backend, x.dtype, group)
-    prepared = Prepared([] if walked else plan.stages, backend, x)
+    prepared = Prepared(plan.stages, backend, x)
     for columns in plan.without_statistics():
         prepared.zero(packed.mean[columns]), prepared.zero(packed.var[columns])
     own = packed.of(plan.read(0)) if plan.normalised_by_batch(0) else None
@@ -105,12 +110,6 @@ def _forward(
     backend.append_features(x, features[:, plan.read(0)], own)
     synchronise(own, rows, group)
     bottlenecks = []
-    if walked:
-        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
-        kept = for_each_layer(bottlenecks, saved, features)
-        given = (present(tensors, x), eps, plan.grid, kept, packed, describe, prepend)
-        backend.dense_block(features, plan.widths[0], *given)
-        return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
     def affine(j: int) -> Affine:
         return prepared.affine(j, packed.of(plan.ranges[j]))
@@ -384,15 +383,15 @@ def _run_backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """G stands in the memory of ``total``, which may be grad, or in its own."""
     described = grad_mean is not None
-    plan = Plan(features[:, :in_channels], tensors, eps, bottleneck, drop_rates, described, prepend)
+    own = own_features(features, in_channels, prepend)
+    plan = plan_of(own, tensors, eps, bottleneck, drop_rates, described, prepend)
     backend = select(features.device, features.dtype)
-    trained = [j % STAGE_TENSORS in (0, 1, 4) and t is not None and t.numel() > 0 for j, t in enumerate(tensors)]
-    if all(need or not asked for need, asked in zip(needs, (True, *trained))) and plan.walked_by(
-        backend, features.dtype, group
-    ):
+    if plan.walked_by(backend, features.dtype, group) and all(compress(needs, (True, *plan.walk.is_trained))):
+        walk = plan.walk
         image = empty_image(features, plan.grid, in_channels)
-        empty = features.new_empty(0)
-        gradients = [torch.empty_like(t, dtype=torch.float32) if own else empty for t, own in zip(tensors, trained)]
+        gradients: list[Tensor] = [features.new_empty(0)] * len(tensors)
+        for i in walk.trained:
+            gradients[i] = torch.empty_like(walk.tensors[i], dtype=torch.float32)
         p, q = mean.new_zeros(2, *mean.shape).unbind()
         if described:
             p[: plan.columns].copy_(grad_mean[: plan.columns]), q[: plan.columns].copy_(grad_var[: plan.columns])
@@ -400,11 +399,11 @@ def _run_backward(
         g = torch.empty_like(f) if total is None else incoming
         kept = (f, for_each_layer(bottlenecks, saved, features), mean, var, rows_of(count, f.shape[0]))
         out = (to_matrix(image), gradients, p, q, described, prepend)
-        backend.dense_block_backward(incoming, g, *kept, present(tensors, features), eps, plan.grid, *out)
-        return image, [
-            None if not own else g if g.dtype == t.dtype else g.to(t.dtype)
-            for g, t, own in zip(gradients, tensors, trained)
-        ]
+        backend.dense_block_backward(incoming, g, *kept, walk.tensors, eps, plan.grid, *out)
+        made: list[Tensor | None] = [None] * len(tensors)
+        for i in walk.trained:
+            made[i] = gradients[i] if walk.tensors[i].dtype == torch.float32 else gradients[i].to(walk.tensors[i].dtype)
+        return image, made
     behind = (grad_mean.contiguous(), grad_var.contiguous()) if described else None
     gradients = BlockGradients(plan, features, mean, var, count, behind, group)
     return gradients.run(grad, total is not None, bottlenecks, saved, masks, needs)

@@ -61,11 +61,12 @@ class Input:
         prepared = Prepared([self.stage], self.backend, x)
         ((weight, self.bias),) = prepared.weights
         self.weight = None if weight is None else weight.flatten(1)
-        self.own = empty_statistics(x, x.shape[1], self.stage.eps)
+        if again:
+            self.own = Statistics(mean, var, torch.empty_like(var), self.stage.eps)
+        else:
+            self.own = empty_statistics(x, x.shape[1], self.stage.eps)
         if mean is not None:
-            if again:
-                self.own = Statistics(mean, var, self.own.rstd, self.stage.eps)
-            else:
+            if not again:
                 prepared.copy(self.own.mean, mean), prepared.copy(self.own.var, var)
             prepared.rstd(self.own.rstd, var, self.stage.eps)
         elif self.stage.frozen:

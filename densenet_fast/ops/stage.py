@@ -226,10 +226,11 @@ class StageGradients:
         bias = None
         if self.needs_conv_weight:
             like = self.stage.conv_weight
-            if weight.dtype != like.dtype or weight.view(like.shape).stride() != like.stride():
-                weight = torch.empty_like(like).copy_(weight.view(like.shape))
-            elif weight.shape != like.shape or weight._is_view():
-                weight = as_output(weight.view(like.shape))
+            view = weight.view(like.shape)
+            if weight.dtype != like.dtype or not _laid_out_alike(view, like):
+                weight = torch.empty_like(like).copy_(view)
+            elif weight.shape != like.shape or weight._is_view() or weight.stride() != like.stride():
+                weight = as_output(view, like.stride())
         if self.needs_conv_bias:
             total = grad_output.sum(0, dtype=accumulation_dtype(grad_output.dtype))
             bias = total.to(self.stage.conv_bias.dtype)
@@ -238,6 +239,11 @@ class StageGradients:
     def tensors(self) -> list[Tensor | None]:
         """One gradient per tensor of the stage, None where it was not needed."""
         return [self.weight, self.bias, None, None, *self._convolution]
+
+
+def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the strides of two tensors of one shape are equal, but for sizes of one."""
+    return all(size == 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride()))
 
 
 def global_count(rows: int, like: Tensor, group: str | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import densenet_fast
 from densenet_fast import functional
 from densenet_fast.backends import aten, cpu
+from densenet_fast.backends.affine import Running, RunningStatistics, Update
 from densenet_fast.functional import BatchStatistics, BNReLUConv
 from helpers import assert_same, error, make_norm, randomise, twin
 
@@ -247,3 +248,61 @@ def test_through_the_dispatcher_or_not(frozen, memory_efficient):
     names = ("dense_block", "bn_relu_conv1x1", "bn_relu_maxpool", "bn_relu_global_avgpool")
     assert recorder.seen >= {f"densenet_fast.{name}{end}.default" for name in names for end in ("", "_backward")}
     assert all(a.equal(b) for a, b in zip(direct, dispatched, strict=True))
+
+
+def _running(momenta, change=lambda t: t):
+    """Running statistics of as many normalisations as momenta, of 3, 4, ... channels."""
+    vectors = [[change(t) for t in torch.rand(2, 3 + i).unbind()] for i in range(len(momenta))]
+    starts = [sum(range(3, 3 + i)) for i in range(len(momenta))]
+    return [Running(*v, torch.tensor(i), m, start) for i, (v, m, start) in enumerate(zip(vectors, momenta, starts))]
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize(
+    "make, count, kernels",
+    {
+        "momenta": (lambda: _running([0.1, 0.7, 1.0, 0.0]), 5, 1),
+        "one row": (lambda: _running([0.1]), 1, 1),
+        "without counters": (lambda: [r._replace(batches=None) for r in _running([0.1, None])], 5, 1),
+        "of one normalisation twice": (lambda: _running([0.3]) * 2, 5, 1),
+        "cumulative": (lambda: _running([0.1, None]), 5, 0),
+        "wide": (lambda: _running([0.1], torch.Tensor.double), 5, 0),
+        "not adjacent": (lambda: _running([0.1], lambda t: torch.stack([t, t], 1)[:, 0]), 5, 0),
+        "rows counted by a tensor": (lambda: _running([0.1]), torch.tensor(5.0, dtype=torch.float64), 0),
+    }.values(),
+)
+def test_running_statistics_are_updated_as_on_torch(make, count, kernels, monkeypatch):
+    ours = make()
+    copies = {id(t): t.clone() for r in ours for t in r[:3] if t is not None}
+    torchs = [r._replace(**{k: copies.get(id(t)) for k, t in zip(r._fields[:3], r[:3])}) for r in ours]
+    mean, var = torch.rand(2, sum(range(3, 3 + len(ours)))).unbind()
+    before = [t._version for r in ours for t in r[:3] if t is not None]
+    aten.update_running_statistics([Update(torchs, mean, var, count)])
+    called, own = [], aten.update_running_statistics
+    monkeypatch.setattr(aten, "update_running_statistics", lambda updates: (called.append(1), own(updates)))
+    cpu.update_running_statistics([Update(RunningStatistics(ours), mean, var, count)])
+    assert len(called) == 1 - kernels
+    for r, other in zip(ours, torchs):
+        torch.testing.assert_close(r[:2], other[:2], rtol=1e-6, atol=1e-7, equal_nan=True)
+        assert r.batches == other.batches
+    assert all(t._version > v for t, v in zip((t for r in ours for t in r[:3] if t is not None), before))
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="needs the compiled kernels")
+def test_the_update_of_running_statistics_refuses_what_does_not_fit():
+    update, vectors, mean = (
+        torch.ops.densenet_fast.cpu_update_running_statistics,
+        torch.ones(2, 3).unbind(),
+        torch.ones(4),
+    )
+    given = (vectors, [torch.tensor(0)], [0.1], [0], mean, mean, 5.0)
+    wrong = {
+        0: ([(vectors[0],), (torch.ones(5), vectors[1]), (vectors[0], vectors[1].double())], "vectors: expected"),
+        1: ([[torch.tensor(0.0)]], "counters: expected one int64"),
+        3: ([[2], [-1], []], "vectors: expected"),
+        5: ([mean[:3], mean.double()], "var: expected 4 contiguous"),
+    }
+    for place, (values, message) in wrong.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match=message):
+                update(*given[:place], value, *given[place + 1 :])

@@ -25,6 +25,7 @@ BLOCKS = {
     "without weights": dict(affine=False),
     "unlike epsilons": dict(eps=(1e-5, 0.3, 1e-2, 1e-5, 0.1, 1.0)),
     "wide": dict(channels=64, width=128, k=32, spatial=(14, 14)),
+    "few pixels": dict(channels=40, width=96, k=8, spatial=(2, 2)),
     "channels last weights": dict(memory_format=torch.channels_last),
     "new features first": dict(prepend=True),
     "new features first, odd sizes": dict(channels=5, width=7, k=3, spatial=(5, 7), prepend=True),
@@ -191,6 +192,10 @@ def test_wrong_arguments_raise():
     refused("weight: expected 3 spatial dimensions", features, 8, tensors, eps, [3, 1, 6, 6], [], mean, var, False)
     biased = [torch.zeros(16) if i == 5 else t for i, t in enumerate(tensors)]
     refused("expected no bias", features, 8, biased, eps, grid, [], mean, var, False)
+    whole = (features, 8, tensors, eps, grid, [], mean, var, True, False)
+    refused(r"x: expected \[108, 8\]", *whole, features[:, :7])
+    refused("x_mean: expected with x_var", *whole, features[:, :8], mean[:8])
+    refused("x_var: expected 8 contiguous", *whole, features[:, :8], mean[:8], var[:7])
     grads = [torch.zeros_like(t) for t in tensors]
     for wrong in (0, 4, 10):
         bad = [g.double() if i == wrong else g for i, g in enumerate(grads)]

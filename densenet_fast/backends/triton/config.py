@@ -139,6 +139,7 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton interprets kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
