@@ -148,7 +148,9 @@ def newer_symbols(library: str | Path) -> list[str]:
 
 def older_glibc(compiler: str, folder: Path) -> str:
     """The flags that link functions which glibc 2.34 moved into libc.so.6 by the versions that they had before, with
-    libraries in ``folder`` that define these; none with a glibc in which they have not moved."""
+    libraries in ``folder`` that define these; none with a glibc in which they have not moved. The folder is not the one
+    that nvcc runs in, whose programs would load them."""
+    folder.mkdir(exist_ok=True)
     libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], check=True, capture_output=True, text=True).stdout
     versions: dict[str, dict[str, bool]] = {}
     for name, version, defined, default in symbols(libc.strip()):
@@ -248,7 +250,7 @@ class BuildLibrary(build_ext):
         commands = {"compile": f"{compiler} -MMD -MF $out.d {flags} $more -c $in -o $out"}
         if nvcc:
             commands["cuda"] = f"{nvcc} -ccbin {compiler} -MD -MF $out.d {CUDA_FLAGS} $more -c $in -o $out"
-            ldflags = f"{cuda_libraries(nvcc)} {older_glibc(compiler, build)} {ldflags}"
+            ldflags = f"{cuda_libraries(nvcc)} {older_glibc(compiler, build / 'older_glibc')} {ldflags}"
         commands["link"] = f"{compiler} -shared $in -o $out -L{home / 'lib'} -ltorch_cpu -ltorch {ldflags}"
         return commands
 
