@@ -1,5 +1,5 @@
-// What a newer C++ or C library than that of GCC 8 and glibc 2.28 would bring at run time, so that the library loads where
-// those are installed (manylinux_2_28) wherever it was built.
+// What a newer C++ or C library than that of GCC 8 and glibc 2.28 would bring at run time, so that the library loads
+// where those are installed (manylinux_2_28) wherever it was built.
 #include <new>
 #include <sstream>
 
