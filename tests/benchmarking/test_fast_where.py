@@ -1,5 +1,7 @@
 """The pages say of speed and memory what the committed results say."""
 
+import re
+
 import pytest
 
 import fast_where
@@ -11,6 +13,23 @@ def test_the_pages_are_up_to_date(name):
     """If not: python benchmarks/fast_where.py."""
     text = (fast_where.ROOT / name).read_text()
     assert text == rewritten(text, fast_where.PAGES[name](fast_where.RESULTS), fast_where.MARK)
+
+
+def test_the_first_words_of_the_readme():
+    """Their ranges over the training steps in float32 on CPUs and in bfloat16 on GPUs, and the largest batches."""
+    results = fast_where.RESULTS
+    paths = [*results.glob("cpu_*/densenet121_train_fp32.csv"), *results.glob("nvidia_*/densenet121_train_bf16.csv")]
+    rows = [row for path in paths for row in fast_where.measured(path).values()]
+    words = " ".join((fast_where.ROOT / "README.md").read_text().partition("## Install")[0].split())
+    parts = {4: "a quarter", 5: "a fifth", 6: "a sixth", 10: "a tenth"}
+    for who, memory in (("ours", "needs {} to {}"), ("ours-me", "and {} to {} with")):
+        speeds = sorted(row[who]["speed_ratio"] for row in rows)
+        assert f"{speeds[0]:.1f} to {speeds[-1]:.1f} times" in words
+        kept = sorted(row[who]["memory_ratio"] for row in rows)
+        assert memory.format(parts[round(1 / kept[0])], parts[round(1 / kept[-1])]) in words
+    for network, line in zip(fast_where.IN_A_BUDGET[1], fast_where.largest(results)):
+        times = re.search(r"([\d.]+)x", line[4])[1]
+        assert f"{times} times" in words and network.replace("densenet", "DenseNet-") in words
 
 
 HEADER = "batches,batch,competitor,layout,median_s,images_per_s,speed_ratio,peak_mib,reserved_mib,memory_ratio"
