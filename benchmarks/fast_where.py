@@ -108,7 +108,9 @@ def some(results: Path) -> str:
             path = results / folder / f"densenet121_{mode}_{dtype}.csv"
             rows = measured(path)[batch]
             flags = f"{' --infer' * (mode == 'infer')}{' --dtype bf16' * (dtype == 'bf16')} --batch {batch}"
-            cells = [time_and_memory(rows[name]) for name in ("torchvision", "ours", "ours-me")]
+            cells = [
+                time_and_memory(rows[name]) if name in rows else "-" for name in ("torchvision", "ours", "ours-me")
+            ]
             what = f"{MODES[mode]}, {batch} images, {DTYPES[dtype]}"
             link = f"[`python -m densenet_fast bench{flags}`]({page(path, results)})"
             lines.append((what, rows["ours"]["device"], *cells, link))

@@ -44,7 +44,6 @@ ENGINES = f"""{HEADER},dtype,date,device,backend
 given,1,torchvision,contiguous,0.04,25,1,,,,bf16,2030-01-02,Some CPU,cpu
 given,1,openvino,contiguous,0.02,50,2,,,,bf16,2030-01-02,Some CPU,cpu
 given,1,ours,contiguous,0.01,100,4,,,,bf16,2030-01-02,Some CPU,cpu
-given,1,ours-me,contiguous,0.01,100,4,,,,bf16,2030-01-02,Some CPU,cpu
 """
 LARGEST = """network,competitor,dtype,budget_gib,batch,device
 densenet121,torchvision,fp32,1,4,Some CPU
@@ -73,7 +72,7 @@ def test_tables_of_made_up_results(tmp_path, monkeypatch):
         (tmp_path / f"some_cpu/{name}.md").write_text(f"# Title\n\n`{command}`\n")
     _, _, inference, training, volumes, _, _, _, engines = fast_where.everything(tmp_path).splitlines()
     assert cells(inference)[2:] == [
-        *("inference, 1 image", "`cpu`", "4.00x", "-", "4.00x, -", "2030-01-02"),
+        *("inference, 1 image", "`cpu`", "4.00x", "-", "-, -", "2030-01-02"),
         "`python -m densenet_fast bench --infer`",
     ]
     assert cells(training) == [
@@ -92,4 +91,7 @@ def test_tables_of_made_up_results(tmp_path, monkeypatch):
         *("8 ms (**2.50x**), 50 MiB (**0.25**)", "12.5 ms (**1.60x**), 25 MiB (**0.12**)"),
         "[`python -m densenet_fast bench --batch 2`](benchmarks/results/some_cpu/densenet121_train_fp32.md)",
     ]
+    monkeypatch.setattr(fast_where, "MODES", {"infer": "inference"})
+    monkeypatch.setattr(fast_where, "SHOWN", (("some_cpu", "bf16", 1),))
+    assert cells(fast_where.some(tmp_path).splitlines()[2])[2:5] == ["40 ms", "10 ms (**4.00x**)", "-"]
     assert cells(largest)[2:5] == ["4 images", "10 images (**2.5x**)", "30 images (**7.5x**)"]
