@@ -1,7 +1,7 @@
 """The pages' tables of GPUs, from the results that ``python3 tests/gpu.py`` left: ``python benchmarks/gpu_tables.py``.
 
 A GPU's ``results.json`` is committed as ``benchmarks/results/<GPU>/results.json``; this writes what stands between the
-marks of README.md and docs/versions.md.
+marks of docs/what-is-fast-where.md and docs/versions.md.
 """
 
 import json
@@ -13,7 +13,7 @@ from densenet_fast.table import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
+MARK = "gpu table"
 NONE = "The kernels for GPUs have not run on one yet."
 HEADER = ("", "batch", "torchvision", "densenet_fast", "speed", "memory", "`memory_efficient=True`", "torch.compile")
 KINDS = {"training": "training step", "inference": "inference"}
@@ -89,20 +89,21 @@ def tests(all_results: Sequence[Results]) -> str:
     return "\n".join(lines) or NONE
 
 
-PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"README.md": speeds, "docs/versions.md": tests}
+PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"docs/what-is-fast-where.md": speeds, "docs/versions.md": tests}
 
 
-def rewritten(text: str, between: str) -> str:
-    """``text`` with ``between`` between the marks.
+def rewritten(text: str, between: str, mark: str = MARK) -> str:
+    """``text`` with ``between`` between the marks of that name.
 
     Raises:
         ValueError: the marks are not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"expected {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{between}\n{END}{after}"
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"expected {begin} and {end}")
+    return f"{before}{begin}\n{between}\n{end}{after}"
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ STYLE = """
   .small { font-size: 12px }
   .kept { fill: #0969da; fill-opacity: 0.25; stroke: #0969da }
   .passing { fill: none; stroke: #9a6700; stroke-dasharray: 4 3 }
+  .done { fill: #1a7f37; fill-opacity: 0.25; stroke: #1a7f37 }
   .line { stroke: #1f2328; fill: none }
   .head { fill: #1f2328 }
   @media (prefers-color-scheme: dark) {
@@ -17,6 +18,7 @@ STYLE = """
     text { fill: #e6edf3 }
     .kept { fill: #4493f8; stroke: #4493f8 }
     .passing { stroke: #d29922 }
+    .done { fill: #3fb950; stroke: #3fb950 }
     .line { stroke: #e6edf3 }
     .head { fill: #e6edf3 }
   }
@@ -97,8 +99,50 @@ def dense_block() -> str:
     return drawing.svg()
 
 
+def backward_pass() -> str:
+    """The same block's backward pass: what each layer completes, passes on and adds to."""
+    row = 3 * HEIGHT + 2 * GAP + 10
+    width, height = LEFT + (INPUT + LAYERS * GROWTH) * UNIT + 210, TOP + LAYERS * row + 20
+    drawing = Drawing(width, height, "The backward pass: a column is completed once, when all its readers are done.")
+    drawing.text(14, 24, "G, one buffer of F's form: the gradient with respect to each column; layers in reverse")
+    for x, kind, words in (
+        (14, "kept", "still collects"),
+        (150, "done", "completed by (1)"),
+        (300, "passing", "used at once, not kept"),
+    ):
+        drawing.box(kind, x, 38, 18, 14)
+        drawing.text(x + 26, 50, words, small=True)
+    for i in reversed(range(LAYERS)):
+        y = TOP + (LAYERS - 1 - i) * row
+        reads = (INPUT + i * GROWTH) * UNIT
+        vectors, below = y + HEIGHT + 4, y + 2 * HEIGHT + GAP
+        drawing.text(LEFT - 14, y + 20, f"layer {i + 1}", "end")
+        drawing.text(LEFT - 14, vectors + 12, "P, Q", "end", small=True)
+        drawing.box("kept", LEFT, vectors, reads, 6)
+        drawing.box("kept", LEFT, vectors + 9, reads, 6)
+        drawing.box("kept", LEFT, y, INPUT * UNIT)
+        drawing.text(LEFT + INPUT * UNIT / 2, y + 20, "x", "middle")
+        for j in range(LAYERS):
+            x = LEFT + (INPUT + j * GROWTH) * UNIT
+            drawing.box("kept" if j < i else "done", x, y, GROWTH * UNIT)
+            drawing.text(x + GROWTH * UNIT / 2, y + 20, f"{'dY' if j == i else 'Y'}{j + 1}", "middle")
+        source, z = LEFT + reads + GROWTH * UNIT / 2, LEFT + reads + 60
+        drawing.box("passing", z, below, 2 * UNIT)
+        drawing.text(z + UNIT, below + 20, f"dZ{i + 1}", "middle")
+        drawing.arrow((source, y + HEIGHT), (source, below - 12), (z + UNIT, below - 12), (z + UNIT, below - 2))
+        drawing.text(z + UNIT + 10, below - 12, "3x3 backward, bn2", small=True)
+        drawing.box("passing", LEFT, below, reads)
+        drawing.text(LEFT + reads / 2, below + 20, "D", "middle")
+        drawing.arrow((z, below + 15), (LEFT + reads + 2, below + 15))
+        drawing.text(LEFT + reads + 30, below + 9, "W1", "middle", small=True)
+        drawing.arrow((LEFT + reads / 2, below), (LEFT + reads / 2, vectors + 17))
+        drawing.text(LEFT + reads / 2 + 8, below - 8, "(2)", small=True)
+    return drawing.svg()
+
+
 def main(folder: Path) -> None:
     (folder / "dense-block.svg").write_text(dense_block())
+    (folder / "backward-pass.svg").write_text(backward_pass())
 
 
 if __name__ == "__main__":

@@ -114,3 +114,22 @@ def test_drawings_are_current_and_legible_in_light_and_dark(tmp_path):
         text = file.read_text()
         assert text == (ROOT / "docs" / file.name).read_text(), f"docs/{file.name}: run docs/draw.py"
         assert "prefers-color-scheme: dark" in text and "<title>" in text and 'role="img"' in text
+
+
+def test_every_variable_stands_in_its_table():
+    """The names that begin as ours do, in all sources, are those in the tables of docs/environment.md."""
+    ours = re.compile(r"\bDENSENET_FAST_[A-Z]+(?:_[A-Z]+)*\b")
+    suffixes = {".py", ".h", ".cpp", ".cu", ".toml", ".yml"}
+    sources = [ROOT / "setup.py", ROOT / "Makefile", ROOT / "pyproject.toml"]
+    for folder in ("densenet_fast", "csrc", "tests", "benchmarks", "examples"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    found = {name for path in sources for name in ours.findall(path.read_text())}
+    page = (ROOT / "docs/environment.md").read_text()
+    tables = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert found == {name for cell in tables for name in ours.findall(cell)}
+
+
+def test_every_page_stands_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    listed = re.findall(r"\]\(([\w-]+\.md)\)", index)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
