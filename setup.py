@@ -131,8 +131,10 @@ def is_old(version: str) -> bool:
 
 
 def symbols(library: str | Path) -> list[tuple[str, str, bool, bool]]:
-    """Of each symbol with a version: name, version, whether the library defines it, and whether by default so."""
-    output = subprocess.run(["objdump", "-T", library], check=True, capture_output=True, text=True).stdout
+    """Of each symbol with a version: name, version, whether the library defines it, and whether by default so. None
+    without objdump, which comes with compilers, and of a file that is no library."""
+    program = find("objdump")
+    output = subprocess.run([program, "-T", library], capture_output=True, text=True).stdout if program else ""
     found = re.findall(
         r"^\S+ .{7} (\S+)\t\S+ +(\(?)((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)\)? +(?:\.\w+ )?(\S+)$", output, re.M
     )
@@ -151,7 +153,7 @@ def older_glibc(compiler: str, folder: Path) -> str:
     libraries in ``folder`` that define these; none with a glibc in which they have not moved. The folder is not the one
     that nvcc runs in, whose programs would load them."""
     folder.mkdir(exist_ok=True)
-    libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], check=True, capture_output=True, text=True).stdout
+    libc = subprocess.run([compiler, "-print-file-name=libc.so.6"], capture_output=True, text=True).stdout
     versions: dict[str, dict[str, bool]] = {}
     for name, version, defined, default in symbols(libc.strip()):
         if defined:
@@ -308,7 +310,9 @@ class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         platform_tag, library = super().get_tag()[2], Path(self.bdist_dir, "densenet_fast", LIBRARY)
         if platform_tag.startswith("linux_") and library.exists():
-            if newer := newer_symbols(library):
+            if not symbols(library):
+                print("densenet_fast: what the library needs is not known: objdump does not say", file=sys.stderr)
+            elif newer := newer_symbols(library):
                 print(f"densenet_fast: not for every Linux, needs {', '.join(newer)}", file=sys.stderr)
             else:
                 platform_tag = f"manylinux_{OLDEST['GLIBC'][0]}_{OLDEST['GLIBC'][1]}_{platform.machine()}"
