@@ -1,7 +1,7 @@
 """Fine-tune DenseNet-121 on a folder of images, one subfolder a class. Without a folder it makes one of scikit-learn's
 handwritten digits.
 
-python examples/finetune_folder.py [--root DIR] [--weights IMAGENET1K_V1] [--epochs N]
+python examples/finetune_folder.py [--root DIR] [--weights IMAGENET1K_V1]
 """
 
 import argparse
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -24,9 +24,8 @@ def write_digits(root: Path, count: int) -> None:
 
     digits = load_digits()
     for i, (image, label) in enumerate(zip(digits.images[:count], digits.target)):
-        folder = root / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((16 * image).clip(0, 255).astype("uint8")).resize((32, 32)).save(folder / f"{i}.png")
+        (root / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((16 * image).clip(0, 255).astype("uint8")).resize((32, 32)).save(root / f"{label}/{i}.png")
 
 
 def main(root: Path, weights: str | None = None, epochs: int = 3, batch: int = 32) -> float:
@@ -38,27 +37,23 @@ def main(root: Path, weights: str | None = None, epochs: int = 3, batch: int = 3
     model = densenet_fast.densenet121(weights=weights)
     model.classifier = torch.nn.Linear(model.classifier.in_features, len(images.classes))
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
     for epoch in range(epochs):
         for x, y in DataLoader(train, batch, shuffle=True, drop_last=True):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
-            loss.backward()
-            optimizer.step()
+            loss = cross_entropy(model(x), y)
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
     model.eval()
     with torch.inference_mode():
-        right = sum((model(x).argmax(1) == y).sum().item() for x, y in DataLoader(test, batch))
-    return right / len(test)
+        return sum((model(x).argmax(1) == y).sum().item() for x, y in DataLoader(test, batch)) / len(test)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path)
     parser.add_argument("--weights", help="torchvision's, by name, or a path")
-    parser.add_argument("--epochs", type=int, default=3)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.root is None:
+        if given.root is None:
             write_digits(Path(folder), 1797)
-        print(f"accuracy {main(arguments.root or Path(folder), arguments.weights, arguments.epochs):.3f}")
+        print(f"accuracy {main(given.root or Path(folder), given.weights):.3f}")
