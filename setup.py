@@ -131,8 +131,8 @@ def is_old(version: str) -> bool:
 
 
 def symbols(library: str | Path) -> list[tuple[str, str, bool, bool]]:
-    """Of each symbol with a version: name, version, whether the library defines it, and whether by default so. None
-    without objdump, which comes with compilers, and of a file that is no library."""
+    """Of each symbol with a version: name, version, whether the library defines it, and whether by default so.
+    Empty without objdump, which comes with compilers, and for a file that is no library."""
     program = find("objdump")
     output = subprocess.run([program, "-T", library], capture_output=True, text=True).stdout if program else ""
     found = re.findall(
