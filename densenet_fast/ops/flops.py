@@ -40,48 +40,25 @@ def _forward(x: Tensor, mean: Any, var: Any, tensors: Sequence[Tensor], *others:
     return of_stages(x, tensors)
 
 
-def _conv1x1_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    tensors: Sequence[Tensor],
-    eps: Sequence[float],
-    pool: bool,
-    describe: bool,
-    group: str | None,
-    needs: Sequence[bool],
-    out_val: Any = None,
-) -> int:
-    return _backward(x, tensors, needs[0] or needs[1], needs[2:])
+def _by_name(op: str, given: Sequence[Any]) -> dict[str, Any]:
+    """What the op is called with, by the names of its schema."""
+    schema = getattr(torch.ops.densenet_fast, op).default._schema
+    return dict(zip((argument.name for argument in schema.arguments), given))
 
 
-def _dense_block_backward(
-    grad: Tensor,
-    grad_mean: Tensor | None,
-    grad_var: Tensor | None,
-    features: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    bottlenecks: Sequence[Tensor],
-    saved: Sequence[bool],
-    tensors: Sequence[Tensor],
-    eps: Sequence[float],
-    masks: Sequence[Tensor],
-    drop_rates: Sequence[float],
-    bottleneck: bool,
-    in_channels: int,
-    group: str | None,
-    needs: Sequence[bool],
-    prepend: bool = False,
-    out_val: Any = None,
-) -> int:
+def _conv1x1_backward(*given: Any, out_val: Any = None) -> int:
+    call = _by_name("bn_relu_conv1x1_backward", given)
+    needs = call["needs"]
+    return _backward(call["x"], call["tensors"], needs[0] or needs[1], needs[2:])
+
+
+def _dense_block_backward(*given: Any, out_val: Any = None) -> int:
+    call = _by_name("dense_block_backward", given)
+    features, tensors, needs = call["features"], call["tensors"], call["needs"]
     per_layer = 2 * STAGE_TENSORS
     recomputed = [
         tensors[i * per_layer + CONV_WEIGHT]
-        for i, kept in enumerate(saved if bottleneck else ())
+        for i, kept in enumerate(call["saved"] if call["bottleneck"] else ())
         if not kept and any(needs[: 1 + (i + 1) * per_layer])
     ]
     return of_convolutions(_positions(features), recomputed) + _backward(features, tensors, needs[0], needs[1:])
