@@ -14,9 +14,9 @@ from torch import nn
 import densenet_fast
 from densenet_fast import backends, operands
 from densenet_fast.backends.triton import config, launch
-from densenet_fast.benchmarking.counts import Counts
-from densenet_fast.benchmarking.stand_in import StandIn
 from densenet_fast.benchmarking.traffic import training_step
+from launches.counts import Counts
+from launches.stand_in import StandIn
 
 __all__ = ["counted_step", "meta_network", "torch_counts"]
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from densenet_fast.benchmarking.counts import Counts, total
 from densenet_fast.benchmarking.traffic import training_step
+from launches.counts import Counts, total
 
 __all__ = ["Audit", "audited"]
 

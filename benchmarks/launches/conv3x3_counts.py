@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from densenet_fast.backends.cuda_conv3x3 import RESIDENT
 from densenet_fast.backends.triton.config import Device
-from densenet_fast.benchmarking.counts import Counts, tiles_of
-from densenet_fast.benchmarking.triton_counts import FLOAT, padded
+from launches.counts import Counts, tiles_of
+from launches.triton_counts import FLOAT, padded
 
 __all__ = ["GEOMETRY", "Conv3x3", "Geometry"]
 

@@ -13,9 +13,9 @@ from densenet_fast.backends import aten, triton
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, ThroughStatistics, Unfinished, Update
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.launch import Launch
-from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
-from densenet_fast.benchmarking.counts import Counts, tiles_of
-from densenet_fast.benchmarking.triton_counts import count
+from launches.conv3x3_counts import Conv3x3
+from launches.counts import Counts, tiles_of
+from launches.triton_counts import count
 
 __all__ = ["StandIn"]
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from densenet_fast.backends.triton import config
-from densenet_fast.benchmarking.counts import Counts, total
 from densenet_fast.table import table
+from launches.counts import Counts, total
 
 __all__ = ["GPUS", "Gpu", "Row", "assumptions", "by_kernel", "model_table"]
 
