@@ -11,14 +11,15 @@ import argparse
 import sys
 from typing import Any
 
-from densenet_fast.benchmarking.command import free_memory
 from densenet_fast.benchmarking.competitors import COMPETITORS, Entry, available
-from densenet_fast.benchmarking.memory import Job, measure
-from densenet_fast.benchmarking.plots import Line, curves, style
+from densenet_fast.benchmarking.memory import Job, free_memory, measure
+from densenet_fast.benchmarking.results import milliseconds
 from densenet_fast.benchmarking.steps import DTYPES
 from densenet_fast.benchmarking.times import measure_times
-from densenet_fast.table import table
-from figures import GIB, Figure, parser_of
+from densenet_fast.memory import GIB, MIB
+from densenet_fast.table import number, table
+from figures import Figure, parser_of
+from pictures import Line, curves, style
 
 WHO = ("torchvision", "torchvision-me", "ours", "ours-me")
 NO_FIT = "does not fit"
@@ -60,19 +61,9 @@ def memory_row(name: str, depth: int, limit: float, rows: list[Row], options: ar
         row["failure"] = f"{NO_FIT} in {limit:.1f} GiB{about}"
     else:
         say(f"depth {depth}, {name}: memory")
-        job = Job(
-            name,
-            "channels_last",
-            f"densenet_bc{depth}",
-            options.batch,
-            options.size,
-            options.dtype,
-            True,
-            str(options.device),
-            options.threads,
-        )
-        memory = measure(job)
-        row["peak_mib"] = None if memory.failure else memory.added / (1 << 20)
+        entry = Entry(name, "channels_last", f"densenet_bc{depth}")
+        memory = measure(Job.of(entry, options.batch, options.size, options))
+        row["peak_mib"] = None if memory.failure else memory.added / MIB
         row["failure"] = f"{NO_FIT}: {memory.failure}" if memory.out_of_memory else memory.failure
     say(f"depth {depth}, {name}: {row['failure'] or number(row['peak_mib'], 0) + ' MiB'}")
     return row
@@ -122,7 +113,7 @@ def write(figure: Figure, options: argparse.Namespace, rows: list[Row], show: bo
             row["depth"],
             row["failure"] if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             number(row["mib_per_layer"], 1),
-            number(row["median_s"], 0, 1e3),
+            number(milliseconds(row["median_s"]), 0),
             number(row["ms_per_layer"], 1),
         )
         for row in ordered
@@ -133,10 +124,6 @@ def write(figure: Figure, options: argparse.Namespace, rows: list[Row], show: bo
         "time of a step (s)": lines_of(ordered, "median_s", 1, "ms_per_layer", "ms"),
     }
     curves(figure.path("png"), f"{title}\n{figure.device}", "depth L (layers)", panels)
-
-
-def number(value: float | None, digits: int, scale: float = 1) -> str:
-    return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
 def slopes(before: Row | None, row: Row) -> Row:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from densenet_fast.table import table
+from figures import RESULTS, ROOT, rewritten
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
 MARK = "gpu table"
 NONE = "The kernels for GPUs have not run on one yet."
 HEADER = ("", "batch", "torchvision", "densenet_fast", "speed", "memory", "`memory_efficient=True`", "torch.compile")
@@ -92,26 +91,12 @@ def tests(all_results: Sequence[Results]) -> str:
 PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"docs/what-is-fast-where.md": speeds, "docs/versions.md": tests}
 
 
-def rewritten(text: str, between: str, mark: str = MARK) -> str:
-    """``text`` with ``between`` between the marks of that name.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    before, found, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise ValueError(f"expected {begin} and {end}")
-    return f"{before}{begin}\n{between}\n{end}{after}"
-
-
 def main() -> None:
     """Writes the pages."""
     results = load()
     for name, render in PAGES.items():
         path = ROOT / name
-        path.write_text(rewritten(path.read_text(), render(results)))
+        path.write_text(rewritten(path.read_text(), render(results), MARK))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import densenet_fast
 from densenet_fast.benchmarking.results import write_csv
 from densenet_fast.reference import ARCHITECTURES
 from densenet_fast.table import table
+from figures import RESULTS
 
 TORCHVISION = "torchvision 0.28, DenseNet*_Weights.IMAGENET1K_V1.meta: num_params, _ops"
 OTHERS = (
@@ -112,7 +113,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files")
     out = parser.parse_args().out
     counted = rows()
     sources = list(dict.fromkeys(row["source"] for row in counted))

@@ -11,17 +11,17 @@ import torch
 
 from densenet_fast.benchmarking import floor, plots, profile
 from densenet_fast.benchmarking.competitors import COMPETITORS, LAYOUTS, Entry, available, layouts_of
-from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name, sentence
+from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name
 from densenet_fast.benchmarking.largest import largest_batch
-from densenet_fast.benchmarking.memory import Job, Memory, compile_ahead, measure, measure_all
+from densenet_fast.benchmarking.memory import Job, Memory, compile_ahead, free_memory, measure, measure_all
 from densenet_fast.benchmarking.networks import KNOWN, architecture
-from densenet_fast.benchmarking.results import bench_rows, bench_table, best_rows, write_csv
+from densenet_fast.benchmarking.results import bench_rows, bench_table, best_rows, write_csv, write_page
 from densenet_fast.benchmarking.steps import DTYPES, agree
 from densenet_fast.benchmarking.times import Timing, measure_times
+from densenet_fast.memory import GIB
 
 __all__ = ["add_arguments", "execute"]
 
-GIB = 1 << 30
 AGAINST = {
     "cpu": ("reference", "torchvision", "torchvision-me", "timm"),
     "cuda": ("reference", "torchvision", "torchvision-me", "timm", "compile"),
@@ -187,8 +187,7 @@ class Files:
         """Prints ``body`` and writes it, with its title and conditions."""
         heading = f"{self.title()}, on {device_name(self.options.device)}"
         print(f"{heading}\n\n{body}\n")
-        text = f"# {heading}\n\n`{self.command}`\n\n{sentence(self.conditions)}\n\n{body}\n"
-        self.path(what, "md").write_text(text)
+        write_page(self.path(what, "md"), heading, self.command, self.conditions, body)
 
 
 def run_bench(options: argparse.Namespace, files: Files) -> int:
@@ -287,27 +286,7 @@ def measured_memories(options: argparse.Namespace, timings: list[Timing], until:
 
 def job(options: argparse.Namespace, entry: Entry, batch: int) -> Job:
     """The measurement of one entry's memory."""
-    return Job(
-        entry.competitor,
-        entry.layout,
-        entry.network,
-        batch,
-        options.size,
-        options.dtype,
-        not options.infer,
-        str(options.device),
-        options.threads,
-    )
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes: a GPU's whole memory, of the system's what is available."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say how much memory is free: give a limit")
+    return Job.of(entry, batch, options.size, options, train=not options.infer)
 
 
 def run_floor(options: argparse.Namespace, files: Files) -> int:

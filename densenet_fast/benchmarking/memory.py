@@ -3,6 +3,7 @@
 ``python -m densenet_fast.benchmarking.memory JSON`` is that process: it prints the result as JSON.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import inf
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from densenet_fast.benchmarking.steps import DTYPES, Run, step
 from densenet_fast.memory import PeakMemory
 from densenet_fast.progress import progress
 
-__all__ = ["Job", "Memory", "compile_ahead", "measure", "measure_all"]
+__all__ = ["Job", "Memory", "compile_ahead", "free_memory", "measure", "measure_all"]
 
 WARM_UP = (2, 64)
 """Batch and size of the step that comes before the baseline."""
@@ -49,6 +51,13 @@ class Job:
     train: bool
     device: str
     threads: int
+
+    @classmethod
+    def of(cls, entry: Entry, batch: int, size: int, options: argparse.Namespace, train: bool = True) -> "Job":
+        """Of a step of ``entry`` on images of ``size``, in the dtype, on the device and with the threads of the
+        command's ``options``."""
+        place = options.dtype, train, str(options.device), options.threads
+        return cls(entry.competitor, entry.layout, entry.network, batch, size, *place)
 
     @property
     def entry(self) -> Entry:
@@ -153,6 +162,20 @@ def held_by(model: nn.Module, train: bool) -> int:
     """Bytes of the parameters, their gradients if ``train``, and the buffers."""
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return (1 + train) * parameters + sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes: a GPU's whole memory, of the system's what is available.
+
+    Raises:
+        RuntimeError: the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not say how much memory is free: give a limit")
 
 
 def release_free_memory(device: torch.device) -> None:

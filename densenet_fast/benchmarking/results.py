@@ -1,17 +1,17 @@
-"""The rows of a benchmark: ratios, CSV, the table in Markdown."""
+"""The rows of a benchmark and their ratios; the files that they go to, CSV and Markdown."""
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from densenet_fast.benchmarking.competitors import COMPETITORS
+from densenet_fast.benchmarking.conditions import sentence
 from densenet_fast.benchmarking.memory import Memory
 from densenet_fast.benchmarking.times import Timing
-from densenet_fast.table import table
+from densenet_fast.memory import MIB
+from densenet_fast.table import number, table
 
-__all__ = ["best_rows", "bench_rows", "bench_table", "write_csv"]
-
-MIB = 1 << 20
+__all__ = ["best_rows", "bench_rows", "bench_table", "milliseconds", "write_csv", "write_page"]
 
 Row = dict[str, object]
 
@@ -93,7 +93,7 @@ def bench_table(rows: Sequence[Row], baseline: str) -> str:
     cells = []
     for row in rows:
         times = [row["median_s"], row["p20_s"], row["p80_s"]]
-        median, low, high = (_number(_milliseconds(t), 1) for t in times)
+        median, low, high = (number(milliseconds(t), 1) for t in times)
         cells.append(
             (
                 COMPETITORS[row["competitor"]].label,
@@ -101,11 +101,11 @@ def bench_table(rows: Sequence[Row], baseline: str) -> str:
                 row["batch"],
                 row["failure"] if row["median_s"] is None else median,
                 f"{low} - {high}",
-                *([_number(_milliseconds(row["enqueue_s"]), 1)] if on_gpu else []),
-                _number(row["images_per_s"], 1),
-                _number(row["speed_ratio"], 2, "x"),
-                _number(row["peak_mib"], 0),
-                _number(row["memory_ratio"], 2),
+                *([number(milliseconds(row["enqueue_s"]), 1)] if on_gpu else []),
+                number(row["images_per_s"], 1),
+                number(row["speed_ratio"], 2, "x"),
+                number(row["peak_mib"], 0),
+                number(row["memory_ratio"], 2),
             )
         )
     return table(header, cells)
@@ -120,9 +120,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _milliseconds(seconds: float | None) -> float | None:
+def write_page(path: Path, heading: str, command: str, conditions: dict[str, str], body: str) -> None:
+    """``body`` in Markdown under its heading, the command that made it and the conditions that it was made in."""
+    path.write_text(f"# {heading}\n\n`{command}`\n\n{sentence(conditions)}\n\n{body}\n")
+
+
+def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else 1e3 * seconds
-
-
-def _number(value: object, digits: int, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.{digits}f}{unit}"

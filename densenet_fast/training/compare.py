@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from densenet_fast.memory import MIB
 from densenet_fast.table import table
 from densenet_fast.training.data import load_data
 from densenet_fast.training.distributed import launched_processes
@@ -31,7 +32,6 @@ COLUMNS = (
     "added_memory_bytes",
 )
 HEADINGS = ("implementation", "test accuracy", "test loss", "seconds per step", "peak memory", "added by training")
-MIB = 1 << 20
 
 
 def compare(settings: Settings, arguments: Sequence[str]) -> int:

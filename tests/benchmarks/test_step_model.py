@@ -16,7 +16,6 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import step_model
-
 from densenet_fast.backends.triton.config import Device
 from densenet_fast.benchmarking.networks import architecture
 from launches import kernel_times, roofline
