@@ -269,6 +269,11 @@ def check(condition: bool, error: type[Exception], argument: str, expected: str,
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
+def check_poolable(x: Tensor) -> None:
+    """Raises an error if x has no window of two pixels in each of its spatial dimensions."""
+    check(x.dim() < 3 or min(x.shape[2:]) >= 2, RuntimeError, "x", "spatial sizes of at least 2", tuple(x.shape))
+
+
 def _check_kinds(units: Sequence[BNReLUConv]) -> None:
     for unit in units:
         right = isinstance(unit, BNReLUConv) and isinstance(unit.norm, BatchNorm) and isinstance(unit.weight, Tensor)
