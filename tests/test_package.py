@@ -48,7 +48,7 @@ LEVELS = [
     ["ops"],
     ["operands"],
     ["inference"],
-    ["functional.shared", "functional.beyond_range"],
+    ["functional.shared"],
     [
         "functional.bn_conv1x1_avgpool",
         "functional.bn_relu_conv1x1",

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.functional import shared
-from densenet_fast.functional.beyond_range import beyond_range, on_stock
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BatchNorm, BNReLUConv, ConvOperands, check, check_poolable
 from densenet_fast.ops import stock
@@ -54,7 +53,7 @@ def _bn_conv1x1_avgpool(
     check(group is None, RuntimeError, "norm.group", "batch statistics of one process", group)
     out, mean, var = ops.bn_conv1x1_avgpool(x, *shared.known(x, operands.reader, statistics, group), stage)
     mean, var, count = mean.detach(), var.detach(), global_count(0, x, None)
-    if beyond_range(x, var, group):
-        out, mean, var, count, *_ = on_stock(stock.bn_conv_pool, x, stage, None, None)
+    if shared.beyond_range(x, var, group):
+        out, mean, var, count, *_ = shared.on_stock(stock.bn_conv_pool, x, stage, None, None)
     shared.update_running_statistics(x, operands, mean, var, count, updates)
     return out

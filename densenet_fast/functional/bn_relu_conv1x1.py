@@ -6,7 +6,6 @@ from torch import Tensor
 
 from densenet_fast import inference, ops
 from densenet_fast.functional import shared
-from densenet_fast.functional.beyond_range import beyond_range, on_stock
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BatchNorm, BNReLUConv, ConvOperands, check_poolable
 from densenet_fast.ops import stock
@@ -101,8 +100,8 @@ def _bn_relu_conv1x1(
     group = operands.group()
     mean, var = shared.known(x, operands.reader, statistics, group)
     outputs = ops.bn_relu_conv1x1(x, mean, var, operands.stages, pool, describe, group)
-    if beyond_range(x, outputs[2], group):
+    if shared.beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
-        outputs = on_stock(convolve, x, *operands.stages, None, None)
+        outputs = shared.on_stock(convolve, x, *operands.stages, None, None)
     shared.update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0], BatchStatistics(*outputs[4:6]) if describe else None

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from densenet_fast import inference, ops
 from densenet_fast.functional import shared
-from densenet_fast.functional.beyond_range import beyond_range, on_stock
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BatchNorm, NormOperands
 from densenet_fast.ops import stock
@@ -41,7 +40,7 @@ def _bn_relu_global_avgpool(
     group = operands.group()
     known = shared.known(x, operands.reader, statistics, group)
     outputs = ops.bn_relu_global_avgpool(x, *known, operands.stages, group)
-    if beyond_range(x, outputs[2], group):
-        outputs = on_stock(stock.bn_relu_global_avgpool, x, *operands.stages, None, None)
+    if shared.beyond_range(x, outputs[2], group):
+        outputs = shared.on_stock(stock.bn_relu_global_avgpool, x, *operands.stages, None, None)
     shared.update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0]

@@ -4,7 +4,6 @@ from torch import Tensor, nn
 
 from densenet_fast import inference, ops
 from densenet_fast.functional import shared
-from densenet_fast.functional.beyond_range import beyond_range, on_stock
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BatchNorm, NormOperands
 from densenet_fast.ops import stock
@@ -60,8 +59,8 @@ def _bn_relu_maxpool(
 ) -> tuple[Tensor, BatchStatistics | None]:
     group = operands.group()
     outputs = ops.bn_relu_maxpool(x, None, None, operands.stages, describe, group)
-    if beyond_range(x, outputs[2], group):
-        out, *own = on_stock(stock.bn_relu_maxpool, x, *operands.stages, None, None)
+    if shared.beyond_range(x, outputs[2], group):
+        out, *own = shared.on_stock(stock.bn_relu_maxpool, x, *operands.stages, None, None)
         outputs = (out, *own[:3], None, *own[3:])
     shared.update_running_statistics(x, operands, *outputs[1:4], updates)
     return outputs[0], BatchStatistics(*outputs[5:7]) if describe else None

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from densenet_fast.functional import shared
-from densenet_fast.functional.beyond_range import beyond_range
 from densenet_fast.functional.dense_block import link
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, check_poolable
@@ -53,7 +52,7 @@ def run_dense_block_and_reader(
         reader.stages,
         *((True, describe) if is_transition else ()),
     )
-    if not is_planned and (beyond_range(x, var, group) or beyond_range(x, own[1], group)):
+    if not is_planned and (shared.beyond_range(x, var, group) or shared.beyond_range(x, own[1], group)):
         return None
     shared.update_running_statistics(x, operands, mean, var, count, updates)
     shared.update_running_statistics(x, reader, *own[:3], updates)

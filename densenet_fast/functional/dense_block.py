@@ -10,7 +10,6 @@ from torch import Tensor
 from densenet_fast import inference, ops
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.functional import shared
-from densenet_fast.functional.beyond_range import beyond_range, on_stock, summed_in_float64
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BlockOperands, BNReLUConv
 from densenet_fast.ops import stock
@@ -107,12 +106,14 @@ def _dense_block(
         link(x) if differentiable and x.requires_grad else None,
         operands.prepend,
     )
-    if beyond_range(x, var, group):
+    if shared.beyond_range(x, var, group):
         n = 2 if operands.bottleneck else 1
         per_layer = [stages[i : i + n] for i in range(0, len(stages), n)]
         bottlenecks: list[Tensor] = []
-        features, *_ = made = on_stock(stock.dense_block, x, per_layer, masks, rates, operands.prepend, bottlenecks)
-        mean, var = map(torch.cat, zip(*map(summed_in_float64, [features, *bottlenecks])))
+        features, *_ = made = shared.on_stock(
+            stock.dense_block, x, per_layer, masks, rates, operands.prepend, bottlenecks
+        )
+        mean, var = map(torch.cat, zip(*map(shared.summed_in_float64, [features, *bottlenecks])))
         described = made[4:]
     shared.update_running_statistics(x, operands, mean, var, count, updates)
     return features, BatchStatistics(*described, group) if describe else None
