@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from densenet_fast.training.data import DataSet
 from densenet_fast.training.distributed import Processes
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.files import atomic_file
-from densenet_fast.training.settings import Settings
+from densenet_fast.training.settings import Settings, UsageError
 
 __all__ = ["CHECKPOINT", "find_checkpoint", "read_checkpoint", "restore", "save"]
 

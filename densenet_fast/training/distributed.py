@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from densenet_fast.training.errors import UsageError
+from densenet_fast.training.settings import UsageError
 
 __all__ = ["Processes", "join_processes", "launched_processes"]
 
