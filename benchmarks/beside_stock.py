@@ -25,12 +25,14 @@ __all__ = ["HEADER", "Entry", "cells", "in_layout", "measured", "peak", "peak_he
 
 HEADER = ("stock ms", "ours ms", "speed", "stock MiB", "ours MiB", "memory")
 LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
-"""By the number of spatial dimensions; of one there is none."""
+"""By the number of spatial dimensions. For one dimension torch has none."""
 
 
 class Entry(Protocol):
-    """A network, stock or converted, in one memory layout, with the input of a step; a dataclass. ``measure_times``
-    takes it as it takes a competitor's."""
+    """A network, stock or converted, in one memory layout, with the input of a step.
+
+    It is a dataclass. ``measure_times`` takes it as it takes a competitor's entry.
+    """
 
     size: int
     batch: int
@@ -56,8 +58,11 @@ def in_layout(thing: Any, channels_last: bool, dims: int) -> Any:
 def measured(
     entries: Sequence[Entry], options: argparse.Namespace, peak: Callable[[Entry, argparse.Namespace], int]
 ) -> tuple[dict[str, Any], Entry, Entry]:
-    """Times and memory of four ``entries``, stock in two layouts and converted in two: a row; and those of the faster
-    layouts, stock and converted. ``peak`` measures the memory of one."""
+    """Measures time and memory of four ``entries``: stock in two layouts, then converted in two.
+
+    Returns a row of figures and the entries of the faster layouts, stock and converted. ``peak`` measures the memory of
+    one entry.
+    """
     turns, first = [(entry, entry.batch) for entry in entries], entries[0]
     timings = measure_times(turns, first.size, DTYPES[first.dtype], True, options.device, options.repeats)
     stock, ours = (min(timings[i : i + 2], key=_median) for i in (0, 2))
@@ -74,8 +79,11 @@ def _median(timing: Timing) -> float:
 
 
 def peak(script: str, entry: Entry, options: argparse.Namespace) -> int:
-    """Bytes that the first training step adds, in a new process that returns what it frees to the system at once. The
-    process is ``script`` with ``--peak`` and the entry as JSON, which prints :func:`peak_here`."""
+    """Bytes that the first training step adds, measured in a new process.
+
+    The process is ``script`` with ``--peak`` and the entry as JSON. It prints :func:`peak_here`, and returns to the
+    system at once what it frees.
+    """
     command = [sys.executable, script, "--peak", json.dumps(asdict(entry))]
     command += ["--device", str(options.device), "--threads", str(options.threads)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

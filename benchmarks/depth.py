@@ -1,10 +1,10 @@
 """Memory and time of a training step against depth: ``python benchmarks/depth.py``.
 
-Pleiss et al.'s figure (https://arxiv.org/abs/1707.06990): DenseNet-BC, k = 12, images of 32x32, batches of 64,
-channels last. Stock is torchvision's, with memory_efficient=True checkpointed. At each depth the peak memory of a step
-is measured first, each in a process of its own; then whoever could run is timed, in turns. What does not run for want
-of memory is a row that says so, and so is what would need more than ``--memory-limit`` by the depths before it. Files
-are written after every depth.
+Pleiss et al.'s figure (https://arxiv.org/abs/1707.06990): DenseNet-BC, k = 12, images of 32x32, batches of 64, channels
+last. Stock is torchvision's; with memory_efficient=True it is checkpointed. At each depth the peak memory of a step is
+measured first, for each network in a process of its own. Then those that could run are timed in turns. A network that
+runs out of memory gets a row that says so. So does one that would need more than ``--memory-limit``, as the depths
+before it tell. Files are written after every depth.
 """
 
 import argparse
@@ -87,7 +87,10 @@ def say(line: str) -> None:
 
 
 def expected_gib(measured: list[Row], depth: int) -> float:
-    """By the last two depths, if memory is a L^2 + b L; by one alone, if it is b L, which is less; 0 without any."""
+    """What a step at ``depth`` will need, from the depths that were ``measured``.
+
+    The last two determine a and b of a L^2 + b L. One alone determines b of b L, which is less. Without any it is 0.
+    """
     points = [(row["depth"], row["peak_mib"] / 1024) for row in measured if row["peak_mib"] is not None]
     if len(points) < 2:
         return sum(gib / before * depth for before, gib in points)
@@ -136,7 +139,7 @@ def slopes(before: Row | None, row: Row) -> Row:
 
 
 def lines_of(rows: list[Row], value: str, scale: float, slope: str, unit: str) -> list[Line]:
-    """A curve a competitor; in its label its last slope, and the depth from which on it does not run."""
+    """A curve for each competitor. Its label gives its last slope, and the depth from which on it does not run."""
     lines = []
     for name in WHO:
         own = [row for row in rows if row["competitor"] == name]

@@ -2,8 +2,9 @@
 
 DenseNet-BC-100 (k = 12), batches of 64, images of 32x32. Published (github.com/gpleiss/efficient_densenet_pytorch, on
 an NVIDIA Pascal Titan X): 2.863 GB and 0.165 s a step for the naive implementation, 1.605 GB and 0.207 s for the
-efficient one, which shares storage and recomputes. Each is divided by its naive one; here naive is torchvision's, in
-its faster layout, and efficient torchvision's with memory_efficient=True.
+efficient one, which shares storage and recomputes. Figures are divided by those of the naive implementation. Measured
+here, the naive one is torchvision's in its faster layout. The efficient one is torchvision's with
+memory_efficient=True.
 """
 
 from typing import Any

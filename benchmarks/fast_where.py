@@ -50,7 +50,7 @@ def command(path: Path) -> str:
 
 
 def measured(path: Path) -> dict[float, dict[str, Row]]:
-    """By batch and implementation: the row of the faster layout."""
+    """The row of the faster layout, by batch and implementation."""
     rows: dict[float, dict[str, Row]] = {}
     for row in best_rows(read(path)):
         rows.setdefault(row["batch"], {})[row["competitor"]] = row

@@ -1,7 +1,7 @@
 """The pages' tables of GPUs, from the results that ``python3 tests/gpu.py`` left: ``python benchmarks/gpu_tables.py``.
 
-A GPU's ``results.json`` is committed as ``benchmarks/results/<GPU>/results.json``; this writes what stands between the
-marks of docs/what-is-fast-where.md and docs/versions.md.
+A GPU's ``results.json`` is committed as ``benchmarks/results/<GPU>/results.json``. This script writes what stands
+between the marks of docs/what-is-fast-where.md and docs/versions.md.
 """
 
 import json
@@ -49,7 +49,7 @@ def batches(rows: Sequence[Results]) -> list[float]:
 
 
 def line(results: Results, kind: str, batch: float) -> tuple[str, ...]:
-    """A batch's figures; a dash for what was not measured, and why where it failed."""
+    """The figures of a batch: a dash for what was not measured, the reason for what failed."""
     rows = {row["competitor"]: row for row in results[kind] if row["batch"] == batch}
     compiled = [r for r in results["compiled"] if r["competitor"] == "compile" and r["batch"] == batch]
     stock, ours, again = (rows.get(name, {}) for name in ("torchvision", "ours", "ours-me"))

@@ -3,8 +3,8 @@
 python benchmarks/kernel_bandwidth.py              on a GPU
 python benchmarks/kernel_bandwidth.py --dry-run    every call at small sizes, no times; on CPU tensors if emulated
 
-Bytes are what a kernel must move: each matrix read and written once. A time is the median of --repeats runs, the cache
-flushed before each. The aim is 85 % of the copy for matrices of 64 MB and more.
+Bytes are what a kernel must move: it reads and writes each matrix once. A time is the median of --repeats runs; the
+cache is flushed before each. The aim is 85 % of the copy for matrices of 64 MB and more.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """The largest batch of each DenseNet that fits a memory budget: ``python benchmarks/largest_batch.py --budget 2``.
 
-A training step at 224x224 in channels_last, without the optimizer; parameters, gradients and buffers count, the
-libraries do not. On a CPU memory is the peak resident set, measured. Every batch given here ran within the budget; one
-image more did not, or would not by what each adds (``densenet_fast/benchmarking/largest.py``). Files are written after
-every network.
+Measured is a training step at 224x224 in channels_last, without the optimizer. Parameters, gradients and buffers count,
+the libraries do not. On a CPU memory is the peak resident set. Every batch given here ran within the budget. With one
+image more it did not, or would not by what each image adds (``densenet_fast/benchmarking/largest.py``). Files are
+written after every network.
 """
 
 import argparse

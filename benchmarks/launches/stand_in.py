@@ -23,11 +23,11 @@ Sums = tuple[Tensor, Tensor]
 JOBS = 64
 """What a launch of ``prepare`` or ``update_running_statistics`` does at most (csrc/cuda/kernels.h)."""
 WINDOWS = 9
-"""Pixels of a window of the maxima; on average as many outputs' windows hold four pixels."""
+"""Pixels of a window of the maxima. On average four pixels together are in as many windows."""
 
 
 class StandIn:
-    """The functions of a backend; those that are not written down here are Triton's.
+    """The functions of a backend. Those that are not written down here are Triton's.
 
     Args:
         device: that launches are configured for.
@@ -44,7 +44,7 @@ class StandIn:
         """Which counts are of the part that the next kernel is of."""
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether there are kernels: as Triton has them."""
+        """Whether Triton has kernels."""
         return triton.supports(device, dtype)
 
     def unavailable(self) -> str | None:

@@ -1,7 +1,7 @@
 """Every launch of a training step, counted, for a GPU that need not be there: the network runs on the meta device.
 
-What torch launches besides (the first convolution, the classifier, the loss) is not among them: ``torch_counts`` has
-the least that the first two take.
+What torch launches besides is not among them: the first convolution, the classifier, the loss. ``torch_counts`` has the
+least that the first two take.
 """
 
 import contextlib
