@@ -10,7 +10,7 @@ from densenet_fast.benchmarking.plots import GREY, INK, draw
 __all__ = ["Line", "curves", "grouped_bars", "ratio_bars", "style"]
 
 TEXT = "#222222"
-"""Of labels beside marks of any colour: amber and light grey are no colours for letters."""
+"""The colour of labels beside marks of any colour: amber and light grey are no colours for letters."""
 SHADES = {"reference": "#d8d8d8", "torchvision": "#b8b8b8", "torchvision-me": "#e69f00", "timm": "#7a7a7a"}
 STYLES = {
     "ours": {"color": "#0072b2", "marker": "o", "linestyle": "-"},
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 
 def curves(path: Path, title: str, x_label: str, panels: dict[str, Sequence[Line]]) -> None:
-    """One panel a y axis, side by side, from zero, each curve's name beside its last point; no panel without curves."""
+    """A panel for each y axis, side by side, from zero. A curve's name is beside its last point. No panel is empty."""
     panels = {label: lines for label, lines in panels.items() if lines}
 
     def paint(figure: Any) -> None:
@@ -82,7 +82,7 @@ def _label_ends(axes: Any, lines: Sequence[Line]) -> None:
 
 
 def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, Sequence[float]]) -> None:
-    """One panel a ratio, one bar a name; those of ours in ink."""
+    """A panel for each ratio, with a bar for each name. Ours are in ink."""
 
     def colour(name: str) -> str:
         return GREY if not name.startswith("densenet_fast") else INK["ours-me" if "memory" in name else "ours"]
@@ -112,7 +112,7 @@ def ratio_bars(path: Path, title: str, names: Sequence[str], panels: dict[str, S
 def grouped_bars(
     path: Path, title: str, y_label: str, groups: Sequence[str], values: dict[str, Sequence[float | None]]
 ) -> None:
-    """One group of bars a network, one bar a competitor, each with its value; None leaves a gap with a dash."""
+    """A group of bars for each network, with a bar and its value for each competitor. None leaves a gap with a dash."""
     width = 0.86 / len(values)
 
     def paint(figure: Any) -> None:

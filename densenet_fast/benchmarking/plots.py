@@ -11,14 +11,14 @@ from densenet_fast.benchmarking.results import Row
 __all__ = ["GREY", "INK", "bench_bars", "draw", "floor_bars"]
 
 INK = {"ours": "#0072b2", "ours-me": "#111111", "ours-compile": "#56b4e9"}
-"""Okabe and Ito's blues and black; everyone else is grey."""
+"""Okabe and Ito's blues and black. Everyone else is grey."""
 GREY = "#a8a8a8"
 DPI = 200
 """At 8 inches, twice the width at which a README shows a picture."""
 
 
 def draw(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:
-    """Writes the figure that ``paint`` fills; without matplotlib there is none, which a line on stderr says."""
+    """Writes the figure that ``paint`` fills. Without matplotlib there is none, and a line on stderr says so."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def draw(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) ->
 
 
 def bench_bars(path: Path, title: str, rows: Sequence[Row], baseline: str) -> None:
-    """Speed and memory of the best rows, a bar each, labelled with the value and its ratio to the baseline's."""
+    """A bar each for speed and memory of the best rows, labelled with the value and its ratio to the baseline's."""
     several = len({row["batch"] for row in rows}) > 1
     names = [COMPETITORS[row["competitor"]].label.replace(" ", "\n") for row in rows]
     if several:

@@ -19,8 +19,8 @@ Row = dict[str, object]
 def bench_rows(
     timings: Sequence[Timing], memories: Sequence[Memory | None], setting: Row, baseline: str, conditions: Row
 ) -> list[Row]:
-    """One row an entry and batch: its figures, their ratios to the baseline's best layout, its conditions. Where steps
-    are enqueued, on a GPU, also the time that takes.
+    """A row for each entry and batch: its figures, their ratios to the baseline's best layout, its conditions. On a GPU
+    it also has the time until a step is enqueued.
 
     Args:
         timings: of every entry and batch.
@@ -68,7 +68,7 @@ def bench_rows(
 
 
 def best_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row a competitor and batch: that of its faster layout, with the memory of the layout that needs less."""
+    """A row for each competitor and batch: of its faster layout, with the memory of the layout that needs less."""
     groups: dict[tuple[object, object], list[Row]] = {}
     for row in rows:
         group = row["competitor"] if row.get("batches") == "max" else row["batch"]
@@ -112,7 +112,7 @@ def bench_table(rows: Sequence[Row], baseline: str) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Columns in the order of the first row; a missing value is empty."""
+    """Writes columns in the order of the first row. A missing value is empty."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -121,7 +121,8 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_page(path: Path, heading: str, command: str, conditions: dict[str, str], body: str) -> None:
-    """``body`` in Markdown under its heading, the command that made it and the conditions that it was made in."""
+    """Writes ``body`` in Markdown under its heading, the command that made it and the conditions that it was made
+    in."""
     path.write_text(f"# {heading}\n\n`{command}`\n\n{sentence(conditions)}\n\n{body}\n")
 
 

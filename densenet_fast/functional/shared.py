@@ -118,7 +118,7 @@ def _make(device: torch.device, dtype: torch.dtype, updates: list[Update]) -> No
 
 
 LARGEST_VARIANCE = 2.0**80
-"""Up to here the cube of rsqrt(variance), which gradients are multiplied by, is a normal float32."""
+"""Gradients are multiplied by the cube of rsqrt(variance). Up to this variance it is a normal float32."""
 
 
 def beyond_range(x: Tensor, var: Tensor, group: str | None) -> bool:

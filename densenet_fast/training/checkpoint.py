@@ -51,7 +51,7 @@ def save(
     processes: Processes,
     device: torch.device,
 ) -> None:
-    """Replaces the run's checkpoint; every process calls it, the main process writes, and none goes on before."""
+    """Replaces the run's checkpoint. Every process calls it. The main process writes; the others wait for it."""
     random_states = processes.gather(_random_state(device))
     with processes.main_first():
         if not processes.is_main:

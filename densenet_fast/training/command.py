@@ -36,7 +36,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the training command; only those that are given appear in the parsed namespace."""
+    """Adds the flags of the training command. Only those that are given appear in the parsed namespace."""
     parser.description = "Trains a DenseNet; defaults depend on the data set and the preset, flags override both."
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -50,7 +50,11 @@ class DataSet(NamedTuple):
 
 
 def load_data(settings: Settings) -> DataSet:
-    """The data set of ``settings``; raises UsageError, naming what is missing, where it cannot be read."""
+    """The data set of ``settings``.
+
+    Raises:
+        UsageError: it cannot be read; the message names what is missing.
+    """
     loaders: dict[str, Callable[[Settings], DataSet]] = {
         "digits": _digits,
         "fashion-mnist": _fashion_mnist,

@@ -1,6 +1,6 @@
 """Images as batches: augmentation and data order that depend on the seed and the epoch alone.
 
-Neither the number of workers or processes nor what ran before changes them, so a resumed run sees what an uninterrupted
+Neither the number of workers or processes nor what ran before changes them. So a resumed run sees what an uninterrupted
 one would have seen.
 """
 
@@ -142,7 +142,7 @@ class SeededImages(Dataset):
 
 
 class TrainingBatches(Sampler[list[int]]):
-    """Each process's share of the batches of one epoch, in random order; an incomplete last batch is left out.
+    """Each process's share of the batches of one epoch, in random order. An incomplete last batch is left out.
 
     Args:
         images: number of images.

@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 class Diverged(Exception):
-    """The loss is no longer a finite number; the last checkpoint is the one before."""
+    """The loss is no longer a finite number. The last checkpoint is the one before."""
 
 
 def train(settings: Settings, state: dict[str, Any] | None = None) -> Path:
