@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from densenet_fast.table import table
+from densenet_fast.table import number, table
 from figures import RESULTS, ROOT, rewritten
 
 MARK = "gpu table"
@@ -72,7 +72,7 @@ def milliseconds(row: Results) -> str:
 
 
 def ratio(row: Results, name: str, unit: str = "") -> str:
-    return f"{row[name]:.2f}{unit}" if row.get(name) else "-"
+    return number(row.get(name) or None, 2, unit)
 
 
 def tests(all_results: Sequence[Results]) -> str:
