@@ -21,7 +21,7 @@ from densenet_fast.backends.affine import Update, accumulation_dtype
 from densenet_fast.backends.layout import CHANNELS_LAST
 from densenet_fast.operands import BatchNorm, BlockOperands, BNReLUConv, ConvOperands, NormOperands, Operands, check
 from densenet_fast.ops import planned, stock
-from densenet_fast.ops.chain import HEAD, TRANSITION
+from densenet_fast.ops.chain import HEAD, TRANSITION, Call
 from densenet_fast.ops.op import saved_tensors_are_looked_at, seen_by_dispatcher
 from densenet_fast.ops.stage import autocast_dtype, global_count, rows_of, without_autocast
 from densenet_fast.reference import dropout_mask
@@ -428,19 +428,20 @@ def run_dense_block_and_reader(
         _check_poolable(x)
     operands.admit(x)
     reader.admit(x, x.shape[1] + sum(operands.growths))
-    out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(
+    call = Call(
         x,
         *_known(x, operands.reader, statistics, group),
-        operands.stages,
-        operands.drop_rates,
-        operands.bottleneck,
-        operands.saved(x, differentiable),
-        reader.reads_statistics,
-        operands.prepend,
-        _link(x) if differentiable and x.requires_grad else None,
-        reader.stages,
-        *((True, describe) if is_transition else ()),
+        stages=operands.stages,
+        drop_rates=operands.drop_rates,
+        bottleneck=operands.bottleneck,
+        saved=operands.saved(x, differentiable),
+        described=reader.reads_statistics,
+        prepend=operands.prepend,
+        link=_link(x) if differentiable and x.requires_grad else None,
+        read_stages=reader.stages,
+        options=(True, describe) if is_transition else (),
     )
+    out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(*call)
     if not is_planned and (_beyond_range(x, var, group) or _beyond_range(x, own[1], group)):
         return None
     _update_running_statistics(x, operands, mean, var, count, updates)

@@ -43,6 +43,7 @@ LEVELS = [
     ["ops.stock", "ops.batching", "ops.op"],
     ["ops.bn_conv1x1_avgpool"],
     ["ops.single"],
+    ["ops.dense_block_backward"],
     ["ops.dense_block", "ops.bn_relu_conv1x1", "ops.bn_relu_maxpool", "ops.bn_relu_global_avgpool"],
     ["ops.chain"],
     ["ops"],

@@ -31,7 +31,7 @@ def compile_ahead(
     if x.device.type != DEVICE or torch.is_anomaly_enabled():  # which looks at values
         return
     layer = tuple((s.frozen, None if s.conv_weight is None else s.conv_weight.shape[0]) for s in stages[:2])
-    flags = tuple(constant for constant in constants if isinstance(constant, bool))
+    flags = tuple(c for constant in constants for c in _each(constant) if isinstance(c, bool))
     kind = call, x.device, x.dtype, x.shape[1], mean is None, layer, flags, torch.is_grad_enabled()
     if kind in _known:
         return
@@ -49,6 +49,10 @@ def compile_ahead(
             )
             return
         launch.compile_all(planned, x.device)
+
+
+def _each(constant: Any) -> tuple[Any, ...]:
+    return constant if type(constant) is tuple else (constant,)
 
 
 def plan(call: Call, device: Any, train: bool, *arguments: Any) -> list[Any]:

@@ -159,3 +159,9 @@ def plan_of(
 def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:
     """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
     return features[:, features.shape[1] - in_channels :] if prepend else features[:, :in_channels]
+
+
+def for_each_layer(bottlenecks: list[Tensor], saved: list[bool], like: Tensor) -> list[Tensor]:
+    """Of each layer its bottleneck, empty where it was not ``saved``, from those that were."""
+    kept, empty = iter(bottlenecks), like.new_empty(0)
+    return [next(kept) if flag else empty for flag in saved]

@@ -8,6 +8,7 @@ padded by 1, in one op that saves its input and, in a byte each, where the maxim
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,86 +23,84 @@ from densenet_fast.ops.stage import Stage, StageGradients
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@define("bn_relu_maxpool")
-def _forward(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-) -> Outputs:
+class Inputs(NamedTuple):
+    """The arguments of the op.
+
+    Args:
+        x: [N, C, *spatial].
+        mean, var: the batch statistics [C] of x if they are known, else None.
+        tensors, eps: one stage without convolution, flattened.
+        describe: whether the mean and variance of out are wanted.
+        group: name of the process group whose batches are normalised together, None for this process's alone.
+    """
+
+    x: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    tensors: list[Tensor]
+    eps: list[float]
+    describe: bool
+    group: str | None
+
+
+@define("bn_relu_maxpool", Inputs)
+def _forward(given: Inputs) -> Outputs:
     """From x [N, C, *spatial] and one stage without convolution: out [N, C, *spatial'], mean [C], var [C], count [],
     argmax [M', C], and with ``describe`` the mean and variance [C] of out, else empty.
 
-    ``argmax`` holds the maxima's positions in their windows, ``mean`` and ``var`` are the batch's (zeros if the stage
-    is frozen), the given ones if they are known, ``count`` the number of rows they are over, empty without a group.
-    ``group`` names the process group whose batches are normalised together, None for this process's alone.
+    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known; ``count`` is
+    the number of rows they are over, empty without a group.
+    ``argmax`` holds the positions of the maxima in their windows.
     """
-    given = Input(x, tensors, eps, mean, var, group)
-    made, out_mean, out_var = statistics_of_output(x, x.shape[1], describe)
-    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine, given.grid, made)
-    image = as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:]))))
-    return image, *given.own[:2], given.count(), argmax, out_mean, out_var
+    ready = Input(given)
+    made, out_mean, out_var = statistics_of_output(given.x, given.x.shape[1], given.describe)
+    out, argmax = ready.backend.bn_relu_maxpool(ready.matrix, ready.affine, ready.grid, made)
+    image = as_output(to_image(out, (given.x.shape[0], *pooled_sizes(given.x.shape[2:]))))
+    return image, *ready.own[:2], ready.count(), argmax, out_mean, out_var
 
 
-@_forward.custom_op.register_fake
-def _(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-) -> Outputs:
+@_forward.fake
+def _(given: Inputs) -> Outputs:
+    x = given.x
     grid = (x.shape[0], *pooled_sizes(x.shape[2:]))
     argmax = x.new_empty((math.prod(grid), x.shape[1]), dtype=torch.uint8)
     out = empty_image(x, grid, x.shape[1])
-    return out, *fake_statistics(x, group), argmax, *statistics_of_output(x, x.shape[1], describe)[1:]
+    return out, *fake_statistics(given), argmax, *statistics_of_output(x, x.shape[1], given.describe)[1:]
 
 
-@define("bn_relu_maxpool_backward")
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    argmax: Tensor,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
+class BackwardInputs(NamedTuple):
+    """The arguments of the op of the backward pass: the gradient of out, what the forward op took and returned, and
+    of what a gradient is needed."""
+
+    grad: Tensor
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    argmax: Tensor
+    tensors: list[Tensor]
+    eps: list[float]
+    describe: bool
+    group: str | None
+    needs: list[bool]
+
+
+@define("bn_relu_maxpool_backward", BackwardInputs)
+def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
     says so, and, if needed, those of mean and var, which x's then leaves out."""
-    given = Input(x, tensors, eps, mean, var, group, again=True)
-    gradients = StageGradients(given.stage, needs[2:])
-    reader = given.reader(gradients, needs)
-    scaled, _ = given.backend.bn_relu_maxpool_backward(
-        to_matrix(grad), argmax, given.matrix, given.affine, given.grid, reader
+    ready = Input(given, again=True)
+    gradients = StageGradients(ready.stage, given.needs[2:])
+    reader = ready.reader(gradients, given.needs)
+    scaled, _ = ready.backend.bn_relu_maxpool_backward(
+        to_matrix(given.grad), given.argmax, ready.matrix, ready.affine, ready.grid, reader
     )
-    return given.gradients(scaled, gradients, count, needs)
+    return ready.gradients(scaled, gradients, given.count, given.needs)
 
 
-@_backward.custom_op.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    argmax: Tensor,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    return fake_gradients(x, mean, tensors, needs)
+@_backward.fake
+def _(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
+    return fake_gradients(given)
 
 
 def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, describe: bool) -> Tensor:

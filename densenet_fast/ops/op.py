@@ -6,6 +6,7 @@ for a block's hundreds of tensors, on a CPU as long as some of its kernels.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,21 +25,27 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | Non
 
 
 class Op:
-    """``densenet_fast::<name>``, which computes what ``body`` does, in the dtypes it is given. What is None in a list
-    that the body returns is an empty tensor behind the dispatcher."""
+    """``densenet_fast::<name>``, which computes what ``body`` does, in the dtypes it is given.
 
-    def __init__(self, name: str, body: Callable[..., tuple[Any, ...]]) -> None:
+    ``inputs`` is a NamedTuple whose fields are the op's arguments. A list that the body returns may hold None; the
+    dispatcher gets an empty tensor in its place.
+    """
+
+    def __init__(self, name: str, inputs: type[tuple[Any, ...]], body: Callable[[Any], tuple[Any, ...]]) -> None:
         self.name = f"densenet_fast::{name}"
-        self.body = without_autocast(body)
+        self.inputs = inputs
+        self.body = without_autocast(lambda *values: body(inputs(*values)))
 
-        @functools.wraps(body)
-        def complete(*inputs: Any) -> tuple[Any, ...]:
-            empty = inputs[0].new_empty
+        def complete(*values: Any, **by_name: Any) -> tuple[Any, ...]:
+            values = inputs(*values, **by_name)
+            empty = values[0].new_empty
             return tuple(
                 [empty(0) if t is None else t for t in output] if isinstance(output, list) else output
-                for output in self.body(*inputs)
+                for output in self.body(*values)
             )
 
+        complete.__signature__ = _signature(inputs, body)
+        complete.__doc__ = body.__doc__
         self.custom_op = torch.library.custom_op(self.name, complete, mutates_args=())
 
     def __call__(self, *inputs: Any) -> Any:
@@ -46,6 +53,25 @@ class Op:
             return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
         with named(self.name, inputs[0]):
             return planned.run(self.name, self.body, inputs)
+
+    def fake(self, function: Callable[[Any], tuple[Any, ...]]) -> None:
+        """Decorates the function that returns what the op does, from the same inputs, without values."""
+        self.custom_op.register_fake(lambda *values, **by_name: function(self.inputs(*values, **by_name)))
+
+
+def _signature(inputs: type[tuple[Any, ...]], body: Callable[[Any], tuple[Any, ...]]) -> inspect.Signature:
+    """That of a function of the fields of ``inputs``, from which torch makes the op's schema."""
+    defaults = inputs._field_defaults
+    parameters = [
+        inspect.Parameter(
+            field,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=defaults.get(field, inspect.Parameter.empty),
+            annotation=annotation,
+        )
+        for field, annotation in inputs.__annotations__.items()
+    ]
+    return inspect.Signature(parameters, return_annotation=inspect.signature(body).return_annotation)
 
 
 class Parts(NamedTuple):
@@ -56,9 +82,9 @@ class Parts(NamedTuple):
     on_stock: Callable[..., Any]
 
 
-def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
-    """Decorates the body of the op ``densenet_fast::<name>``."""
-    return functools.partial(Op, name)
+def define(name: str, inputs: type[tuple[Any, ...]]) -> Callable[[Callable[[Any], tuple[Any, ...]]], Op]:
+    """Decorates the body of the op ``densenet_fast::<name>``, whose arguments are the fields of ``inputs``."""
+    return functools.partial(Op, name, inputs)
 
 
 def named(name: str, x: Tensor, *flops: Callable[[], int]) -> contextlib.AbstractContextManager[Any]:

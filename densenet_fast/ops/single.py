@@ -43,19 +43,14 @@ class Input:
     stage is frozen.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        tensors: list[Tensor],
-        eps: list[float],
-        mean: Tensor | None,
-        var: Tensor | None,
-        group: str | None,
-        again: bool = False,
-    ) -> None:
-        """With ``again``, in a backward pass, the given statistics are not copied."""
-        self.x, self.group = x, group
-        (self.stage,) = unflatten(tensors, eps)
+    def __init__(self, given: Any, again: bool = False) -> None:
+        """From the x, mean, var, tensors, eps and group of an op's inputs.
+
+        With ``again``, in a backward pass, the given statistics are not copied.
+        """
+        x, mean, var = given.x, given.mean, given.var
+        self.x, self.group = x, given.group
+        (self.stage,) = unflatten(given.tensors, given.eps)
         self.backend = select(x.device, x.dtype)
         self.matrix, self.grid = to_matrix(x), (x.shape[0], *x.shape[2:])
         prepared = Prepared([self.stage], self.backend, x)
@@ -73,7 +68,7 @@ class Input:
             prepared.zero(self.own.mean), prepared.zero(self.own.var)
         else:
             self.backend.channel_statistics(self.matrix, self.own)
-            synchronise(self.own, self.matrix.shape[0], group)
+            synchronise(self.own, self.matrix.shape[0], given.group)
         self.affine = prepared.affine(0, self.own)
 
     def count(self) -> Tensor:
@@ -102,8 +97,9 @@ class Input:
         return as_output(to_image(scaled, self.grid)) if needs[0] else self.x.new_empty(0), tensors
 
 
-def fake_statistics(x: Tensor, group: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def fake_statistics(given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count that an op of one stage returns, without values."""
+    x, group = given.x, given.group
     vector = x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
     return vector, torch.empty_like(vector), fake_count(x, group)
 
@@ -113,10 +109,11 @@ def fake_count(x: Tensor, group: str | None) -> Tensor:
     return x.new_empty(0 if group is None else (), dtype=torch.float64)
 
 
-def fake_gradients(x: Tensor, mean: Tensor, tensors: list[Tensor], needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
+def fake_gradients(given: Any) -> tuple[Tensor, list[Tensor]]:
     """What :meth:`Input.gradients` returns, without values."""
+    x, mean, needs = given.x, given.mean, given.needs
     grad_x = empty_image(x, (x.shape[0], *x.shape[2:]), x.shape[1]) if needs[0] else x.new_empty(0)
-    gradients = [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(tensors, needs[2:])]
+    gradients = [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(given.tensors, needs[2:])]
     return grad_x, gradients + [torch.empty_like(mean) for _ in range(2) if needs[1]]
 
 
