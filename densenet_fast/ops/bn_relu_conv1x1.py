@@ -107,12 +107,12 @@ def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
     unit = (ready.matrix, ready.affine, ready.weight)
     if given.pool:
         grad_x, grad_weight, _ = ready.backend.bn_relu_pool_conv1x1_backward(
-            grad_out, *unit, ready.grid, need_d, need_weight, reader, like
+            grad_out, *unit, ready.grid, need_input=need_d, need_weight=need_weight, reader=reader, like=like
         )
     else:
         grad_x = torch.zeros_like(ready.matrix) if given.needs[0] else None
         grad_weight, _ = ready.backend.bn_relu_conv1x1_backward(
-            grad_out, *unit, grad_x, need_weight, need_d, reader=reader, like=like
+            grad_out, *unit, grad_x, need_weight=need_weight, need_sums=need_d, reader=reader, like=like
         )
     gradients.convolution(grad_weight, grad_out)
     return ready.gradients(grad_x, gradients, given.count, given.needs)

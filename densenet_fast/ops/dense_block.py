@@ -26,6 +26,7 @@ from densenet_fast.backends.affine import (
     empty_statistics,
 )
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.optional import Block
 from densenet_fast.ops import stock
 from densenet_fast.ops.block_plan import Plan, for_each_layer, own_features, plan_of
 from densenet_fast.ops.dense_block_backward import backward
@@ -91,9 +92,9 @@ def _forward(given: Inputs) -> Outputs:
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
         kept = for_each_layer(bottlenecks, saved, features)
-        block = (features, plan.widths[0], plan.walk.tensors, given.eps, plan.grid, kept, mean, var)
-        own = (to_matrix(x), given.x_mean, given.x_var)
-        backend.dense_block(*block, given.describe, given.prepend, *own)
+        block = Block(features, plan.walk.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
+        own = {"x": to_matrix(x), "x_mean": given.x_mean, "x_var": given.x_var}
+        backend.dense_block(block, plan.widths[0], describe=given.describe, **own)
         return image, mean, var, global_count(rows, x, group), bottlenecks
     packed = empty_statistics(features, plan.packed, plan.eps)
     prepared = Prepared(plan.stages, backend, x)
@@ -123,7 +124,8 @@ def _forward(given: Inputs) -> Outputs:
             z = plan.bottleneck_in(None if saved[i] else shared, i, features)
             own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
             then = affine(j) if layer[1].frozen and not saved[i] and mask is None else None
-            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, own if mask is None else None, then)
+            made = own if mask is None else None
+            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, made, then=then)
             if mask is not None:
                 backend.append_features(to_image(z, plan.grid), z, own, mask, keep_scale)
             synchronise(own, rows, group)
@@ -133,7 +135,10 @@ def _forward(given: Inputs) -> Outputs:
         weight, bias = prepared.weights[j]
         own = packed.of(plan.new(i)) if plan.normalised_by_batch(i + 1) else None
         out = features[:, plan.new(i)]
-        backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, masks[j], plan.keep_scales[j], own)
+        mask, keep_scale = masks[j], plan.keep_scales[j]
+        backend.bn_relu_conv3x3(
+            inputs, normalise, weight, bias, plan.grid, out, mask=mask, keep_scale=keep_scale, statistics=own
+        )
         synchronise(own, rows, group)
     return image, *packed[:2], global_count(rows, x, group), bottlenecks
 

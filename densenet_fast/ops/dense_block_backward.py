@@ -9,6 +9,7 @@ from torch import Tensor
 from densenet_fast.backends import select
 from densenet_fast.backends.affine import Completion, Statistics, ThroughStatistics, Unfinished
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.optional import Block
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.block_plan import Plan, for_each_layer, own_features, plan_of
 from densenet_fast.ops.op import define
@@ -166,8 +167,8 @@ class BlockGradients:
                 weight,
                 plan.grid,
                 total,
-                gradients.needs_conv_weight,
-                reader,
+                need_weight=gradients.needs_conv_weight,
+                reader=reader,
                 like=like,
                 source=source,
             )
@@ -191,13 +192,13 @@ class BlockGradients:
                 affine,
                 weight.flatten(1),
                 None if target is None else self.grad[:, columns],
-                gradients.needs_conv_weight,
-                need_d,
-                self.source[:, columns] if self.source is not self.grad else None,
-                reader,
-                completion,
-                unfinished,
-                like,
+                need_weight=gradients.needs_conv_weight,
+                need_sums=need_d,
+                source=self.source[:, columns] if self.source is not self.grad else None,
+                reader=reader,
+                completion=completion,
+                unfinished=unfinished,
+                like=like,
             )
             gradients.convolution(grad_weight, dz)
         if need_d and reader.after is not None:
@@ -226,10 +227,10 @@ class BlockGradients:
             self.weights[j][0],
             plan.grid,
             scaled,
-            gradients.needs_conv_weight,
-            gradients.reader(None, (p, q)),
-            later,
-            gradients.stage.conv_weight,
+            need_weight=gradients.needs_conv_weight,
+            reader=gradients.reader(None, (p, q)),
+            unfinished=later,
+            like=gradients.stage.conv_weight,
         )
         gradients.convolution(grad_weight, dy)
         if later is None and unfinished.through is not None:
@@ -257,10 +258,10 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
             q[: plan.columns].copy_(given.grad_var[: plan.columns])
         incoming, f = to_matrix(given.grad), to_matrix(features)
         g = torch.empty_like(f) if total is None else incoming
-        bottlenecks = for_each_layer(given.bottlenecks, saved, features)
-        kept = (f, bottlenecks, mean, given.var, rows_of(given.count, f.shape[0]))
-        out = (to_matrix(image), gradients, p, q, described, given.prepend)
-        backend.dense_block_backward(incoming, g, *kept, walk.tensors, given.eps, plan.grid, *out)
+        kept, rows = for_each_layer(given.bottlenecks, saved, features), rows_of(given.count, f.shape[0])
+        block = Block(f, walk.tensors, given.eps, plan.grid, kept, mean, given.var, given.prepend)
+        out = (to_matrix(image), gradients, p, q)
+        backend.dense_block_backward(incoming, g, block, rows, *out, described=described)
         made: list[Tensor | None] = [None] * len(tensors)
         for i in walk.trained:
             made[i] = gradients[i] if walk.tensors[i].dtype == torch.float32 else gradients[i].to(walk.tensors[i].dtype)
