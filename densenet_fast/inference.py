@@ -1,7 +1,7 @@
-"""Parts in inference on CPUs: each is one call of a compiled kernel, which normalises by running statistics.
+"""Inference of a part by one call of a compiled kernel, which normalises by running statistics.
 
-They serve where autograd follows nothing. A part before a dense block writes its result among the block's features, so
-that nothing is copied between the two.
+These kernels run where no gradient is needed, on devices whose backend has them. A part in front of a dense block
+writes its result into the block's feature buffer, so nothing is copied between the two.
 """
 
 import functools
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends import cpu, select
+from densenet_fast.backends import select
+from densenet_fast.backends.contract import Backend
 from densenet_fast.backends.layout import are_dense, empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
@@ -22,14 +23,15 @@ from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 Grid = tuple[int, ...]
 
 MOST_IMAGE_CHANNELS = 16
-"""Of the stem's own convolution, which copies the patches that it multiplies."""
-
-kernels = torch.ops.densenet_fast
+"""The most channels that the stem's own convolution takes; it copies the patches that it multiplies."""
 
 
 class Frozen:
-    """What the kernels take of stages: of each its normalisation's four tensors and its convolution's weight, if it has
-    one; an empty tensor for one that is absent."""
+    """The tensors of some stages as the kernels take them.
+
+    For each stage they are its normalisation's four tensors and its convolution's weight, if it has one. An empty
+    tensor stands for an absent one.
+    """
 
     def __init__(self, stages: Stages) -> None:
         self.eps = stages.eps
@@ -41,7 +43,7 @@ class Frozen:
         self.tensors = [empty if t is None else t for stage in stages for t in stage[:taken]]
 
     def fit(self, x: Tensor) -> bool:
-        """Whether the kernels take them beside x."""
+        """Whether the kernels take these tensors with x."""
         return (
             self._dtypes <= {x.dtype, torch.float32}
             and all(map(Tensor.is_contiguous, self._vectors))
@@ -50,15 +52,18 @@ class Frozen:
 
 
 class Room:
-    """What the parts of a chain know of each other: the dense block that reads what is made next, if it is one, and the
-    features among which that was made."""
+    """What consecutive parts know of each other.
+
+    ``reader`` is the dense block that reads what is made next, if it is one. The features are the buffer that this was
+    made in.
+    """
 
     def __init__(self) -> None:
         self.reader: BlockOperands | None = None
         self._made: tuple[Tensor, Tensor] | None = None
 
     def image(self, like: Tensor, grid: Grid, channels: int) -> Tensor:
-        """An uninitialised [N, channels, *spatial] with adjacent channels, among its reader's features."""
+        """An uninitialised [N, channels, *spatial] with a channel stride of 1, in the feature buffer of its reader."""
         if self.reader is None or _frozen(self.reader) is None or self.reader.channels != channels:
             return empty_image(like, grid, channels)
         features = empty_image(like, grid, self.reader.columns)
@@ -67,52 +72,55 @@ class Room:
         return own
 
     def features_of(self, x: Tensor) -> Tensor | None:
-        """Those among which x was made, for its one reader."""
+        """The feature buffer that x was made in, for the one block that reads x."""
         made, self._made = self._made, None
         return made[1] if made is not None and made[0] is x else None
 
 
 def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor | None:
-    """The block's features [N, C_total, H, W] from x [N, C0, H, W], or None where it is not for these kernels."""
+    """The block's features [N, C_total, H, W] from x [N, C0, H, W]. None where these kernels do not take it."""
     features = None if room is None else room.features_of(x)
-    frozen = _served(x, operands)
-    if frozen is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
+    served = _served(x, operands)
+    if served is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
         return None
+    backend, frozen = served
     with _noted("dense_block", x, operands):
         if features is None:
             features = empty_image(x, _grid(x), operands.columns)
-            cpu.append_features(x, _matrix(operands.own(features)), None)
-        kernels.cpu_dense_block_inference(
+            backend.append_features(x, _matrix(operands.own(features)), None)
+        backend.dense_block_inference(
             _matrix(features), x.shape[1], frozen.tensors, frozen.eps, _grid(x), operands.prepend
         )
     return features
 
 
 def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor | None:
-    """BN-ReLU, a mean over windows of 2 and a 1x1 convolution of x [N, C, H, W], or None where it is not for these
-    kernels."""
-    frozen = _served(x, operands)
-    if frozen is None:
+    """BN-ReLU, a mean over windows of 2 and a 1x1 convolution of x [N, C, H, W]. None where these kernels do not take
+    it."""
+    served = _served(x, operands)
+    if served is None:
         return None
+    backend, frozen = served
     with _noted("bn_relu_conv1x1", x, operands):
         grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
         out = (room or Room()).image(x, grid, operands.unit.weight.shape[0])
-        kernels.cpu_bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
+        backend.bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
     return out
 
 
 def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
-    """BN-ReLU and the mean over all pixels of x [N, C, H, W], or None where it is not for these kernels."""
-    frozen = _served(x, operands)
-    if frozen is None:
+    """BN-ReLU and the mean over all pixels of x [N, C, H, W]. None where these kernels do not take it."""
+    served = _served(x, operands)
+    if served is None:
         return None
+    backend, frozen = served
     with _noted("bn_relu_global_avgpool", x, operands):
-        return kernels.cpu_bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
+        return backend.bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
 
 
 def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: Room | None) -> Tensor | None:
-    """The convolution, BN-ReLU and the maximum over windows of 3 of images [N, C, H, W], or None where they are not for
-    these kernels."""
+    """The convolution, BN-ReLU and the maximum over windows of 3 of images [N, C, H, W]. None where these kernels do
+    not take them."""
     if torch.compiler.is_compiling():
         return None
     dtype = autocast_dtype(images.device)
@@ -123,21 +131,22 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     if not _plain_convolution(convolution, images, dtype) or stage.running_mean is None:
         return None
     sizes = [(size + 2 * padding - kernel) // stride + 1 for size in images.shape[2:]]
-    frozen = _served(images, operands, weight)
-    if frozen is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
+    served = _served(images, operands, weight)
+    if served is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
         return None
+    backend, frozen = served
     flops = functools.partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
     with _noted("bn_relu_maxpool", images, operands, flops):
         grid = (images.shape[0], *((size + 1) // 2 for size in sizes))
         out = (room or Room()).image(images, grid, weight.shape[0])
         taps = weight.detach().permute(0, 2, 3, 1).contiguous()
         images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
-        kernels.cpu_stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
+        backend.stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
     return out
 
 
 def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether it is a convolution of few channels, without a bias, on plain squares."""
+    """Whether it is a convolution with few channels, without a bias, over plain squares."""
     weight = convolution.weight
     squares = (weight.shape[2:], convolution.stride, convolution.padding)
     return (
@@ -153,8 +162,9 @@ def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.d
     )
 
 
-def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
-    """What the kernels take of the operands, or None where x, they and ``others`` are not for these kernels."""
+def _served(x: Tensor, operands: Operands, *others: Tensor) -> tuple[Backend, Frozen] | None:
+    """The backend that has these kernels, and the operands' tensors as it takes them. None where it does not take x,
+    the operands or ``others``."""
     if torch.compiler.is_compiling():
         return None
     frozen = _frozen(operands)
@@ -162,15 +172,15 @@ def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
         return None
     if operands.differentiable(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in others)):
         return None
-    if select(x.device, x.dtype) is not cpu:
+    backend = select(x.device, x.dtype)
+    if not backend.INFERS or seen_by_dispatcher([x, operands.stages.tensors, *others]):
         return None
-    if seen_by_dispatcher([x, operands.stages.tensors, *others]):
-        return None
-    return frozen
+    return backend, frozen
 
 
 def _frozen(operands: Operands) -> Frozen | None:
-    """What the kernels take of the operands; None where they are not all plain and normalised by running statistics."""
+    """The operands' tensors as the kernels take them. None unless all are plain and normalised by running
+    statistics."""
     return operands.remembered(_examined)
 
 
@@ -185,7 +195,7 @@ def _is_plain(stage: Stage) -> bool:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """[N, C, H, W] as [M, C] with adjacent columns: a view in one call where all rows are at one distance."""
+    """[N, C, H, W] as [M, C] with a column stride of 1: a view, made in one call, where all rows have one stride."""
     n, channels, height, width = x.shape
     image, column, line, row = x.stride()
     if column == 1 and line == width * row and image == height * line:

@@ -11,19 +11,21 @@ from torch import Tensor
 from densenet_fast.backends import cuda_kernels, nvidia
 from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 
+DTYPES = (torch.float16, torch.bfloat16)
+
 MINIMUM_CAPABILITY = (8, 0)
 
 MOST_PIXELS = (1 << 30) - 1
 
 RESIDENT = 2
-"""Blocks of a gradient's kernel that are made for each multiprocessor, which has room for so many."""
+"""How many blocks of a gradient's kernel are made for each multiprocessor, which has room for them."""
 
 kernels = torch.ops.densenet_fast
 
 
 def serves(z: Tensor) -> bool:
     """Whether these kernels run on tensors like z."""
-    if z.dtype not in (torch.float16, torch.bfloat16) or z.shape[0] > MOST_PIXELS:
+    if z.dtype not in DTYPES or z.shape[0] > MOST_PIXELS:
         return False
     if cuda_kernels.unavailable() is not None:
         return False
@@ -40,13 +42,14 @@ def bn_relu_conv3x3(
     bias: Tensor | None,
     grid: tuple[int, ...],
     out: Tensor,
-    mask: Tensor | None,
-    keep_scale: float,
-    statistics: Statistics | None,
+    *,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    statistics: Statistics | None = None,
     processors: int,
 ) -> None:
     """out [M, k] = conv3x3(relu(bn(z)), weight) for z [M, B] and weight [k, 3, 3, B]; without an affine, of z itself.
-    The rest is as in ``aten``."""
+    The rest is as in the contract, for a GPU with so many multiprocessors."""
     if z.is_meta:
         return
     given = (None,) * 4 if affine is None else affine
@@ -58,7 +61,7 @@ def bn_relu_conv3x3(
 def grad_input(
     grad: Tensor, z: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], scaled: Tensor, processors: int
 ) -> Tensor:
-    """``scaled`` [M, B] = scale * D; returns partial sums [blocks, 2 * B] of D and of D * (z - mean)."""
+    """Writes ``scaled`` [M, B] = scale * D. Returns partial sums [blocks, 2 * B] of D and of D * (z - mean)."""
     channels = z.shape[1]
     if z.is_meta:
         return z.new_empty(1, 2 * channels, dtype=torch.float32)
@@ -78,8 +81,8 @@ def grad_weight(
     dz: Tensor | None,
     processors: int,
 ) -> Tensor:
-    """Partial products [ranges, k * 9 * B], in the order of a weight [k, 3, 3, B]; completes dz [M, B], if it is to go
-    ``through`` z's statistics."""
+    """Returns partial products [ranges, k * 9 * B], in the order of a weight [k, 3, 3, B]. Also completes dz [M, B], if
+    it is to go ``through`` z's statistics."""
     if z.is_meta:
         return z.new_empty(1, 9 * grad.shape[1] * z.shape[1], dtype=torch.float32)
     resident, stream = processors * RESIDENT, cuda_kernels.stream_of(z)

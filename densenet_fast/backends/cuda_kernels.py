@@ -2,7 +2,7 @@
 
 float32, float64, float16 and bfloat16; each reads and writes its matrices once, 16 or 8 bytes at a time where
 addresses allow. Equal inputs give bitwise equal results, on every GPU the same: the division of rows and columns
-depends on the shape and the alignment alone. Functions, arguments and results are those of ``aten``.
+depends on the shape and the alignment alone. The functions are those of the contract, and stand in ``cuda``.
 
 Where the library was built to emulate a GPU (tests/backends/cuda), the same kernels serve CPU tensors, slowly.
 """
@@ -27,8 +27,7 @@ from densenet_fast.backends.affine import (
     ThroughStatistics,
     Update,
 )
-
-Sums = tuple[Tensor, Tensor]
+from densenet_fast.backends.contract import Sums
 
 MINIMUM_CAPABILITY = (7, 5)
 
@@ -105,7 +104,6 @@ def bn_relu_maxpool(
 def bn_relu_maxpool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
 ) -> tuple[Tensor, Sums | None]:
-    """With a ``reader``, what it asks for instead of the sums."""
     sums = None if reader is not None else _new_sums(affine)
     scaled = kernels.cuda_bn_relu_maxpool_backward(
         _adjacent(grad), argmax, x, *affine, grid, *_asked(reader, sums), stream_of(x)
@@ -120,7 +118,6 @@ def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> 
 def bn_relu_global_avgpool_backward(
     grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
 ) -> tuple[Tensor, Sums | None]:
-    """With a ``reader``, what it asks for instead of the sums."""
     sums = None if reader is not None else _new_sums(affine)
     scaled = kernels.cuda_bn_relu_global_avgpool_backward(
         _adjacent(grad), x, *affine, grid[0], *_asked(reader, sums), stream_of(x)
@@ -133,14 +130,14 @@ def _new_sums(affine: Affine) -> Sums:
 
 
 def _asked(reader: Reader | None, sums: Sums | None) -> tuple[Tensor | None, ...]:
-    """What a backward op takes in the place of a reader and of the sums."""
+    """The arguments of a backward op that say what it writes: a reader's vectors, or the sums."""
     before, after, weight, bias = reader or Reader(None, None, None, None)
     none = (None, None)
     return *(before or none), *(after or none), weight, bias, *(sums or none)
 
 
 def prepare(jobs: Sequence[Job]) -> None:
-    """One launch for 64 jobs, in no order."""
+    """Makes one launch for 64 jobs, which run in no order."""
     if not jobs:
         return
     copies, rstds, zeros = ([job for job in jobs if job.kind == kind] for kind in ("copy", "rstd", "zero"))
@@ -158,8 +155,8 @@ def prepare(jobs: Sequence[Job]) -> None:
 
 
 def update_running_statistics(updates: Sequence[Update]) -> None:
-    """One launch for 64 normalisations. What it changes is given by address, for hundreds of tensors would take longer
-    to hand over than to update."""
+    """Makes one launch for 64 normalisations. The tensors that it changes are given by their addresses: to hand over
+    hundreds of tensors would take longer than to update them."""
     updates = [u for u in updates if u.running]
     if not updates:
         return

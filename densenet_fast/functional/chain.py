@@ -7,7 +7,7 @@ from densenet_fast.functional.dense_block import link
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, check_poolable
 from densenet_fast.ops import planned
-from densenet_fast.ops.chain import HEAD, TRANSITION
+from densenet_fast.ops.chain import HEAD, TRANSITION, Call
 from densenet_fast.ops.op import saved_tensors_are_looked_at, seen_by_dispatcher
 
 __all__ = ["run_dense_block_and_reader"]
@@ -39,19 +39,20 @@ def run_dense_block_and_reader(
         check_poolable(x)
     operands.admit(x)
     reader.admit(x, x.shape[1] + sum(operands.growths))
-    out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(
+    call = Call(
         x,
         *shared.known(x, operands.reader, statistics, group),
-        operands.stages,
-        operands.drop_rates,
-        operands.bottleneck,
-        operands.saved(x, differentiable),
-        reader.reads_statistics,
-        operands.prepend,
-        link(x) if differentiable and x.requires_grad else None,
-        reader.stages,
-        *((True, describe) if is_transition else ()),
+        stages=operands.stages,
+        drop_rates=operands.drop_rates,
+        bottleneck=operands.bottleneck,
+        saved=operands.saved(x, differentiable),
+        described=reader.reads_statistics,
+        prepend=operands.prepend,
+        link=link(x) if differentiable and x.requires_grad else None,
+        read_stages=reader.stages,
+        options=(True, describe) if is_transition else (),
     )
+    out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(*call)
     if not is_planned and (shared.beyond_range(x, var, group) or shared.beyond_range(x, own[1], group)):
         return None
     shared.update_running_statistics(x, operands, mean, var, count, updates)

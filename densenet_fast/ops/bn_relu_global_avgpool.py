@@ -1,11 +1,15 @@
-"""densenet_fast::bn_relu_global_avgpool (the head): batch normalisation, ReLU and the mean over all pixels of an image
-in one op that saves its input alone.
+"""densenet_fast::bn_relu_global_avgpool, the head: batch normalisation, ReLU and the mean over an image's pixels in one
+op.
+
+The op keeps its input alone for the backward pass.
 
     out = mean over pixels of relu(bn(x))
     D = grad / pixels * (bn(x) > 0)
     P = -s * sum D;  Q = -s * r^2 * sum D * (x - mu) / 2
     dx = s * D + (P + 2 * Q * (x - mu)) / M                                    (1), (2)
 """
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,74 +22,77 @@ from densenet_fast.ops.stage import Stage, StageGradients
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@define("bn_relu_global_avgpool")
-def _forward(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tensors: list[Tensor],
-    eps: list[float],
-    group: str | None,
-) -> Outputs:
-    """From x [N, C, *spatial] and one stage without convolution: out [N, C], mean [C], var [C], count [].
+class Inputs(NamedTuple):
+    """The arguments of the op.
 
-    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known, ``count`` the
-    number of rows they are over, empty without a group. ``group`` names the process group whose batches are normalised
-    together, None for this process's alone.
+    Args:
+        x: [N, C, *spatial].
+        mean, var: the batch statistics [C] of x, or None to compute them.
+        tensors, eps: one stage without convolution, flattened.
+        group: name of the process group whose batches are normalised together, None for this process's alone.
     """
-    given = Input(x, tensors, eps, mean, var, group)
-    out = given.backend.bn_relu_global_avgpool(given.matrix, given.affine, given.grid)
-    return out, *given.own[:2], given.count()
+
+    x: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    tensors: list[Tensor]
+    eps: list[float]
+    group: str | None
 
 
-@_forward.custom_op.register_fake
-def _(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tensors: list[Tensor],
-    eps: list[float],
-    group: str | None,
-) -> Outputs:
-    return x.new_empty(x.shape[:2]), *fake_statistics(x, group)
+@define("bn_relu_global_avgpool", Inputs)
+def _forward(given: Inputs) -> Outputs:
+    """Returns out [N, C], mean [C], var [C] and count [].
+
+    ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
+    number of rows they are computed over, and empty without a group.
+    """
+    ready = Input(given)
+    out = ready.backend.bn_relu_global_avgpool(ready.matrix, ready.affine, ready.grid)
+    return out, *ready.own[:2], ready.count()
 
 
-@define("bn_relu_global_avgpool_backward")
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    tensors: list[Tensor],
-    eps: list[float],
-    group: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
-    says so, and, if needed, those of mean and var, which x's then leaves out."""
-    given = Input(x, tensors, eps, mean, var, group, again=True)
-    gradients = StageGradients(given.stage, needs[2:])
-    reader = given.reader(gradients, needs)
-    scaled, _ = given.backend.bn_relu_global_avgpool_backward(
-        to_matrix(grad), given.matrix, given.affine, given.grid, reader
+@_forward.fake
+def _(given: Inputs) -> Outputs:
+    return given.x.new_empty(given.x.shape[:2]), *fake_statistics(given)
+
+
+class BackwardInputs(NamedTuple):
+    """The arguments of the backward op: the gradient of out, the forward op's arguments and results, and ``needs``.
+
+    ``needs`` says whether a gradient is needed: of x, of its statistics, and then of each tensor of the stage.
+    """
+
+    grad: Tensor
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    tensors: list[Tensor]
+    eps: list[float]
+    group: str | None
+    needs: list[bool]
+
+
+@define("bn_relu_global_avgpool_backward", BackwardInputs)
+def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
+    """Returns the gradient of x and those of the stage's tensors, empty where they are not needed.
+
+    If the gradients of mean and var are needed, they follow those of the tensors, and the gradient of x leaves them
+    out.
+    """
+    ready = Input(given, again=True)
+    gradients = StageGradients(ready.stage, given.needs[2:])
+    reader = ready.reader(gradients, given.needs)
+    scaled, _ = ready.backend.bn_relu_global_avgpool_backward(
+        to_matrix(given.grad), ready.matrix, ready.affine, ready.grid, reader
     )
-    return given.gradients(scaled, gradients, count, needs)
+    return ready.gradients(scaled, gradients, given.count, given.needs)
 
 
-@_backward.custom_op.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    tensors: list[Tensor],
-    eps: list[float],
-    group: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    return fake_gradients(x, mean, tensors, needs)
+@_backward.fake
+def _(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
+    return fake_gradients(given)
 
 
 def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage) -> Tensor:

@@ -1,5 +1,7 @@
-"""densenet_fast::bn_relu_maxpool (the stem): batch normalisation, ReLU and the maximum over windows of 3 at distance 2,
-padded by 1, in one op that saves its input and, in a byte each, where the maxima were.
+"""densenet_fast::bn_relu_maxpool, the stem: batch normalisation, ReLU and max pooling in one op.
+
+The windows are 3 wide, 2 apart and padded by 1. For the backward pass the op keeps its input and, in a byte each, the
+positions of the maxima.
 
     out = maxpool(relu(bn(x)))
     D = (the gradients of the outputs whose maximum it is) * (bn(x) > 0)
@@ -8,6 +10,7 @@ padded by 1, in one op that saves its input and, in a byte each, where the maxim
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,86 +25,88 @@ from densenet_fast.ops.stage import Stage, StageGradients
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@define("bn_relu_maxpool")
-def _forward(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-) -> Outputs:
-    """From x [N, C, *spatial] and one stage without convolution: out [N, C, *spatial'], mean [C], var [C], count [],
-    argmax [M', C], and with ``describe`` the mean and variance [C] of out, else empty.
+class Inputs(NamedTuple):
+    """The arguments of the op.
 
-    ``argmax`` holds the maxima's positions in their windows, ``mean`` and ``var`` are the batch's (zeros if the stage
-    is frozen), the given ones if they are known, ``count`` the number of rows they are over, empty without a group.
-    ``group`` names the process group whose batches are normalised together, None for this process's alone.
+    Args:
+        x: [N, C, *spatial].
+        mean, var: the batch statistics [C] of x, or None to compute them.
+        tensors, eps: one stage without convolution, flattened.
+        describe: whether to return the mean and variance of out.
+        group: name of the process group whose batches are normalised together, None for this process's alone.
     """
-    given = Input(x, tensors, eps, mean, var, group)
-    made, out_mean, out_var = statistics_of_output(x, x.shape[1], describe)
-    out, argmax = given.backend.bn_relu_maxpool(given.matrix, given.affine, given.grid, made)
-    image = as_output(to_image(out, (x.shape[0], *pooled_sizes(x.shape[2:]))))
-    return image, *given.own[:2], given.count(), argmax, out_mean, out_var
+
+    x: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    tensors: list[Tensor]
+    eps: list[float]
+    describe: bool
+    group: str | None
 
 
-@_forward.custom_op.register_fake
-def _(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-) -> Outputs:
+@define("bn_relu_maxpool", Inputs)
+def _forward(given: Inputs) -> Outputs:
+    """Returns out [N, C, *spatial'], mean [C], var [C], count [], argmax [M', C], and the mean and variance of out [C].
+
+    ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
+    number of rows they are computed over, and empty without a group. ``argmax`` holds the position of each maximum in
+    its window. Without ``describe`` the mean and variance of out are empty.
+    """
+    ready = Input(given)
+    made, out_mean, out_var = statistics_of_output(given.x, given.x.shape[1], given.describe)
+    out, argmax = ready.backend.bn_relu_maxpool(ready.matrix, ready.affine, ready.grid, made)
+    image = as_output(to_image(out, (given.x.shape[0], *pooled_sizes(given.x.shape[2:]))))
+    return image, *ready.own[:2], ready.count(), argmax, out_mean, out_var
+
+
+@_forward.fake
+def _(given: Inputs) -> Outputs:
+    x = given.x
     grid = (x.shape[0], *pooled_sizes(x.shape[2:]))
     argmax = x.new_empty((math.prod(grid), x.shape[1]), dtype=torch.uint8)
     out = empty_image(x, grid, x.shape[1])
-    return out, *fake_statistics(x, group), argmax, *statistics_of_output(x, x.shape[1], describe)[1:]
+    return out, *fake_statistics(given), argmax, *statistics_of_output(x, x.shape[1], given.describe)[1:]
 
 
-@define("bn_relu_maxpool_backward")
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    argmax: Tensor,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
-    says so, and, if needed, those of mean and var, which x's then leaves out."""
-    given = Input(x, tensors, eps, mean, var, group, again=True)
-    gradients = StageGradients(given.stage, needs[2:])
-    reader = given.reader(gradients, needs)
-    scaled, _ = given.backend.bn_relu_maxpool_backward(
-        to_matrix(grad), argmax, given.matrix, given.affine, given.grid, reader
+class BackwardInputs(NamedTuple):
+    """The arguments of the backward op: the gradient of out, the forward op's arguments and results, and ``needs``.
+
+    ``needs`` says whether a gradient is needed: of x, of its statistics, and then of each tensor of the stage.
+    """
+
+    grad: Tensor
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    argmax: Tensor
+    tensors: list[Tensor]
+    eps: list[float]
+    describe: bool
+    group: str | None
+    needs: list[bool]
+
+
+@define("bn_relu_maxpool_backward", BackwardInputs)
+def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
+    """Returns the gradient of x and those of the stage's tensors, empty where they are not needed.
+
+    If the gradients of mean and var are needed, they follow those of the tensors, and the gradient of x leaves them
+    out.
+    """
+    ready = Input(given, again=True)
+    gradients = StageGradients(ready.stage, given.needs[2:])
+    reader = ready.reader(gradients, given.needs)
+    scaled, _ = ready.backend.bn_relu_maxpool_backward(
+        to_matrix(given.grad), given.argmax, ready.matrix, ready.affine, ready.grid, reader
     )
-    return given.gradients(scaled, gradients, count, needs)
+    return ready.gradients(scaled, gradients, given.count, given.needs)
 
 
-@_backward.custom_op.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    argmax: Tensor,
-    tensors: list[Tensor],
-    eps: list[float],
-    describe: bool,
-    group: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    return fake_gradients(x, mean, tensors, needs)
+@_backward.fake
+def _(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
+    return fake_gradients(given)
 
 
 def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, describe: bool) -> Tensor:

@@ -1,13 +1,13 @@
 """A dense block and the transition or the head behind it as one node of autograd and one launch plan.
 
-On a GPU the host spends as much on calling an op as on dozens of launches. Computed is what the two ops compute; their
-bodies run one after the other, forward and backward, and the block's features stay between them. So does the gradient
-of the features, whose memory the block's backward pass uses for G.
+The bodies of the two ops run one after the other, forward and backward, so the results are theirs. The block's features
+stay between them. The gradient of the features does too, and the block's backward pass uses its memory for G. On a GPU
+the host spends as much time on the call of an op as on dozens of launches; a chain spares half of the calls.
 """
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,145 +18,174 @@ from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.block_plan import Plan, own_features
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
-from densenet_fast.ops.dense_block import consuming_backward
 from densenet_fast.ops.dense_block import parts as block_parts
+from densenet_fast.ops.dense_block_backward import consuming_backward
 from densenet_fast.ops.flops import of_stages
 from densenet_fast.ops.op import Parts, channels_adjacent, direct_call, in_format, named, seen_by_dispatcher
 from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
 
-__all__ = ["HEAD", "TRANSITION"]
+__all__ = ["HEAD", "TRANSITION", "Call"]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a chain's forward pass.
+
+    They are those of the block's op without masks and group, then those of the reader's op without the features.
+    ``described`` says whether the reader gets the statistics of the features. ``options`` are the reader's own.
+    """
+
+    x: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    tensors: list[Tensor]
+    eps: list[float]
+    drop_rates: list[float]
+    bottleneck: bool
+    saved: list[bool]
+    described: bool
+    prepend: bool
+    read_tensors: list[Tensor]
+    read_eps: list[float]
+    options: tuple[Any, ...]
+
+
+class BackwardInputs(NamedTuple):
+    """The arguments of a chain's backward pass.
+
+    They are the gradient of the reader's result; what the block's op returned and took, with the gradients that it
+    ``needs`` (of x, of its statistics, of each tensor); and the same for the reader.
+    """
+
+    grad: Tensor
+    features: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    bottlenecks: list[Tensor]
+    saved: list[bool]
+    tensors: list[Tensor]
+    eps: list[float]
+    drop_rates: list[float]
+    bottleneck: bool
+    in_channels: int
+    needs: list[bool]
+    prepend: bool
+    read_mean: Tensor
+    read_var: Tensor
+    read_count: Tensor
+    read_tensors: list[Tensor]
+    read_eps: list[float]
+    options: tuple[Any, ...]
+    read_needs: list[bool]
+
+
+class Call(NamedTuple):
+    """The arguments of a chain: those of :class:`Inputs`, but with both ops' stages as they are, and with the
+    ``link``."""
+
+    x: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    stages: Sequence[Stage]
+    drop_rates: Sequence[float]
+    bottleneck: bool
+    saved: Sequence[bool]
+    described: bool
+    prepend: bool
+    link: Tensor | None
+    read_stages: Sequence[Stage]
+    options: tuple[Any, ...]
 
 
 class Chain:
-    """A dense block with the op of the ``reader`` behind it, of one stage."""
+    """A dense block and the op of its ``reader``, which has one stage."""
 
     def __init__(self, reader: Parts) -> None:
         self.name = f"{block_parts.forward.name}, {reader.forward.name.partition('::')[2]}"
         self.reader = reader
         self.apply = direct_call(_Node, self.name)
 
-    def __call__(
-        self,
-        x: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        stages: Sequence[Stage],
-        drop_rates: Sequence[float],
-        bottleneck: bool,
-        saved: Sequence[bool],
-        described: bool,
-        prepend: bool,
-        link: Tensor | None,
-        read_stages: Sequence[Stage],
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        """From what the block's op takes, without masks and group, and what the reader's takes beside the features,
-        which are ``described`` to it or not: the reader's result; the block's packed mean and variance, and its count;
-        and all else that the reader's op returns."""
-        given = (x, mean, var, stages, drop_rates, bottleneck, saved, described, prepend, link, read_stages, *options)
-        compile_ahead(self, *given)
-        stages, read_stages = (s if isinstance(s, Stages) else Stages(s) for s in (stages, read_stages))
-        inputs = (x, mean, var, stages.tensors, stages.eps, drop_rates, bottleneck, saved, described, prepend)
-        inputs += (read_stages.tensors, read_stages.eps, *options)
-        followed, read = stages.followed(), read_stages.followed()
-        return self.apply(self, inputs, (followed, read, link), x, mean, var, *followed.tensors, *read.tensors)
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Takes the fields of a :class:`Call`. Returns the reader's result, the block's packed mean and variance and
+        its count, and then all else that the reader's op returns."""
+        compile_ahead(self, *arguments)
+        call = Call(*arguments)
+        stages, read_stages = (s if isinstance(s, Stages) else Stages(s) for s in (call.stages, call.read_stages))
+        block = (call.drop_rates, call.bottleneck, call.saved, call.described, call.prepend)
+        read = (read_stages.tensors, read_stages.eps, call.options)
+        inputs = Inputs(call.x, call.mean, call.var, stages.tensors, stages.eps, *block, *read)
+        followed = stages.followed(), read_stages.followed()
+        seen = (call.x, call.mean, call.var, *followed[0].tensors, *followed[1].tensors)
+        return self.apply(self, inputs, (*followed, call.link), *seen)
 
-    def forward(
-        self,
-        x: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        tensors: list[Tensor],
-        eps: list[float],
-        drop_rates: list[float],
-        bottleneck: bool,
-        saved: list[bool],
-        described: bool,
-        prepend: bool,
-        read_tensors: list[Tensor],
-        read_eps: list[float],
-        *options: Any,
-    ) -> tuple[Any, ...]:
-        """What the block returns and what the reader does."""
-        given = (tensors, eps, [], drop_rates, bottleneck, saved, described, None, None, prepend)
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """Takes the fields of :class:`Inputs`. Returns what the block's op returns, then what the reader's op
+        returns."""
+        given = Inputs(*inputs)
+        x, tensors, described = given.x, given.tensors, given.described
+        block = (tensors, given.eps, [], given.drop_rates, given.bottleneck, given.saved, described, None, None)
         with named(block_parts.forward.name, x, lambda: of_stages(x, tensors)):
-            features, packed_mean, packed_var, count, bottlenecks = block_parts.forward.body(x, mean, var, *given)
+            features, mean, var, count, bottlenecks = block_parts.forward.body(
+                x, given.mean, given.var, *block, given.prepend
+            )
         columns = slice(0, features.shape[1])
-        known = (packed_mean[columns], packed_var[columns]) if described else (None, None)
-        with named(self.reader.forward.name, features, lambda: of_stages(features, read_tensors)):
-            made = self.reader.forward.body(features, *known, read_tensors, read_eps, *options, None)
-        return features, packed_mean, packed_var, count, bottlenecks, *made
+        known = (mean[columns], var[columns]) if described else (None, None)
+        with named(self.reader.forward.name, features, lambda: of_stages(features, given.read_tensors)):
+            read = (given.read_tensors, given.read_eps, *given.options, None)
+            made = self.reader.forward.body(features, *known, *read)
+        return features, mean, var, count, bottlenecks, *made
 
-    def backward(
-        self,
-        grad: Tensor,
-        features: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        count: Tensor,
-        bottlenecks: list[Tensor],
-        saved: list[bool],
-        tensors: list[Tensor],
-        eps: list[float],
-        drop_rates: list[float],
-        bottleneck: bool,
-        in_channels: int,
-        needs: list[bool],
-        prepend: bool,
-        read_mean: Tensor,
-        read_var: Tensor,
-        read_count: Tensor,
-        read_tensors: list[Tensor],
-        read_eps: list[float],
-        *options: Any,
-        seen: bool = False,
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """The gradients of x, of the block's tensors and of the reader's, as far as ``needs`` (x's, its statistics',
-        then one per tensor) and the last of the options, the reader's, say so. Both ops are ``seen`` by the dispatcher
-        or not."""
-        *options, read_needs = options
-        known = (features, read_mean, read_var, read_count, read_tensors, read_eps)
-        with named(self.reader.backward.name, grad):
+    def backward(self, *inputs: Any, seen: bool = False) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """Takes the fields of :class:`BackwardInputs`. Returns the gradients of x, of the block's tensors and of the
+        reader's. ``seen`` says whether the dispatcher has to see the two ops."""
+        given = BackwardInputs(*inputs)
+        features, read_tensors, needs = given.features, given.read_tensors, given.needs
+        known = (features, given.read_mean, given.read_var, given.read_count, read_tensors, given.read_eps)
+        with named(self.reader.backward.name, given.grad):
             read = self.reader.backward if seen else self.reader.backward.body
-            grad, grads = read(grad, *known, *options, None, read_needs)
+            grad, grads = read(given.grad, *known, *given.options, None, given.read_needs)
         own, through = grads[: len(read_tensors)], grads[len(read_tensors) :] or (None, None)
-        if not read_needs[0]:
-            return features.new_empty(0), [None] * len(tensors), own
-        block = (features, mean, var, count, bottlenecks, saved, tensors, eps, [], drop_rates, bottleneck)
-        block += (in_channels, None, [needs[0], *needs[2:]], prepend)
+        if not given.read_needs[0]:
+            return features.new_empty(0), [None] * len(given.tensors), own
+        block = (features, given.mean, given.var, given.count, given.bottlenecks, given.saved, given.tensors, given.eps)
+        block += ([], given.drop_rates, given.bottleneck, given.in_channels, None, [needs[0], *needs[2:]])
         with named(block_parts.backward.name, grad):
             run = block_parts.backward if seen else consuming_backward
-            grad_x, grads = run(grad, *through, *block)
+            grad_x, grads = run(grad, *through, *block, given.prepend)
         return grad_x, grads, own
 
-    def on_stock(self, ctx: Any, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
-        """The reader's result from x, or where it is ``linked`` what is added to its ``value``, and from the tensors of
-        both, the block's ``size`` first."""
+    def on_stock(self, given: Inputs, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
+        """Returns a function of x and of both ops' tensors that computes the reader's result with stock torch
+        functions. The block's tensors come first; there are ``size`` of them. If x is ``linked``, it is added to its
+        ``value``."""
 
         def run(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
             x = value + x if linked else value
-            plan = Plan(x, tensors[:size], ctx.eps, ctx.bottleneck, ctx.drop_rates)
-            made = block_parts.on_stock(x, plan.layers, [], ctx.drop_rates, ctx.prepend)
-            return [self.reader.on_stock(made, None, None, *unflatten(tensors[size:], ctx.read_eps), *ctx.options)]
+            plan = Plan(x, tensors[:size], given.eps, given.bottleneck, given.drop_rates)
+            made = block_parts.on_stock(x, plan.layers, [], given.drop_rates, given.prepend)
+            return [self.reader.on_stock(made, None, None, *unflatten(tensors[size:], given.read_eps), *given.options)]
 
         return run
 
 
 class _Node(torch.autograd.Function):
-    """A chain with autograd. ``inputs`` are its forward pass's; x, mean and var and those of its tensors that autograd
-    follows come again, for autograd to see; what is ``hidden`` it does not see."""
+    """A chain with autograd.
+
+    ``given`` are the inputs of its forward pass. Autograd does not look into a tuple, so x, mean, var and the tensors
+    that require a gradient are passed once more by themselves. What is ``hidden`` autograd does not see.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, inputs: tuple[Any, ...], hidden: tuple[Followed, Followed, Tensor | None], *_: Any
+        ctx: Any, chain: Chain, given: Inputs, hidden: tuple[Followed, Followed, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
-        x, _, _, tensors, ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved, ctx.described, ctx.prepend, *rest = inputs
-        read_tensors, ctx.read_eps, *ctx.options = rest
+        x, tensors, read_tensors = given.x, given.tensors, given.read_tensors
         with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
-            made = planned.run(chain.name, chain.forward, inputs)
+            made = planned.run(chain.name, chain.forward, given)
         features, mean, var, count, bottlenecks, out, *read = made
         *ctx.followed, link = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
+        ctx.given = given._replace(x=None, mean=None, var=None, tensors=None, read_tensors=None)
         ctx.block, ctx.reader = SimpleNamespace(), SimpleNamespace()
         stages, behind = save_stages(ctx.block, tensors), save_stages(ctx.reader, read_tensors)
         ctx.sizes = len(stages), len(bottlenecks)
@@ -168,6 +197,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         features, mean, var, count, link, *rest = ctx.saved_tensors
+        given: Inputs = ctx.given
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         read, rest = rest[:3], rest[3:]
@@ -176,8 +206,8 @@ class _Node(torch.autograd.Function):
         read_tensors = saved_stages(ctx.reader, rest[second:])
         followed, behind = ctx.followed
         if stock.needed_in_backward(grad):
-            value = own_features(features.detach(), ctx.in_channels, ctx.prepend)
-            run = ctx.chain.on_stock(ctx, value, link is not None, len(tensors))
+            value = own_features(features.detach(), ctx.in_channels, given.prepend)
+            run = ctx.chain.on_stock(given, value, link is not None, len(tensors))
             inputs = [value if link is None else link, *tensors, *read_tensors]
             grad_x, *grads = stock.differentiable_gradients(run, inputs, [grad], None)
             grads, read_grads = grads[: len(tensors)], grads[len(tensors) :]
@@ -186,10 +216,28 @@ class _Node(torch.autograd.Function):
             middle = 3 + len(followed.tensors)
             needs = followed.needs(flags[:middle])
             needed = any(flags[:middle])
-            read_needs = behind.needs((needed, needed and ctx.described, False, *flags[middle:]))
-            block = (features, mean, var, count, bottlenecks, ctx.saved, tensors, ctx.eps, ctx.drop_rates)
-            block += (ctx.bottleneck, ctx.in_channels, needs, ctx.prepend)
-            inputs = (channels_adjacent(grad), *block, *read, read_tensors, ctx.read_eps, *ctx.options, read_needs)
+            read_needs = behind.needs((needed, needed and given.described, False, *flags[middle:]))
+            block = (
+                features,
+                mean,
+                var,
+                count,
+                bottlenecks,
+                given.saved,
+                tensors,
+                given.eps,
+                given.drop_rates,
+            )
+            block += (given.bottleneck, ctx.in_channels, needs, given.prepend)
+            inputs = (
+                channels_adjacent(grad),
+                *block,
+                *read,
+                read_tensors,
+                given.read_eps,
+                given.options,
+                read_needs,
+            )
             name = f"{ctx.chain.name}_backward"
             with named(name, grad):
                 if seen_by_dispatcher([grad]):

@@ -1,11 +1,12 @@
 """A custom op that is called without torch's dispatcher where nothing needs to see the call.
 
-What needs to is a compiler, a mode, a transform, a subclass of Tensor. Through the dispatcher a call takes milliseconds
-for a block's hundreds of tensors, on a CPU as long as some of its kernels.
+A compiler, a mode, a transform or a subclass of Tensor has to see it. For the hundreds of tensors of a block a call
+through the dispatcher takes milliseconds: on a CPU as long as some of the kernels.
 """
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,21 +25,27 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | Non
 
 
 class Op:
-    """``densenet_fast::<name>``, which computes what ``body`` does, in the dtypes it is given. What is None in a list
-    that the body returns is an empty tensor behind the dispatcher."""
+    """``densenet_fast::<name>``, which computes what ``body`` does, in the dtypes it is given.
 
-    def __init__(self, name: str, body: Callable[..., tuple[Any, ...]]) -> None:
+    ``inputs`` is a NamedTuple whose fields are the op's arguments. A list that the body returns may hold None; the
+    dispatcher gets an empty tensor in its place.
+    """
+
+    def __init__(self, name: str, inputs: type[tuple[Any, ...]], body: Callable[[Any], tuple[Any, ...]]) -> None:
         self.name = f"densenet_fast::{name}"
-        self.body = without_autocast(body)
+        self.inputs = inputs
+        self.body = without_autocast(lambda *values: body(inputs(*values)))
 
-        @functools.wraps(body)
-        def complete(*inputs: Any) -> tuple[Any, ...]:
-            empty = inputs[0].new_empty
+        def complete(*values: Any, **by_name: Any) -> tuple[Any, ...]:
+            values = inputs(*values, **by_name)
+            empty = values[0].new_empty
             return tuple(
                 [empty(0) if t is None else t for t in output] if isinstance(output, list) else output
-                for output in self.body(*inputs)
+                for output in self.body(*values)
             )
 
+        complete.__signature__ = _signature(inputs, body)
+        complete.__doc__ = body.__doc__
         self.custom_op = torch.library.custom_op(self.name, complete, mutates_args=())
 
     def __call__(self, *inputs: Any) -> Any:
@@ -47,22 +54,42 @@ class Op:
         with named(self.name, inputs[0]):
             return planned.run(self.name, self.body, inputs)
 
+    def fake(self, function: Callable[[Any], tuple[Any, ...]]) -> None:
+        """Decorates the op's fake kernel: a function of the same inputs that returns tensors without values."""
+        self.custom_op.register_fake(lambda *values, **by_name: function(self.inputs(*values, **by_name)))
+
+
+def _signature(inputs: type[tuple[Any, ...]], body: Callable[[Any], tuple[Any, ...]]) -> inspect.Signature:
+    """The signature of a function whose arguments are the fields of ``inputs``. Torch makes the op's schema from it."""
+    defaults = inputs._field_defaults
+    parameters = [
+        inspect.Parameter(
+            field,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=defaults.get(field, inspect.Parameter.empty),
+            annotation=annotation,
+        )
+        for field, annotation in inputs.__annotations__.items()
+    ]
+    return inspect.Signature(parameters, return_annotation=inspect.signature(body).return_annotation)
+
 
 class Parts(NamedTuple):
-    """The ops of a function and of its backward pass, and the function on stock differentiable torch functions."""
+    """The op of a function, the op of its backward pass, and the same function in stock differentiable torch
+    functions."""
 
     forward: Op
     backward: Op
     on_stock: Callable[..., Any]
 
 
-def define(name: str) -> Callable[[Callable[..., tuple[Any, ...]]], Op]:
-    """Decorates the body of the op ``densenet_fast::<name>``."""
-    return functools.partial(Op, name)
+def define(name: str, inputs: type[tuple[Any, ...]]) -> Callable[[Callable[[Any], tuple[Any, ...]]], Op]:
+    """Decorates the body of the op ``densenet_fast::<name>``, whose arguments are the fields of ``inputs``."""
+    return functools.partial(Op, name, inputs)
 
 
 def named(name: str, x: Tensor, *flops: Callable[[], int]) -> contextlib.AbstractContextManager[Any]:
-    """Shows to the profiler, if it runs, what is called meanwhile on x, as an operation of torch's, with the sum of its
+    """Shows what runs meanwhile on x to the profiler, if one is active, as one operation with the sum of its
     ``flops``."""
     if not torch.autograd._profiler_enabled():
         return contextlib.nullcontext()
@@ -70,8 +97,12 @@ def named(name: str, x: Tensor, *flops: Callable[[], int]) -> contextlib.Abstrac
 
 
 def direct_call(function: type[torch.autograd.Function], op: str) -> Callable[..., Any]:
-    """A function's ``apply`` without what torch.func needs, for where no transform sees the calls. Autograd shows it as
-    DenseBlock, of densenet_fast::dense_block, and its backward pass as DenseBlockBackward."""
+    """Returns the ``apply`` of an autograd Function without its support for torch.func, for calls that no transform
+    sees.
+
+    In graphs of autograd the call is named after the op: DenseBlock for densenet_fast::dense_block, and
+    DenseBlockBackward.
+    """
     words = op.partition("::")[2].replace(", ", "_and_").split("_")
     shown = type(function)("".join(map(str.capitalize, words)), (function,), {})
     return super(torch.autograd.Function, shown).apply
@@ -89,7 +120,7 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
 
 
 def saved_tensors_are_looked_at() -> bool:
-    """Whether hooks see what is saved for the backward pass: those of checkpointing count it."""
+    """Whether hooks see the tensors that are saved for the backward pass. Those of checkpointing count them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -99,20 +130,23 @@ def with_autograd(
     gradients: Callable[..., Gradients],
     shown: Callable[[tuple[Any, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
-    """``op``, which takes ``(x, mean, var, tensors, eps, *constants)`` (a feature map, its batch statistics where they
-    are known, flattened stages, and what has no gradient), as a differentiable function
-    ``call(x, mean, var, stages, *constants)``.
+    """Makes a differentiable function ``call(x, mean, var, stages, *constants)`` of an op.
 
-    Its result is the op's, which is a tuple of tensors, or what ``shown`` makes of that: those that are differentiable,
-    and those that are not.
+    The op takes ``(x, mean, var, tensors, eps, *constants)``: a feature map, its batch statistics or None, flattened
+    stages, and arguments that have no gradient. The function returns the op's outputs. If the op returns more than
+    tensors, ``shown`` makes two tuples of its outputs: those that are differentiable, and those that are not.
 
-    ``save(ctx, inputs, outputs)`` keeps what ``gradients(ctx, needs, *grads)`` needs, which returns the gradients of x,
-    mean and var and the tensors'; ``needs`` has an entry for x, for mean and var, and for each of the tensors.
+    ``save(ctx, inputs, outputs)`` keeps what the backward pass needs. ``gradients(ctx, needs, *grads)`` returns the
+    gradients of x, of mean and var, and of the tensors. ``needs`` has an entry for x, one for mean and var, and one per
+    tensor.
     """
 
     class Direct(torch.autograd.Function):
-        """The op's body with autograd. ``inputs`` are the op's; x, mean and var and those of its tensors that are
-        ``followed`` come again, for autograd to see."""
+        """The op's body with autograd.
+
+        ``inputs`` are the op's. Autograd does not look into a tuple, so x, mean, var and the tensors that require a
+        gradient are passed once more by themselves.
+        """
 
         @staticmethod
         def forward(ctx: Any, inputs: tuple[Any, ...], followed: Followed, *_: Tensor | None) -> tuple[Tensor, ...]:
@@ -173,8 +207,11 @@ def with_autograd(
 
 
 def channels_adjacent(grad: Tensor | None) -> Tensor | None:
-    """An incoming gradient with adjacent channels, as all bodies read it: copied here, where a plan does not see it.
-    Not where it is differentiated itself, or is a batch."""
+    """Returns an incoming gradient with a channel stride of 1, which all bodies expect.
+
+    The copy is made here, outside of launch plans. A gradient that is itself differentiated, or that is a batch of
+    gradients, stays as it is.
+    """
     if grad is None or grad.stride(1) == 1 or torch.is_grad_enabled() or _is_batched(grad):
         return grad
     return to_image(to_matrix(grad), (grad.shape[0], *grad.shape[2:]))
@@ -190,5 +227,5 @@ def in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
 
 
 def _is_batched(grad: Tensor) -> bool:
-    """Whether ``grad`` is a batch of gradients, which knows no memory format."""
+    """Whether ``grad`` is a batch of gradients, for which torch knows no memory format."""
     return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
