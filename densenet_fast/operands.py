@@ -105,7 +105,7 @@ class Operands:
 
     def differentiable(self, x: Tensor) -> bool:
         """Whether autograd records an op on x."""
-        return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.followed().places))
+        return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.requiring_grad().places))
 
     def remembered(self, examine: Callable[["Operands"], Made]) -> Made:
         """The result of ``examine`` on these operands, which is computed once."""

@@ -64,11 +64,11 @@ def profile_step(
 @contextmanager
 def kernel_by_kernel() -> Iterator[None]:
     """Makes a block's op call its kernels itself on CPUs too, so that the profiler sees each."""
-    walks, cpu.walks = cpu.walks, lambda grid: False
+    runs_whole_blocks, cpu.runs_whole_blocks = cpu.runs_whole_blocks, lambda grid: False
     try:
         yield
     finally:
-        cpu.walks = walks
+        cpu.runs_whole_blocks = runs_whole_blocks
 
 
 def by_part(events: Iterable[Any], on_device: bool) -> dict[str, float]:

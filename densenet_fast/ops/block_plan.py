@@ -11,7 +11,7 @@ from densenet_fast.backends.layout import are_dense
 from densenet_fast.ops.stage import STAGE_TENSORS, Stage, by_stage, unflatten
 
 
-class Walk:
+class BlockTensors:
     """The tensors of a block's stages, for a backend that runs whole blocks.
 
     ``tensors`` are those of all stages; an empty tensor stands for an absent one. ``is_trained`` says of each whether
@@ -85,18 +85,18 @@ class Plan:
         own."""
 
     @functools.cached_property
-    def walk(self) -> Walk:
+    def tensors(self) -> BlockTensors:
         """The tensors for a backend that runs the whole block."""
-        return Walk(self.stages)
+        return BlockTensors(self.stages)
 
-    def walked_by(self, backend: Backend, dtype: torch.dtype, group: str | None) -> bool:
+    def runs_whole_on(self, backend: Backend, dtype: torch.dtype, group: str | None) -> bool:
         """Whether the backend runs the whole block in one call."""
         return (
-            backend.walks(self.grid)
+            backend.runs_whole_blocks(self.grid)
             and self.bottleneck
             and group is None
             and not any(self.drop_rates)
-            and self.walk.fits(dtype)
+            and self.tensors.fits(dtype)
         )
 
     def read(self, i: int) -> slice:
@@ -154,7 +154,7 @@ def plan_of(
 
     if not (type(tensors) is type(eps) is type(drop_rates) is Fixed):
         return make()
-    kind = (tuple(x.shape), bottleneck, eps.parted[1], drop_rates.parted[1], described, prepend)
+    kind = (tuple(x.shape), bottleneck, eps.split[1], drop_rates.split[1], described, prepend)
     return tensors.made(kind, make)
 
 

@@ -21,8 +21,8 @@ from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.dense_block_backward import consuming_backward
 from densenet_fast.ops.flops import of_stages
-from densenet_fast.ops.op import Parts, channels_adjacent, direct_call, in_format, named, seen_by_dispatcher
-from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
+from densenet_fast.ops.op import Parts, direct_call, in_format, named, seen_by_dispatcher, with_unit_channel_stride
+from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, save_stages, saved_stages, unflatten
 
 __all__ = ["HEAD", "TRANSITION", "Call"]
 
@@ -114,9 +114,9 @@ class Chain:
         block = (call.drop_rates, call.bottleneck, call.saved, call.described, call.prepend)
         read = (read_stages.tensors, read_stages.eps, call.options)
         inputs = Inputs(call.x, call.mean, call.var, stages.tensors, stages.eps, *block, *read)
-        followed = stages.followed(), read_stages.followed()
-        seen = (call.x, call.mean, call.var, *followed[0].tensors, *followed[1].tensors)
-        return self.apply(self, inputs, (*followed, call.link), *seen)
+        required = stages.requiring_grad(), read_stages.requiring_grad()
+        seen = (call.x, call.mean, call.var, *required[0].tensors, *required[1].tensors)
+        return self.apply(self, inputs, (*required, call.link), *seen)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """Takes the fields of :class:`Inputs`. Returns what the block's op returns, then what the reader's op
@@ -177,13 +177,13 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, given: Inputs, hidden: tuple[Followed, Followed, Tensor | None], *_: Any
+        ctx: Any, chain: Chain, given: Inputs, hidden: tuple[RequiringGrad, RequiringGrad, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
         x, tensors, read_tensors = given.x, given.tensors, given.read_tensors
         with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
             made = planned.run(chain.name, chain.forward, given)
         features, mean, var, count, bottlenecks, out, *read = made
-        *ctx.followed, link = hidden
+        *ctx.required, link = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
         ctx.given = given._replace(x=None, mean=None, var=None, tensors=None, read_tensors=None)
         ctx.block, ctx.reader = SimpleNamespace(), SimpleNamespace()
@@ -204,7 +204,7 @@ class _Node(torch.autograd.Function):
         first, second = ctx.sizes[0], sum(ctx.sizes)
         tensors, bottlenecks = saved_stages(ctx.block, rest[:first]), rest[first:second]
         read_tensors = saved_stages(ctx.reader, rest[second:])
-        followed, behind = ctx.followed
+        required, behind = ctx.required
         if stock.needed_in_backward(grad):
             value = own_features(features.detach(), ctx.in_channels, given.prepend)
             run = ctx.chain.on_stock(given, value, link is not None, len(tensors))
@@ -213,11 +213,12 @@ class _Node(torch.autograd.Function):
             grads, read_grads = grads[: len(tensors)], grads[len(tensors) :]
         else:
             flags = ctx.needs_input_grad[3:]
-            middle = 3 + len(followed.tensors)
-            needs = followed.needs(flags[:middle])
+            middle = 3 + len(required.tensors)
+            needs = required.needs(flags[:middle])
             needed = any(flags[:middle])
             read_needs = behind.needs((needed, needed and given.described, False, *flags[middle:]))
-            block = (
+            inputs = BackwardInputs(
+                with_unit_channel_stride(grad),
                 features,
                 mean,
                 var,
@@ -227,16 +228,15 @@ class _Node(torch.autograd.Function):
                 tensors,
                 given.eps,
                 given.drop_rates,
-            )
-            block += (given.bottleneck, ctx.in_channels, needs, given.prepend)
-            inputs = (
-                channels_adjacent(grad),
-                *block,
+                given.bottleneck,
+                ctx.in_channels,
+                needs,
+                given.prepend,
                 *read,
-                read_tensors,
-                given.read_eps,
-                given.options,
-                read_needs,
+                read_tensors=read_tensors,
+                read_eps=given.read_eps,
+                options=given.options,
+                read_needs=read_needs,
             )
             name = f"{ctx.chain.name}_backward"
             with named(name, grad):
@@ -246,7 +246,8 @@ class _Node(torch.autograd.Function):
                     grad_x, grads, read_grads = planned.run(name, ctx.chain.backward, inputs)
             if not needs[0]:
                 grad_x = None
-        return None, None, None, in_format(grad_x, ctx), None, None, *followed.chosen(grads), *behind.chosen(read_grads)
+        chosen = (*required.of_those(grads), *behind.of_those(read_grads))
+        return None, None, None, in_format(grad_x, ctx), None, None, *chosen
 
 
 TRANSITION, HEAD = Chain(transition_parts), Chain(head_parts)

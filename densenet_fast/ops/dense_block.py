@@ -91,11 +91,11 @@ def _forward(given: Inputs) -> Outputs:
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
     rows = features.shape[0]
-    if plan.walked_by(backend, x.dtype, group):
+    if plan.runs_whole_on(backend, x.dtype, group):
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
         kept = for_each_layer(bottlenecks, saved, features)
-        block = Block(features, plan.walk.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
+        block = Block(features, plan.tensors.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
         own = {"x": to_matrix(x), "x_mean": given.x_mean, "x_var": given.x_var}
         backend.dense_block(block, plan.widths[0], describe=given.describe, **own)
         return image, mean, var, global_count(rows, x, group), bottlenecks

@@ -255,12 +255,12 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
     own = own_features(features, given.in_channels, given.prepend)
     plan = plan_of(own, tensors, given.eps, given.bottleneck, given.drop_rates, described, given.prepend)
     backend = select(features.device, features.dtype)
-    if plan.walked_by(backend, features.dtype, group) and all(compress(needs, (True, *plan.walk.is_trained))):
-        walk = plan.walk
+    if plan.runs_whole_on(backend, features.dtype, group) and all(compress(needs, (True, *plan.tensors.is_trained))):
+        trained, like = plan.tensors.trained, plan.tensors.tensors
         image = empty_image(features, plan.grid, given.in_channels)
         gradients: list[Tensor] = [features.new_empty(0)] * len(tensors)
-        for i in walk.trained:
-            gradients[i] = torch.empty_like(walk.tensors[i], dtype=torch.float32)
+        for i in trained:
+            gradients[i] = torch.empty_like(like[i], dtype=torch.float32)
         p, q = mean.new_zeros(2, *mean.shape).unbind()
         if described:
             p[: plan.columns].copy_(given.grad_mean[: plan.columns])
@@ -268,12 +268,12 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
         incoming, f = to_matrix(given.grad), to_matrix(features)
         g = torch.empty_like(f) if total is None else incoming
         kept, rows = for_each_layer(given.bottlenecks, saved, features), rows_of(given.count, f.shape[0])
-        block = Block(f, walk.tensors, given.eps, plan.grid, kept, mean, given.var, given.prepend)
+        block = Block(f, like, given.eps, plan.grid, kept, mean, given.var, given.prepend)
         out = (to_matrix(image), gradients, p, q)
         backend.dense_block_backward(incoming, g, block, rows, *out, described=described)
         made: list[Tensor | None] = [None] * len(tensors)
-        for i in walk.trained:
-            made[i] = gradients[i] if walk.tensors[i].dtype == torch.float32 else gradients[i].to(walk.tensors[i].dtype)
+        for i in trained:
+            made[i] = gradients[i] if like[i].dtype == torch.float32 else gradients[i].to(like[i].dtype)
         return image, made
     behind = (given.grad_mean.contiguous(), given.grad_var.contiguous()) if described else None
     gradients = BlockGradients(plan, features, mean, given.var, given.count, behind, group)

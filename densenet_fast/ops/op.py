@@ -19,7 +19,7 @@ from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_im
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.flops import of_stages
-from densenet_fast.ops.stage import Followed, Stage, Stages, present, without_autocast
+from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, none_as_empty, without_autocast
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
 
@@ -50,7 +50,7 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         if seen_by_dispatcher(inputs):
-            return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
+            return self.custom_op(*(none_as_empty(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
         with named(self.name, inputs[0]):
             return planned.run(self.name, self.body, inputs)
 
@@ -149,10 +149,12 @@ def with_autograd(
         """
 
         @staticmethod
-        def forward(ctx: Any, inputs: tuple[Any, ...], followed: Followed, *_: Tensor | None) -> tuple[Tensor, ...]:
+        def forward(
+            ctx: Any, inputs: tuple[Any, ...], required: RequiringGrad, *_: Tensor | None
+        ) -> tuple[Tensor, ...]:
             with named(op.name, inputs[0], lambda: of_stages(inputs[0], inputs[3])):
                 outputs = planned.run(op.name, op.body, inputs)
-            ctx.followed = followed
+            ctx.required = required
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
             if shown is None:
@@ -163,14 +165,14 @@ def with_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            needs = ctx.followed.needs(ctx.needs_input_grad[2:])
-            grad_x, *statistics, rest = gradients(ctx, needs, channels_adjacent(grads[0]), *grads[1:])
+            needs = ctx.required.needs(ctx.needs_input_grad[2:])
+            grad_x, *statistics, rest = gradients(ctx, needs, with_unit_channel_stride(grads[0]), *grads[1:])
             return (
                 None,
                 None,
                 in_format(grad_x, ctx),
                 *statistics,
-                *ctx.followed.chosen(rest),
+                *ctx.required.of_those(rest),
             )
 
     apply = direct_call(Direct, op.name)
@@ -197,16 +199,16 @@ def with_autograd(
         inputs = (x, mean, var, stages.tensors, stages.eps, *constants)
         if seen_by_dispatcher(inputs):
             plain = [[*c] if isinstance(c, list) else c for c in constants]
-            outputs = op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *plain)
+            outputs = op.custom_op(x, mean, var, none_as_empty(stages.tensors, x), [*stages.eps], *plain)
             return outputs if shown is None else tuple(chain(*shown(outputs)))
         compile_ahead(call, x, mean, var, stages, *constants)
-        followed = stages.followed()
-        return apply(inputs, followed, x, mean, var, *followed.tensors)
+        required = stages.requiring_grad()
+        return apply(inputs, required, x, mean, var, *required.tensors)
 
     return call
 
 
-def channels_adjacent(grad: Tensor | None) -> Tensor | None:
+def with_unit_channel_stride(grad: Tensor | None) -> Tensor | None:
     """Returns an incoming gradient with a channel stride of 1, which all bodies expect.
 
     The copy is made here, outside of launch plans. A gradient that is itself differentiated, or that is a batch of

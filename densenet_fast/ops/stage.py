@@ -129,7 +129,7 @@ class Prepared:
         return made
 
 
-class Followed:
+class RequiringGrad:
     """The tensors of some stages that require a gradient, and their ``places`` in the flat list of ``count``
     tensors."""
 
@@ -145,16 +145,16 @@ class Followed:
         """
         found = self._needs.get(given)
         if found is None:
-            x, mean, _, *followed = given
+            x, mean, _, *required = given
             tensors = [False] * self.count
-            for place, need in zip(self.places, followed):
+            for place, need in zip(self.places, required):
                 tensors[place] = need
             if len(self._needs) >= 16:
                 self._needs.clear()
             found = self._needs[given] = Fixed([x, mean, *tensors])
         return found
 
-    def chosen(self, tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    def of_those(self, tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
         """Picks, from one value per tensor in the flat list, those of the tensors that require a gradient."""
         return map(tensors.__getitem__, self.places)
 
@@ -168,18 +168,18 @@ class Stages(tuple[Stage, ...]):
         self.eps = Fixed(stage.eps for stage in self)
         self._places = [i for i, t in enumerate(self.tensors) if t is not None]
         self._present = [self.tensors[i] for i in self._places]
-        self._last: tuple[list[bool], Followed] | None = None
+        self._last: tuple[list[bool], RequiringGrad] | None = None
 
-    def followed(self) -> Followed:
+    def requiring_grad(self) -> RequiringGrad:
         """The tensors that require a gradient now."""
         flags, last = [*map(_requires_grad, self._present)], self._last
         if last is None or last[0] != flags:
             places = [i for i, flag in zip(self._places, flags) if flag]
-            last = self._last = flags, Followed(places, [self.tensors[i] for i in places], len(self.tensors))
+            last = self._last = flags, RequiringGrad(places, [self.tensors[i] for i in places], len(self.tensors))
         return last[1]
 
 
-def present(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+def none_as_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """Replaces None in ``tensors`` by an empty tensor on the device of ``like``: the dispatcher's lists cannot hold
     None."""
     empty = like.new_empty(0)
