@@ -133,6 +133,27 @@ def test_files_are_short():
         assert len(path.read_text().splitlines()) <= 400, path
 
 
+def is_triton_kernel(function):
+    """Triton's language has no keyword-only parameters."""
+    decorators = [d.func if isinstance(d, ast.Call) else d for d in function.decorator_list]
+    return "triton.jit" in map(ast.unparse, decorators)
+
+
+def test_no_function_takes_more_than_eight_positional_arguments():
+    """Counted are those that a caller gives."""
+    folders = ("densenet_fast", "benchmarks", "examples")
+    files = [path for folder in folders for path in (CHECKOUT / folder).rglob("*.py")]
+    assert len(files) > 100
+    found = []
+    for path in [*files, CHECKOUT / "setup.py"]:
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        for function in functions:
+            given = [a for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]
+            if len(given) > 8 and not is_triton_kernel(function):
+                found.append(f"{path.relative_to(CHECKOUT)}:{function.lineno}: {function.name} takes {len(given)}")
+    assert not found, "\n".join(found)
+
+
 def test_importing_the_package_imports_neither_torchvision_nor_the_commands():
     code = (
         "import sys, densenet_fast; "
