@@ -1,6 +1,8 @@
 // The ops of BN-ReLU-Conv1x1.
 #include "bn_relu_conv1x1.h"
 
+#include <tuple>
+
 namespace densenet_fast {
 namespace {
 

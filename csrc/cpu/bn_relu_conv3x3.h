@@ -7,6 +7,8 @@
 #pragma once
 
 #include "image_tiles.h"
+#include "panels.h"
+#include "statistics.h"
 
 namespace densenet_fast {
 

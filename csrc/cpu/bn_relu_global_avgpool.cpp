@@ -1,5 +1,8 @@
 // The head: BN-ReLU and the mean over an image's pixels, forward and backward.
+#include <tuple>
+
 #include "inference.h"
+#include "statistics.h"
 
 namespace densenet_fast {
 namespace {

@@ -1,5 +1,7 @@
 // The stem: BN-ReLU and the maximum over windows of 3 at distance 2, padded by 1; forward and backward.
-#include "tiles.h"
+#include <tuple>
+
+#include "statistics.h"
 
 namespace densenet_fast {
 namespace {

@@ -1,7 +1,9 @@
 // The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the
 // convolution are linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
+#include <tuple>
+
 #include "inference.h"
-#include "products.h"
+#include "shares.h"
 
 namespace densenet_fast {
 namespace {

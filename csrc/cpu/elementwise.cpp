@@ -1,5 +1,7 @@
 // Statistics, normalisation, masks and gradients of columns: no products.
-#include "tiles.h"
+#include <string>
+
+#include "statistics.h"
 
 namespace densenet_fast {
 namespace {

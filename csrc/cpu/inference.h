@@ -3,7 +3,7 @@
 //   y = (x - mean) * scale + shift,   scale = weight / sqrt(var + eps)
 #pragma once
 
-#include "shares.h"
+#include "matrices.h"
 
 namespace densenet_fast {
 

@@ -2,7 +2,8 @@
 // pixel and the transitions, which differ in what they do to a tile before (or, backward, after) its product.
 #pragma once
 
-#include "tiles.h"
+#include "panels.h"
+#include "statistics.h"
 
 namespace densenet_fast {
 

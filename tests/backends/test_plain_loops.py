@@ -200,6 +200,7 @@ def poolings(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:
     yield Case("bn_relu_global_avgpool_backward", fast, "bn_relu_mean_backward", (m, over, grad))
 
 
+@torch.device("cpu")
 def compare(folder: Path) -> dict[str, tuple[float, float]]:
     """Of each result of each kernel its distance from the loops in double, and the largest that is allowed: twice that
     of the loops in float, and half a unit in the last place of each value, which is how it is stored."""
