@@ -12,8 +12,8 @@ void conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, c
              const Matrix<T>& out, const StatisticsOutput* statistics) {
   advise_huge_pages(out);
   multiply_described<T>(weight, bias, then, out, statistics, false, 1,
-                        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
-                          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
+                        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<T> values, T*) {
+                          kernels_of<T>().bn_relu(x.from(row, c), rows, cols, affine.from(c), values);
                         });
 }
 
@@ -23,14 +23,13 @@ void conv1x1_backward(const ProductGradient<T>& gradient, const Matrix<const T>&
                       const Weight<T>& weight, const Matrix<const T>* source, const Matrix<T>* total,
                       float* grad_weight, float* sums) {
   if (total && source->data != total->data) advise_huge_pages(*total);
-  multiply_backward<T>(gradient, weight, grad_weight, sums,
-                       [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a,
-                           int64_t width, float* sum_d, float* sum_dx) {
-                         kernels_of<T>().mask_accumulate(grad_a, width, x.row(row) + c, x.ld, rows, cols,
-                                                         affine.from(c), total ? source->row(row) + c : nullptr,
-                                                         total ? source->ld : 0, total ? total->row(row) + c : nullptr,
-                                                         total ? total->ld : 0, a, width, sum_d, sum_dx);
-                       });
+  multiply_backward<T>(
+      gradient, weight, grad_weight, sums,
+      [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<const float> grad_a, PanelRows a, GradientSums own) {
+        Accumulated<T> to = {};
+        if (total) to = {source->from(row, c), total->from(row, c)};
+        kernels_of<T>().mask_accumulate(grad_a, x.from(row, c), rows, cols, affine.from(c), to, a, own);
+      });
 }
 
 }  // namespace densenet_fast

@@ -262,7 +262,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
         }
         x16 = x_around.input(x, part);
       }
-      sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
+      sums_parts[chunk].add([&](GradientSums own) {
         for (int64_t p = 0; p < weights.count; ++p) {
           const int64_t c = 32 * p, width = weights.width(p);
           const Affine columns = affine.from(c);
@@ -279,8 +279,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
                                         products.get() + (i * n + tap.out) * width, width, &tap != taps.begin());
               }
             }
-            kernel.input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to, sum_d + c,
-                                  sum_dx + c);
+            kernel.input_gradient(products.get(), width, n, weights.valid(p), {x4, from, to, c}, columns,
+                                  {own.d + c, own.dx + c});
           }
           if (need_weight) {
             kernel.input(x16, c, part.input_rows(), weights.valid(p), &columns, v.tiles());

@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
         pool_kernels_of<T>().bn_relu_max(lines, m.ld, pooling.width, m.cols, a, result.row(row),
                                          positions + row * m.cols);
       }
-      if (statistics) partial.add(tile, result.row(first * pooling.pooled_width), result.ld, n * pooling.pooled_width);
+      if (statistics)
+        partial.add<T>(tile, result.readonly().from(first * pooling.pooled_width), n * pooling.pooled_width);
     });
     if (statistics) partial.combine(tiles, *statistics, pooling.pooled_width);
     return std::tuple<Tensor, Tensor>(out, argmax);
@@ -116,9 +117,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
           readers.places[readers.count++] = place;
         });
         const int64_t row = line * pooling.width;
-        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-          pool_kernels_of<T>().mask_max(readers, g.ld, m.row(row), m.ld, pooling.width, m.cols, a, result.row(row),
-                                        sum_d, sum_dx);
+        sums[tile / tiles.per_chunk].add([&](GradientSums out) {
+          pool_kernels_of<T>().mask_max(readers, g.ld, m.from(row), pooling.width, m.cols, a, result.row(row), out);
         });
       }
     });

@@ -57,9 +57,9 @@ struct Pooling {
 // Means of relu(y), for products.h
 template <typename T>
 auto pooled(const Matrix<const T>& x, Affine affine, const Pooling& pooling) {
-  return [=](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
+  return [=](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<T> values, T* rest) {
     const auto sources = pooling.sources(x, row, rows);
-    kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, affine.from(c), values, rest, ld);
+    kernels_of<T>().bn_relu_mean({sources.data(), c, pooling.window}, rows, cols, affine.from(c), values, rest);
   };
 }
 
@@ -131,12 +131,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     Tensor sums = need_input ? new_floats(x, {2, w.cols}) : nothing(x);
     multiply_backward<T>({g, {}}, w, need_weight ? floats_of(grad_weight) : nullptr,
                          need_input ? floats_of(sums) : nullptr,
-                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a,
-                             int64_t width, float* sum_d, float* sum_dx) {
+                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<const float> grad_a, PanelRows a,
+                             GradientSums own) {
                            const auto sources = pooling.sources(m, row, rows);
                            const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
-                           kernels_of<T>().mask_windows(grad_a, width, sources.data(), c, rows, pooling.window, cols,
-                                                        affine_x.from(c), results.data(), a, width, sum_d, sum_dx);
+                           kernels_of<T>().mask_windows(grad_a, {sources.data(), c, pooling.window}, rows, cols,
+                                                        affine_x.from(c), results.data(), a, own);
                          });
     return std::tuple<Tensor, Tensor, Tensor>(scaled, grad_weight, sums);
   });

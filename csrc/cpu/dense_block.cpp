@@ -242,7 +242,7 @@ void collect(const Stage& stage, const Folded& folded, const std::vector<float>&
 template <typename T>
 void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Matrix<T>& out) {
   Tiles(grad.rows, 3 * grad.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-    through.apply(grad, first, n, out.row(first), out.ld);
+    through.apply(grad, first, n, out.from(first));
   });
 }
 

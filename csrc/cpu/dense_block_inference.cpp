@@ -100,8 +100,8 @@ class Block {
     multiply_in_shares<T>(
         Shares(x.rows, tile_rows_, z.cols, kPackCost), layer.weight, nullptr, &then, z, false,
         [&](int64_t share) -> ProductScratch<T>& { return workspace(share).product; },
-        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
-          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
+        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<T> values, T*) {
+          kernels_of<T>().bn_relu(x.from(row, c), rows, cols, affine.from(c), values);
         });
   }
 

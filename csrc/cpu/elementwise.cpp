@@ -27,7 +27,7 @@ Tensor bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], 
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().bn_relu(m.row(first), m.ld, n, m.cols, a, result.row(first), result.ld);
+      kernels_of<T>().bn_relu(m.from(first), n, m.cols, a, result.from(first));
     });
     return out;
   });
@@ -48,9 +48,9 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tens
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       constexpr int64_t kRows = 32;  // summed by themselves
       for (int64_t row = first; row < first + n; row += kRows) {
-        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-          kernels_of<T>().mask(g.row(row), g.ld, m.row(row), m.ld, std::min(first + n - row, kRows), m.cols, a,
-                               result.row(row), result.ld, sum_d, sum_dx);
+        sums[tile / tiles.per_chunk].add([&](GradientSums out) {
+          kernels_of<T>().mask(g.from(row), m.from(row), std::min(first + n - row, kRows), m.cols, a, result.from(row),
+                               out);
         });
       }
     });
@@ -68,7 +68,7 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
     through.check(g);
     STD_TORCH_CHECK(result.rows == g.rows && result.cols == g.cols, "out: expected x's shape");
     Tiles(g.rows, 3 * g.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      through.apply(g, first, n, result.row(first), result.ld);
+      through.apply(g, first, n, result.from(first));
     });
   });
 }
@@ -114,7 +114,7 @@ void dropout(Tensor x, Tensor mask, double scale) {  // [M, C] each, mask bool
     const uint8_t* kept = static_cast<const uint8_t*>(mask.data_ptr());
     const int64_t ld = mask.stride(0);
     Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().dropout(m.row(first), m.ld, kept + first * ld, ld, n, m.cols, static_cast<float>(scale));
+      kernels_of<T>().dropout(m.from(first), {kept + first * ld, ld}, n, m.cols, static_cast<float>(scale));
     });
   });
 }

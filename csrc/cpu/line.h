@@ -27,11 +27,10 @@ void line_input(const T* const* pixels, int64_t offset, int64_t tiles, int64_t c
     return;
   }
   transform_tiles<1>(tiles, cols, out, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
-    const floats<N> shift = load<N>(affine->shift + c);
+    const AffineLanes<N> bn(*affine, c);
     return [=](int64_t t, auto emit) {
       const T* x = pixels[t];
-      emit(0, x ? relu((load<N>(x + offset + c) - mean) * scale + shift) : floats<N>{});
+      emit(0, x ? relu(bn(load<N>(x + offset + c))) : floats<N>{});
     };
   });
 }

@@ -65,6 +65,7 @@ struct Matrix {
   Matrix(T* data, int64_t rows, int64_t cols, int64_t ld) : data(data), rows(rows), cols(cols), ld(ld) {}
 
   T* row(int64_t r) const { return data + r * ld; }
+  Rows<T> from(int64_t r, int64_t c = 0) const { return {row(r) + c, ld}; }
 
   Matrix columns(int64_t first, int64_t count) const { return {data + first, rows, count, ld}; }
   Matrix<const T> readonly() const { return {data, rows, cols, ld}; }

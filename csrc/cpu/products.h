@@ -74,7 +74,8 @@ struct Weight {
     int64_t part_ld = ld;
     const auto rounded = scratch<T>(own ? 0 : part_rows * part_cols);
     if (!own) {
-      kernels_of<T>().store_rows(wide + first, ld, part_rows, part_cols, nullptr, nullptr, rounded.get(), part_cols);
+      kernels_of<T>().store_rows({wide + first, ld}, part_rows, part_cols, nullptr, nullptr,
+                                 {rounded.get(), part_cols});
       part = rounded.get();
       part_ld = part_cols;
     }
@@ -84,8 +85,8 @@ struct Weight {
 };
 
 // out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out
-// unless null; normalise(row, rows, column, columns, values, rest, ld) writes that part of a, and to `rest` what its
-// rounding loses, which is multiplied too: null unless `exact`
+// unless null; normalise(row, rows, column, columns, values, rest) writes that part of a, and to `rest`, with the same
+// ld, what its rounding loses, which is multiplied too: null unless `exact`
 template <typename T, typename Normalise>
 void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out, const Tiles& tiles,
               TileStatistics* statistics, bool exact, Normalise normalise) {
@@ -101,7 +102,7 @@ void multiply(const Weight<T>& weight, const float* bias, const Affine* then, co
       for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
         const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
         const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
-        normalise(first, n, c, cols, a.get(), exact ? rest.get() : nullptr, a_ld);
+        normalise(first, n, c, cols, Rows<T>{a.get(), a_ld}, exact ? rest.get() : nullptr);
         for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) {
           a[r * a_ld + cols] = T{};
           if (exact) rest[r * a_ld + cols] = T{};
@@ -116,8 +117,8 @@ void multiply(const Weight<T>& weight, const float* bias, const Affine* then, co
           }
         }
       }
-      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, then, out.row(first), out.ld);
-      if (statistics) statistics->add(tile, out.row(first), out.ld, n);
+      kernel.store_rows({product.get(), product_ld}, n, out.cols, bias, then, out.from(first));
+      if (statistics) statistics->add<T>(tile, out.readonly().from(first), n);
     });
   });
 }
@@ -144,8 +145,8 @@ inline void from_panels(const std::vector<Accumulator>& parts, const Panels& pan
 }
 
 // The gradient of weight, float32 [B, C], from that of the product, and the sums over the rows [2, C] of what mask
-// makes of the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or null, a as a panel or
-// null, width of both, sum_d, sum_dx)
+// makes of the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or nothing, a as a panel or
+// nothing, sums)
 template <typename T, typename Mask>
 void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weight, float* grad_weight, float* sums,
                        Mask mask) {
@@ -183,7 +184,7 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
       int64_t tile_ld = grad.ld;
       if (copied) {
         if (gradient.finalise) {
-          gradient.finalise->apply(grad, first, n, complete.get(), ld);
+          gradient.finalise->apply(grad, first, n, {complete.get(), ld});
         } else {
           for (int64_t r = 0; r < n; ++r) std::copy_n(grad.row(first + r), grad.cols, complete.get() + r * ld);
         }
@@ -198,12 +199,13 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
         transposed =
             factor.of(paired ? by_column.get() : left.words, paired ? grad.cols : tile_ld, grad.cols, steps_of<T>(n));
       }
-      sums_parts[share].add([&](float* sum_d, float* sum_dx) {
+      sums_parts[share].add([&](GradientSums own) {
         for (int64_t p = begin; p < end; ++p) {
           const int64_t c = 32 * p, width = weights.width(p);
           if (need_a) kernel.product(left, weights.operand(p), n, width, depth, grad_a.get(), width, false);
-          mask(first, n, c, weights.valid(p), need_a ? grad_a.get() : nullptr, need_weight ? a.get() : nullptr, width,
-               sum_d + c - first_column, sum_dx + c - first_column);
+          mask(first, n, c, weights.valid(p), Rows<const float>{need_a ? grad_a.get() : nullptr, width},
+               PanelRows{need_weight ? a.get() : nullptr, width},
+               GradientSums{own.d + c - first_column, own.dx + c - first_column});
           if (need_weight) {
             kernel.product(transposed, {a.get(), 0, width}, grad.cols, width, steps_of<T>(n),
                            direct ? grad_weight + c : weight_parts[chunk].values.get() + c * grad.cols,

@@ -94,7 +94,7 @@ void multiply_in_shares(const Shares& shares, const Weight<T>& weight, const flo
       for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
         const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
         const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
-        normalise(row, n, c, cols, a, rest, ld);
+        normalise(row, n, c, cols, Rows<T>{a, ld}, rest);
         for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) {
           a[r * ld + cols] = T{};
           if (exact) rest[r * ld + cols] = T{};
@@ -110,8 +110,8 @@ void multiply_in_shares(const Shares& shares, const Weight<T>& weight, const flo
           }
         }
       }
-      kernels_of<T>().store_rows(own.product.get(), product_ld, n, weights.cols, bias ? bias + column : nullptr,
-                                 then ? &behind : nullptr, out.row(row) + column, out.ld);
+      kernels_of<T>().store_rows({own.product.get(), product_ld}, n, weights.cols, bias ? bias + column : nullptr,
+                                 then ? &behind : nullptr, out.from(row, column));
     });
   });
 }

@@ -22,11 +22,11 @@ struct ColumnSums {
     sums.assign(2 * cols, 0.0);
   }
 
-  // f(sum_d, sum_dx) adds a tile's sums to zeros
+  // f(sums) adds a tile's to zeros
   template <typename F>
   void add(F f) {
     tile.assign(2 * cols, 0.0f);
-    f(tile.data(), tile.data() + cols);
+    f(GradientSums{tile.data(), tile.data() + cols});
     for (int64_t i = 0; i < 2 * cols; ++i) sums[i] += tile[i];
   }
 };
@@ -63,8 +63,8 @@ struct TileStatistics {
       : cols(cols), means(tiles.count() * cols), m2s(tiles.count() * cols) {}
 
   template <typename T>
-  void add(int64_t tile, const T* x, int64_t ld, int64_t rows) {
-    kernels_of<T>().statistics(x, ld, rows, cols, &means[tile * cols], &m2s[tile * cols]);
+  void add(int64_t tile, Rows<const T> x, int64_t rows) {
+    kernels_of<T>().statistics(x, rows, cols, &means[tile * cols], &m2s[tile * cols]);
   }
 
   // Of tiles of lines of `width` rows each
@@ -95,7 +95,7 @@ template <typename T>
 void column_statistics(const Matrix<const T>& m, const StatisticsOutput& out) {
   const Tiles tiles(m.rows, m.cols * sizeof(T));
   TileStatistics result(tiles, m.cols);
-  tiles.each([&](int64_t tile, int64_t first, int64_t n) { result.add(tile, m.row(first), m.ld, n); });
+  tiles.each([&](int64_t tile, int64_t first, int64_t n) { result.add(tile, m.from(first), n); });
   result.combine(tiles, out);
 }
 
@@ -142,9 +142,9 @@ struct Finalise {
     STD_TORCH_CHECK(grad.rows == x.rows && grad.cols == x.cols, "grad: expected x's shape");
   }
 
-  void apply(const Matrix<const T>& grad, int64_t first, int64_t rows, T* out, int64_t out_ld) const {
-    kernels_of<T>().finalise(grad.row(first), grad.ld, x.row(first), x.ld, rows, x.cols, mean, constant.data(),
-                             slope.data(), out, out_ld);
+  // `rows` rows from `first` on
+  void apply(const Matrix<const T>& grad, int64_t first, int64_t rows, Rows<T> out) const {
+    kernels_of<T>().finalise(grad.from(first), x.from(first), rows, x.cols, mean, constant.data(), slope.data(), out);
   }
 };
 

@@ -105,11 +105,8 @@ void winograd_input(const T* const* pixels, int64_t offset, int64_t tiles, int64
     return;
   }
   input_tiles<W>(pixels, tiles, cols, out, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
-    const floats<N> shift = load<N>(affine->shift + c);
-    return [=](const T* pixel) {
-      return pixel ? relu((load<N>(pixel + offset + c) - mean) * scale + shift) : floats<N>{};
-    };
+    const AffineLanes<N> bn(*affine, c);
+    return [=](const T* pixel) { return pixel ? relu(bn(load<N>(pixel + offset + c))) : floats<N>{}; };
   });
 }
 
@@ -167,32 +164,32 @@ void tile_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, const 
 }
 
 template <typename T, typename Tile>
-void tile_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
-                         Affine affine, const T* const* source, T* const* out, float* sum_d, float* sum_dx) {
+void tile_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, GradientPixels<T> pixels,
+                         Affine affine, GradientSums sums) {
   constexpr int kPixels = Tile::kPixels, kPart = 16 / kPixels;
   columns(cols, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-    const floats<N> shift = load<N>(affine.shift + c);
-    MaskSums<N> sums, part;
+    const AffineLanes<N> bn(affine, c);
+    const int64_t from = pixels.offset + c;
+    MaskSums<N> own, part;
     for (int64_t t = 0; t < tiles; ++t) {
       if (t % kPart == 0) {
-        sums.add(part);
+        own.add(part);
         part = {};
       }
       floats<N> d[kPixels];
       Tile::template output<N>(m + t * ld + c, tiles * ld, d);
       for (int i = 0; i < kPixels; ++i) {
         const int64_t pixel = kPixels * t + i;
-        if (!out[pixel]) continue;
-        const floats<N> centred = load<N>(x[pixel] + offset + c) - mean;
-        const floats<N> masked = centred * scale + shift <= 0 ? floats<N>{} : d[i];
+        if (!pixels.out[pixel]) continue;
+        const floats<N> centred = load<N>(pixels.x[pixel] + from) - bn.mean;
+        const floats<N> masked = centred * bn.scale + bn.shift <= 0 ? floats<N>{} : d[i];
         part.add(masked, centred);
-        const floats<N> before = source ? load<N>(source[pixel] + offset + c) : floats<N>{};
-        store<N>(out[pixel] + offset + c, before + scale * masked);
+        const floats<N> before = pixels.source ? load<N>(pixels.source[pixel] + from) : floats<N>{};
+        store<N>(pixels.out[pixel] + from, before + bn.scale * masked);
       }
     }
-    sums.add(part);
-    sums.add_to(sum_d + c, sum_dx + c);
+    own.add(part);
+    own.add_to(sums, c);
   });
 }
 
