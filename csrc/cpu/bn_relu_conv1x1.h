@@ -1,4 +1,10 @@
 // BN-ReLU-Conv1x1 on matrices, forward and backward.
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");     // [M, C]
+//   const Matrix<float> result(out, "out");  // [M, B], for a weight [B, C]
+//   conv1x1<float>(m, affine(mean, scale, shift, m.cols), Weight<float>(weight), nullptr, nullptr, result, nullptr);
 #pragma once
 
 #include "shares.h"

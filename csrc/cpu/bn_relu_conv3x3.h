@@ -4,6 +4,13 @@
 // summed before anything is transformed back: for planes z,
 //
 //   y[z] = output(sum over i of filter[i] . input[z + i])      dfilter[i] = sum over z of gradient[z] . input[z + i]
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");     // [98, B]: two images of 7x7 pixels
+//   const Matrix<float> result(out, "out");  // [98, k], for a weight [k, B, 3, 3]
+//   const Affine bn = affine(mean, scale, shift, m.cols);
+//   conv3x3<float>(m, &bn, Filters<float>(weight), nullptr, {2, 7, 7}, result);
 #pragma once
 
 #include "image_tiles.h"

@@ -1,13 +1,13 @@
 // The row-tile kernels of the CPU backend, as plain functions on pointers: no torch, no threads. A tile is `rows` rows
-// of `cols` adjacent columns. Compiled once per instruction set (kernels.cpp). For a tile of 100 pixels and 64 channels
-// in the middle of a feature map of 256:
+// of `cols` adjacent columns. Compiled once per instruction set (kernels.cpp).
+//
+// Example:
 //
 //   const Kernels<float>& kernel = kernels().f32;              // of the best instruction set of this processor
 //   const Affine affine = {mean, scale, shift};                // [64] each
-//   float a[100 * 64];
-//   kernel.bn_relu({x + 96, 256}, 100, 64, affine, {a, 64});   // a = relu(y) of columns 96 to 159 of x [100, 256]
+//   kernel.bn_relu({x + 96, 256}, 100, 64, affine, {out, 64}); // of columns 96 ... 159 of x [100, 256]: out [100, 64]
 //   double means[64], m2[64];
-//   kernel.statistics({a, 64}, 100, 64, means, m2);
+//   kernel.statistics({out, 64}, 100, 64, means, m2);
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,13 @@
 // The convolution of kernel size 3 along lines, as tiles of one pixel: y = sum over the three taps of g . d, all per
 // pair of channels. Nothing is transformed; a pixel's products with each tap are matrix products over channels, as
 // winograd.h's are.
+//
+// Example:
+//
+//   const TileKernels<float> kernel = line_kernels<float>();  // Kernels<float>::line
+//   kernel.input(around, 0, tiles, 64, &affine, {values, tiles * 64, 64, false});  // values [1, tiles, 64] = relu(y)
+//   // m [1, tiles, 32]: three products of values, one for each tap, added up
+//   kernel.output(m, 32, tiles, 32, nullptr, inside);
 #pragma once
 
 #include "winograd.h"

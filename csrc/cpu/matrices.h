@@ -1,4 +1,14 @@
 // Torch's tensors as the kernels take them: matrices and vectors, checked; the kernels for a dtype; memory to work in.
+//
+// Example:
+//
+//   by_dtype(x, [&](auto zero) {
+//     using T = decltype(zero);                             // float or bf16
+//     const Matrix<const T> m(x, "x");                      // or an error: expected a matrix of adjacent columns
+//     const Matrix<T> result(out, "out");
+//     const Affine a = affine(mean, scale, shift, m.cols);  // or an error: expected float32 [cols]
+//     kernels_of<T>().bn_relu(m.from(0), m.rows, m.cols, a, result.from(0));
+//   });
 #pragma once
 
 #include <torch/csrc/stable/library.h>

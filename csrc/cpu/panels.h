@@ -1,4 +1,13 @@
 // The operands of the matrix products: how they are packed, and what their results are summed in.
+//
+// Example:
+//
+//   const Panels panels(48, 64);  // for b [64, 48]: 32 columns and 16
+//   for (int64_t p = 0; p < panels.count; ++p) {
+//     kernels().f32.pack(b + 32 * p, 48, 1, 64, panels.valid(p), panels.width(p), panels.panel(p));
+//     const int64_t width = panels.width(p);  // c [100, 48] = a [100, 64] * b
+//     kernels().f32.product({as_words(a), 64, 1}, panels.operand(p), 100, width, 64, c + 32 * p, 48, false);
+//   }
 #pragma once
 
 #include <algorithm>

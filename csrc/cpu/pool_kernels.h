@@ -1,4 +1,11 @@
 // The kernels of the stem and the head, which pool what they normalise; conventions as in kernels.h.
+//
+// Example:
+//
+//   const PoolKernels<float>& kernel = pool_kernels().f32;
+//   float total[64] = {};
+//   kernel.bn_relu_total({x, 64}, 49, 64, {mean, scale, shift}, total);  // over the 49 pixels of an image, x [49, 64]
+//   kernel.scaled(total, 64, 1.0f / 49, out);                            // out [64] = their mean
 #pragma once
 
 #include "kernels.h"

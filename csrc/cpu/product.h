@@ -1,5 +1,10 @@
 // The product of a row tile with a panel of at most 32 columns: registers hold a block of the result, and each step
 // adds one outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
+//
+// Example:
+//
+//   // out [28, 32] = a [28, 64] * b [64, 32] in float32, all contiguous; a and b as words
+//   product<float>({a, 64, 1}, {b, 0, 32}, 28, 32, 64, out, 32, false);
 #pragma once
 
 #include "transpose.h"

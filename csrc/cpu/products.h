@@ -1,5 +1,15 @@
 // A normalised matrix times a weight, row tile by row tile, and the backward pass: shared by the convolutions of one
 // pixel and the transitions, which differ in what they do to a tile before (or, backward, after) its product.
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");    // [M, C]
+//   const Matrix<float> result(out, "out");  // [M, B] = relu(y) @ weight^T
+//   const Affine bn = affine(mean, scale, shift, m.cols);
+//   multiply<float>(Weight<float>(weight), nullptr, nullptr, result, product_tiles(m.rows), nullptr, false,
+//                   [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<float> a, float*) {
+//                     kernels_of<float>().bn_relu(m.from(row, c), rows, cols, bn.from(c), a);
+//                   });
 #pragma once
 
 #include "panels.h"

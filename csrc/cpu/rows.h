@@ -1,6 +1,10 @@
 // The kernels on row tiles that hold no product.
 //
 //   y = (x - mean) * scale + shift;   A = relu(y);   D = grad * (y > 0), and grad where y is NaN, as in stock's ReLU
+//
+// Example:
+//
+//   bn_relu<float>({x, 256}, 100, 64, {mean, scale, shift}, {out, 64});  // is Kernels<float>::bn_relu: see kernels.h
 #pragma once
 
 #include "vectors.h"

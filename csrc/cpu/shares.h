@@ -1,4 +1,12 @@
 // Small products: with few rows, no two threads prepare the same columns of the right factor.
+//
+// Example:
+//
+//   const Shares shares(49, kTileRows, 128, kPackCost);  // a product [49, 128]: 49 rows, few
+//   shares.run([&](int64_t share, int64_t column, auto each) {
+//     // here a thread prepares its columns, shares.columns of them from `column` on
+//     each([&](int64_t first, int64_t rows, int64_t) { /* and here it multiplies rows with them */ });
+//   });
 #pragma once
 
 #include "products.h"

@@ -1,5 +1,10 @@
 // What is summed over the rows: the statistics of columns, the sums of a backward pass, and what the gradient of a
 // column owes to its statistics. Tiles are summed by themselves and combined in their order.
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");
+//   column_statistics(m, {mean, var, rstd, 1e-5, m.cols});  // over all rows; tensors [cols] each
 #pragma once
 
 #include <cmath>

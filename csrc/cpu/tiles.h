@@ -1,4 +1,14 @@
 // The division of rows among torch's threads, and into tiles that stay in cache.
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");
+//   const Matrix<float> result(out, "out");
+//   const Affine a = affine(mean, scale, shift, m.cols);
+//   const Tiles tiles(m.rows, m.cols * sizeof(float));   // so many bytes of scratch a row
+//   tiles.each([&](int64_t, int64_t first, int64_t n) {  // in parallel, n rows from the first on
+//     kernels_of<float>().bn_relu(m.from(first), n, m.cols, a, result.from(first));
+//   });
 #pragma once
 
 #include <algorithm>

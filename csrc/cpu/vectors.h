@@ -1,6 +1,11 @@
 // Vectors of floats, and loads and stores between them and float32 or bfloat16, for the sources that are compiled once
 // per instruction set. Such a source includes no header with inline code of others: it would be compiled for this
 // instruction set and might run on a processor without it.
+//
+// Example:
+//
+//   // out [100] = relu(x): a register at a time, and the rest by eight, four and one
+//   columns(100, [&]<int N>(int64_t c) { store<N>(out + c, relu(load<N>(x + c))); });
 #pragma once
 
 #if defined(__AVX2__)

@@ -7,6 +7,13 @@
 //
 // and dd is y for dy as the input, with g turned by 180 degrees; the matrices at the right are those of F(W, 3). The
 // products are summed over channels (for dg, over tiles) as matrix products, one for each position.
+//
+// Example:
+//
+//   const TileKernels<float> kernel = winograd_kernels<4, float>();  // tiles of 2x4 pixels: Kernels<float>::wide
+//   kernel.input(around, 0, tiles, 64, &affine, {values, tiles * 64, 64, false});  // values [24, tiles, 64]
+//   // m [24, tiles, 32]: 24 products of values with transformed filters
+//   kernel.output(m, 32, tiles, 32, nullptr, inside);  // to the pixels of the tiles
 #pragma once
 
 #include "minimal_filtering.h"
@@ -24,7 +31,7 @@ struct Shape {
 };
 
 template <typename V, int COUNT>
-struct Lines {
+struct VectorArray {
   V v[COUNT];
 };
 
@@ -65,8 +72,8 @@ template <int W, typename T, typename To, typename F>
 inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<To> out, F pixel) {
   constexpr int kAcross = Shape<W>::kAcross, kValues = Shape<W>::kValues;
   transform_tiles<kValues>(tiles, cols, out, [&]<int N>(int64_t c) {
-    return [=, load_pixel = pixel.template operator()<N>(c), line = Lines<floats<N>, kValues>()](int64_t t,
-                                                                                                 auto emit) mutable {
+    return [=, load_pixel = pixel.template operator()<N>(c), line = VectorArray<floats<N>, kValues>()](
+               int64_t t, auto emit) mutable {
       const T* const* tile = pixels + kValues * t;
       const bool right_of_the_last = t > 0 && tile[kAcross + 1] == tile[kAcross + W + 1 - kValues];
       const auto down = [&](int j) {

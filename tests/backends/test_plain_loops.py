@@ -200,7 +200,6 @@ def poolings(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:
     yield Case("bn_relu_global_avgpool_backward", fast, "bn_relu_mean_backward", (m, over, grad))
 
 
-@torch.device("cpu")
 def compare(folder: Path) -> dict[str, tuple[float, float]]:
     """Of each result of each kernel its distance from the loops in double, and the largest that is allowed: twice that
     of the loops in float, and half a unit in the last place of each value, which is how it is stored."""
@@ -208,15 +207,16 @@ def compare(folder: Path) -> dict[str, tuple[float, float]]:
     exact, single = Loops(folder / "double.so", torch.float64), Loops(folder / "float.so", torch.float32)
     found = {}
     torch.manual_seed(0)
-    for grid, (cols, made) in itertools.product(GRIDS, CHANNELS):
-        x = torch.randn(torch.Size(grid).numel(), cols)
-        m = Map(x, torch.randn(cols) * 0.3, torch.rand(cols) + 0.5, torch.randn(cols) * 0.5)
-        for case in (*elementwise(m), *convolutions(m, grid, made), *poolings(m, grid, made)):
-            truth, plain = exact.run(case), single.run(case)
-            for name, value in truth.items():
-                off, plain_off = ((got[name].double() - value.double()).norm() for got in (case.fast, plain))
-                allowed = 2 * plain_off + torch.finfo(torch.float32).eps / 2 * value.double().norm()
-                found[f"{case.name} {grid} {cols} -> {made}: {name}"] = off.item(), allowed.item()
+    with torch.device("cpu"):
+        for grid, (cols, made) in itertools.product(GRIDS, CHANNELS):
+            x = torch.randn(torch.Size(grid).numel(), cols)
+            m = Map(x, torch.randn(cols) * 0.3, torch.rand(cols) + 0.5, torch.randn(cols) * 0.5)
+            for case in (*elementwise(m), *convolutions(m, grid, made), *poolings(m, grid, made)):
+                truth, plain = exact.run(case), single.run(case)
+                for name, value in truth.items():
+                    off, plain_off = ((got[name].double() - value.double()).norm() for got in (case.fast, plain))
+                    allowed = 2 * plain_off + torch.finfo(torch.float32).eps / 2 * value.double().norm()
+                    found[f"{case.name} {grid} {cols} -> {made}: {name}"] = off.item(), allowed.item()
     return found
 
 
