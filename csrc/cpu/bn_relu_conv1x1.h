@@ -11,8 +11,8 @@
 
 namespace densenet_fast {
 
-// out [M, B] = relu(y) @ weight^T + bias for y = bn(x) [M, C], with its statistics unless null; `then` normalised and
-// rectified unless null
+// out [M, B] = relu(y) @ weight^T + bias [B] for y = bn(x) [M, C], with its statistics unless null; `then` normalised
+// and rectified unless null
 template <typename T>
 void conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, const float* bias, const Affine* then,
              const Matrix<T>& out, const StatisticsOutput* statistics) {
@@ -23,7 +23,8 @@ void conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, c
                         });
 }
 
-// D = (gradient @ weight) * (y > 0):  total = source + scale * D unless total is null; the rest as multiply_backward
+// D = (gradient @ weight) * (y > 0):  total = source + scale * D unless total is null; grad_weight [B, C] and sums [2,
+// C] as of multiply_backward
 template <typename T>
 void conv1x1_backward(const ProductGradient<T>& gradient, const Matrix<const T>& x, Affine affine,
                       const Weight<T>& weight, const Matrix<const T>* source, const Matrix<T>* total,

@@ -205,8 +205,8 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
   });
 }
 
-// out [M, k] = conv3x3(relu(y), weight) + bias for y = bn(x) [M, B]; relu(y) is x where the affine is null. Where bf16
-// are multiplied as floats, their tiles are not rounded.
+// out [M, k] = conv3x3(relu(y), weight) + bias [k] for y = bn(x) [M, B]; relu(y) is x where the affine is null. Where
+// bf16 are multiplied as floats, their tiles are not rounded.
 template <typename T>
 void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
              const std::vector<int64_t>& grid, const Matrix<T>& out) {

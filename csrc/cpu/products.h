@@ -94,9 +94,9 @@ struct Weight {
   }
 };
 
-// out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out
-// unless null; normalise(row, rows, column, columns, values, rest) writes that part of a, and to `rest`, with the same
-// ld, what its rounding loses, which is multiplied too: null unless `exact`
+// out = a @ weight^T + bias [B] for weight [B, C], `then` normalised and rectified unless null, with the statistics of
+// out unless null; normalise(row, rows, column, columns, values, rest) writes that part of a, and to `rest`, with the
+// same ld, what its rounding loses, which is multiplied too: null unless `exact`
 template <typename T, typename Normalise>
 void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out, const Tiles& tiles,
               TileStatistics* statistics, bool exact, Normalise normalise) {

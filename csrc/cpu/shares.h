@@ -82,8 +82,8 @@ struct ProductScratch {
         weights(rows, steps_of<T>(cols)) {}
 };
 
-// out = a @ weight^T + bias for weight [B, C], without the bias if that is null, `then` normalised and rectified unless
-// null; scratch_of(share) is the scratch of a share. Else as multiply.
+// out = a @ weight^T + bias [B] for weight [B, C], without the bias if that is null, `then` normalised and rectified
+// unless null; scratch_of(share) is the scratch of a share. Else as multiply.
 template <typename T, typename ScratchOf, typename Normalise>
 void multiply_in_shares(const Shares& shares, const Weight<T>& weight, const float* bias, const Affine* then,
                         const Matrix<T>& out, bool exact, ScratchOf scratch_of, Normalise normalise) {

@@ -1,9 +1,9 @@
 // A launch plan: launches in order, each with its parameters' bytes and the places in them where addresses stand; and
 // the tensors that it fits.
 //
-//   const int64_t key = plans().add(std::move(plan));                    // plan.cpp, from what recording.cpp wrote
-//   down std::vector<uint64_t> addresses; if (plans().find(key)->inputs.fit(inputs, addresses)) { ... }        //
-//   replay.cpp makes the launches again
+//   const int64_t key = plans().add(std::move(plan));             // plan.cpp, from what recording.cpp wrote down
+//   std::vector<uint64_t> addresses;
+//   if (plans().find(key)->inputs.fit(inputs, addresses)) { ... }  // replay.cpp makes the launches again
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
