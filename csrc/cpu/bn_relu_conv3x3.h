@@ -88,6 +88,10 @@ struct Filters {
     }
   }
 
+  Filters(const Tensor& weight, int64_t channels) : Filters(weight) {
+    STD_TORCH_CHECK(in_channels == channels, "weight: expected ", channels, " input channels, got ", in_channels);
+  }
+
   static FilterStrides evenly_spaced(const Tensor& t, const char* name) {
     const int64_t last = t.dim() - 1;
     bool even = 2 <= last && last <= 4;

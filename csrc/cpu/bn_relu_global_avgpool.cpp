@@ -65,8 +65,7 @@ std::tuple<Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
-    std::vector<ColumnSums> sums(tiles.chunks);
-    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       for (int64_t row = first, end; row < first + n; row = end) {
         const int64_t image = row / size;

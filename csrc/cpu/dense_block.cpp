@@ -109,8 +109,6 @@ struct Block {
   }
 };
 
-float* output(const Tensor& t, int64_t size, const char* name) { return const_cast<float*>(vector(t, size, name)); }
-
 // A matrix within a buffer that is at least as large
 template <typename T>
 Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {

@@ -26,10 +26,7 @@ struct Layer {
   int64_t read, made;  // the first column that it reads, and the first that it makes
 
   Layer(const Tensor* tensors, const double* eps)
-      : tensors(tensors), first_eps(eps[0]), second_eps(eps[1]), weight(tensors[4]), filters(tensors[9]) {
-    STD_TORCH_CHECK(filters.in_channels == weight.rows, "weight: expected ", weight.rows, " input channels, got ",
-                    filters.in_channels);
-  }
+      : tensors(tensors), first_eps(eps[0]), second_eps(eps[1]), weight(tensors[4]), filters(tensors[9], weight.rows) {}
 
   int64_t width() const { return weight.cols; }
   int64_t bottleneck() const { return weight.rows; }

@@ -39,12 +39,11 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tens
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
     const Matrix<T> result(out, "out");
-    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
-    STD_TORCH_CHECK(result.rows == m.rows && result.cols == m.cols, "out: expected x's shape");
+    check_shape(g, m, "grad");
+    check_shape(result, m, "out");
     const Affine a = affine(mean, scale, shift, m.cols);
     const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
-    std::vector<ColumnSums> sums(tiles.chunks);
-    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       constexpr int64_t kRows = 32;  // summed by themselves
       for (int64_t row = first; row < first + n; row += kRows) {
@@ -66,7 +65,7 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
     const Matrix<T> result(out, "out");
     const Finalise<T> through(x, mean, p, q, count);
     through.check(g);
-    STD_TORCH_CHECK(result.rows == g.rows && result.cols == g.cols, "out: expected x's shape");
+    check_shape(result, g, "out");
     Tiles(g.rows, 3 * g.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
       through.apply(g, first, n, result.from(first));
     });
@@ -86,7 +85,7 @@ void update_running_statistics(std::vector<Tensor> vectors, std::vector<Tensor> 
   for (size_t i = 0; i < vectors.size(); ++i) {
     const int64_t cols = vectors[i].numel(), start = starts[i / 2];
     STD_TORCH_CHECK(0 <= start && start + cols <= packed, "vectors: expected at most ", packed - start, " values");
-    float* running = const_cast<float*>(vector(vectors[i], cols, "vectors"));
+    float* running = output(vectors[i], cols, "vectors");
     const float *from = batch[i % 2] + start, factor = unbiased[i % 2];
     const float momentum = static_cast<float>(momenta[i / 2]);
     for (int64_t c = 0; c < cols; ++c) {

@@ -46,10 +46,7 @@ struct ImageTiles {
 
   // Tiles of `widest` pixels across where that is faster
   ImageTiles(const std::vector<int64_t>& grid, int64_t rows, int64_t widest) {
-    dims = static_cast<int64_t>(grid.size()) - 1;
-    const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
-    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
-    STD_TORCH_CHECK(pixels == rows, "grid: expected the product ", rows, ", got ", pixels);
+    dims = spatial_dims(grid, rows);
     batch = grid[0];
     if (dims != 2) {
       depth = grid[1];

@@ -21,7 +21,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -81,10 +83,34 @@ struct Matrix {
   Matrix<const T> readonly() const { return {data, rows, cols, ld}; }
 };
 
+template <typename T, typename U>
+void check_shape(const Matrix<T>& m, const Matrix<U>& x, const char* name) {
+  STD_TORCH_CHECK(m.rows == x.rows && m.cols == x.cols, name, ": expected x's shape");
+}
+
+// The spatial dimensions of a grid (N, *spatial) of so many pixels
+inline int64_t spatial_dims(const std::vector<int64_t>& grid, int64_t rows) {
+  const int64_t dims = static_cast<int64_t>(grid.size()) - 1;
+  const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
+  STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
+  STD_TORCH_CHECK(pixels == rows, "grid: expected the product ", rows, ", got ", pixels);
+  return dims;
+}
+
+// [size] float32
 inline const float* vector(const Tensor& t, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.is_contiguous() && t.scalar_type() == ScalarType::Float, name,
                   ": expected ", size, " contiguous float32 values");
   return static_cast<const float*>(t.data_ptr());
+}
+
+inline const float* vector(const std::optional<Tensor>& t, int64_t size, const char* name) {
+  return t ? vector(*t, size, name) : nullptr;
+}
+
+// One that is written
+inline float* output(const Tensor& t, int64_t size, const char* name) {
+  return const_cast<float*>(vector(t, size, name));
 }
 
 inline Affine affine(const Tensor& mean, const Tensor& scale, const Tensor& shift, int64_t cols) {
@@ -96,6 +122,11 @@ inline std::optional<Affine> optional_affine(const std::optional<Tensor>& mean, 
   STD_TORCH_CHECK(mean.has_value() == scale.has_value() && mean.has_value() == shift.has_value(),
                   "mean: expected with scale and shift");
   return mean ? std::optional(affine(*mean, *scale, *shift, cols)) : std::nullopt;
+}
+
+template <typename T>
+const T* or_null(const std::optional<T>& value) {
+  return value ? &*value : nullptr;
 }
 
 template <typename T>

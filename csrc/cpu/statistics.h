@@ -36,6 +36,12 @@ struct ColumnSums {
   }
 };
 
+inline std::vector<ColumnSums> column_sums(int64_t chunks, int64_t cols) {
+  std::vector<ColumnSums> sums(chunks);
+  for (ColumnSums& chunk : sums) chunk.reset(cols);
+  return sums;
+}
+
 // Where statistics go: mean, biased variance and rstd = 1 / sqrt(var + eps), [cols] each
 struct StatisticsOutput {
   float *mean, *var, *rstd, eps;
@@ -44,10 +50,6 @@ struct StatisticsOutput {
 
   StatisticsOutput(const Tensor& mean, const Tensor& var, const Tensor& rstd, double eps, int64_t cols)
       : mean(output(mean, cols, "mean")), var(output(var, cols, "var")), rstd(output(rstd, cols, "rstd")), eps(eps) {}
-
-  static float* output(const Tensor& t, int64_t cols, const char* name) {
-    return const_cast<float*>(vector(t, cols, name));
-  }
 };
 
 inline std::optional<StatisticsOutput> optional_statistics(const std::optional<Tensor>& mean,
@@ -143,9 +145,7 @@ struct Finalise {
       : Finalise(Matrix<const T>(x, "x"), vector(mean, x.size(1), "mean"), vector(p, x.size(1), "p"),
                  vector(q, x.size(1), "q"), count) {}
 
-  void check(const Matrix<const T>& grad) const {
-    STD_TORCH_CHECK(grad.rows == x.rows && grad.cols == x.cols, "grad: expected x's shape");
-  }
+  void check(const Matrix<const T>& grad) const { check_shape(grad, x, "grad"); }
 
   // `rows` rows from `first` on
   void apply(const Matrix<const T>& grad, int64_t first, int64_t rows, Rows<T> out) const {
