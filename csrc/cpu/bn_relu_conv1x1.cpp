@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tenso
     }
     Tensor grad_weight = need_weight ? new_floats(x, {w.rows, w.cols}) : nothing(x);
     Tensor sums = grad_x || need_sums ? new_floats(x, {2, w.cols}) : nothing(x);
-    conv1x1_backward<T>(gradient, m, affine(mean, scale, shift, m.cols), w, or_null(before), or_null(total),
-                        need_weight ? floats_of(grad_weight) : nullptr,
-                        grad_x || need_sums ? floats_of(sums) : nullptr);
+    conv1x1_backward<T>(gradient, m, affine(mean, scale, shift, m.cols), w,
+                        {or_null(before), or_null(total), grad_x || need_sums ? floats_of(sums) : nullptr},
+                        need_weight ? floats_of(grad_weight) : nullptr);
     return std::tuple(grad_weight, sums);
   });
 }

@@ -23,15 +23,15 @@ void conv1x1(const Matrix<const T>& x, Affine affine, const Weight<T>& weight, c
                         });
 }
 
-// D = (gradient @ weight) * (y > 0):  total = source + scale * D unless total is null; grad_weight [B, C] and sums [2,
-// C] as of multiply_backward
+// The gradients of conv1x1: of x, with the sums or these alone, and of the weight [B, C], unless null
 template <typename T>
 void conv1x1_backward(const ProductGradient<T>& gradient, const Matrix<const T>& x, Affine affine,
-                      const Weight<T>& weight, const Matrix<const T>* source, const Matrix<T>* total,
-                      float* grad_weight, float* sums) {
+                      const Weight<T>& weight, const InputGradient<T>& grad_x, float* grad_weight) {
+  const Matrix<const T>* source = grad_x.source;
+  const Matrix<T>* total = grad_x.out;
   if (total && source->data != total->data) advise_huge_pages(*total);
   multiply_backward<T>(
-      gradient, weight, grad_weight, sums,
+      gradient, weight, grad_weight, grad_x.sums,
       [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<const float> grad_a, PanelRows a, GradientSums own) {
         Accumulated<T> to = {};
         if (total) to = {source->from(row, c), total->from(row, c)};

@@ -47,8 +47,8 @@ Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale
       STD_TORCH_CHECK(out && before->rows == m.rows && before->cols == m.cols, "source: expected x's shape, and out");
     }
     Tensor sums = out ? new_floats(x, {2, m.cols}) : nothing(x);
-    conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, grid, or_null(before), or_null(result),
-                        floats_of(sums), or_null(dw));
+    conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, grid,
+                        {or_null(before), or_null(result), floats_of(sums)}, or_null(dw));
     return sums;
   });
 }

@@ -218,12 +218,13 @@ void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& f
                                    : conv3x3_in<float>(x, affine, filters, bias, grid, out);
 }
 
-// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = source + scale * D, without the source if that is null, with
-// sums [2, B] = (sum D, sum D * (x - mean));  and grad_weight; each unless null
+// The gradients of conv3x3: of x, with the sums if that is asked for, and of the filters, unless null
 template <typename T>
 void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Affine affine, const Filters<T>& filters,
-                      const std::vector<int64_t>& grid, const Matrix<const T>* source, const Matrix<T>* out,
-                      float* sums, const FiltersGradient* grad_weight) {
+                      const std::vector<int64_t>& grid, const InputGradient<T>& grad_x,
+                      const FiltersGradient* grad_weight) {
+  const Matrix<const T>* source = grad_x.source;
+  const Matrix<T>* out = grad_x.out;
   const ImageTiles image(grid, x.rows, kWidest<T>);
   check_dimensions(filters, image);
   const TileKernels<T>& kernel = tile_kernels<T>(image);
@@ -331,7 +332,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
       }
     }
   });
-  if (out) total(sums_parts, sums);
+  if (out) total(sums_parts, grad_x.sums);
 }
 
 }  // namespace densenet_fast

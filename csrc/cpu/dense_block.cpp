@@ -292,8 +292,8 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       const FiltersGradient grad_filters(of_second[4]);
       STD_TORCH_CHECK(of_second[4].size(0) == layer.growth && of_second[4].size(1) == layer.bottleneck,
                       "gradients: expected the shapes of tensors");
-      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), grid, nullptr, &dz,
-                          sums.data(), &grad_filters);
+      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), grid,
+                          {nullptr, &dz, sums.data()}, &grad_filters);
       collect(layer.second, second, sums, of_second, p + packed, q + packed);
 
       ProductGradient<T> gradient = {dz.readonly(), {}};
@@ -307,8 +307,8 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       STD_TORCH_CHECK(grad_weight.numel() == layer.bottleneck * layer.width && grad_weight.is_contiguous() &&
                           grad_weight.scalar_type() == ScalarType::Float,
                       "gradients: expected [B, C, 1, 1], contiguous float32");
-      conv1x1_backward<T>(gradient, inputs, first.affine(), weight, &before, &after,
-                          static_cast<float*>(grad_weight.data_ptr()), sums.data());
+      conv1x1_backward<T>(gradient, inputs, first.affine(), weight, {&before, &after, sums.data()},
+                          static_cast<float*>(grad_weight.data_ptr()));
       collect(layer.first, first, sums, of_first, p + read, q + read);
       source = g.readonly();
     }

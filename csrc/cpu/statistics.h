@@ -42,6 +42,14 @@ inline std::vector<ColumnSums> column_sums(int64_t chunks, int64_t cols) {
   return sums;
 }
 
+// Where the gradient of what a convolution reads goes, D = (its product's) * (y > 0)
+template <typename T>
+struct InputGradient {
+  const Matrix<const T>* source;  // [M, C], or null: zero
+  const Matrix<T>* out;           // [M, C] = source + scale * D, or null: not asked for
+  float* sums;                    // [2, C] = (sum D, sum D * (x - mean)), or null
+};
+
 // Where statistics go: mean, biased variance and rstd = 1 / sqrt(var + eps), [cols] each
 struct StatisticsOutput {
   float *mean, *var, *rstd, eps;
