@@ -26,12 +26,11 @@ struct Rows {
   int64_t ld;
 };
 
-// The same, with each row the mean or the sources of `window` rows: row r of window w is pointers[w * window + r], from
-// column `offset` on
+// Windows of `window` rows each, one window for each of the `rows` that a kernel is told
 template <typename T>
 struct WindowRows {
-  T* const* pointers;  // [rows * window]
-  int64_t offset, window;
+  T* const* pointers;      // [rows * window], each to a row
+  int64_t offset, window;  // the first column that is read; the size
 };
 
 // y = (x - mean) * scale + shift, one value per column

@@ -83,15 +83,16 @@ template <typename T, typename ScratchOf, typename Normalise>
 void multiply_in_shares(const Shares& shares, const Weight<T>& weight, const float* bias, const Affine* then,
                         const Matrix<T>& out, bool exact, ScratchOf scratch_of, Normalise normalise) {
   shares.run([&](int64_t share, int64_t column, auto each) {
-    auto& [product, weights] = scratch_of(share);
+    ProductScratch<T>& own = scratch_of(share);
+    Panels& weights = own.weights;
     weights.reshape(std::min(shares.columns, weight.rows - column), steps_of<T>(weight.cols));
     const Affine behind = then ? then->from(column) : Affine{};
     bool packed = false;
-    each([&, &product = product, &weights = weights](int64_t row, int64_t n, int64_t) {
+    each([&](int64_t row, int64_t n, int64_t) {
       for (int64_t p = 0; !packed && p < weights.count; ++p) weight.pack_panel(weights, p, column + 32 * p, false);
       packed = true;
-      product.multiply(weights, weight.cols, row, n, exact, normalise);
-      kernels_of<T>().store_rows({product.sums.get(), weights.padded()}, n, weights.cols,
+      own.product.multiply(weights, weight.cols, row, n, exact, normalise);
+      kernels_of<T>().store_rows({own.product.sums.get(), weights.padded()}, n, weights.cols,
                                  bias ? bias + column : nullptr, then ? &behind : nullptr, out.from(row, column));
     });
   });
