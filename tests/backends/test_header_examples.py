@@ -38,7 +38,8 @@ def test_examples_compile(tmp_path, given):
     assert len(ours) > 5
     lines = [f'#include "{header.name}"' for header in ours]
     for header in ours:
-        lines += [f"namespace densenet_fast::of_{header.stem} {{", f"void example({given}) {{{{", example(header), "}}}"]
+        opening = f"namespace densenet_fast::of_{header.stem} {{ void example({given}) {{{{"
+        lines += [opening, example(header), "}}}"]
     source = tmp_path / "examples.cpp"
     source.write_text("\n".join(lines))
     include = ["-I", str(FOLDER), "-isystem", str(Path(torch.__file__).parent / "include")]
