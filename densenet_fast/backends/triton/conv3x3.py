@@ -11,13 +11,10 @@ from densenet_fast.backends import aten, cuda_conv3x3
 from densenet_fast.backends.affine import Affine, Reader, Statistics, ThroughStatistics, Unfinished
 from densenet_fast.backends.spatial import convolve
 from densenet_fast.backends.triton import config
-from densenet_fast.backends.triton.kernels.bn_relu import bn_relu as bn_relu_kernel
-from densenet_fast.backends.triton.kernels.bn_relu_conv3x3 import bn_relu_conv3x3 as conv3x3_kernel
-from densenet_fast.backends.triton.kernels.bn_relu_conv3x3_backward import (
-    bn_relu_conv3x3_grad_input,
-    bn_relu_conv3x3_grad_weight,
-)
-from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.kernels import bn_relu as rectification
+from densenet_fast.backends.triton.kernels import bn_relu_conv3x3 as forward
+from densenet_fast.backends.triton.kernels import bn_relu_conv3x3_backward as backward
+from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Product,
     Sums,
@@ -27,10 +24,15 @@ from densenet_fast.backends.triton.shared import (
     dot_precision,
     evenly_laid,
     float32,
-    normalisation,
+    or_unread,
     sum_partials,
     tiles_of,
 )
+
+launch_bn_relu = launcher(rectification.bn_relu)
+launch_forward = launcher(forward.bn_relu_conv3x3)
+launch_grad_input = launcher(backward.bn_relu_conv3x3_grad_input)
+launch_grad_weight = launcher(backward.bn_relu_conv3x3_grad_weight)
 
 
 def bn_relu_conv3x3(
@@ -58,24 +60,28 @@ def bn_relu_conv3x3(
     tiles = tiles_of(rows, tile.rows)
     partials = float32(x, 0 if statistics is None else tiles, 2, width)
     (b, b_unit), (k, k_unit), (ld_out, out_unit) = units(channels), units(width), units(out.stride(0))
-    launch(
-        conv3x3_kernel,
+    keep_n, keep_k, keep_h, keep_w = (0,) * 4 if mask is None else mask.stride()
+    launch_forward(
         (tiles * tiles_of(width, columns),),
-        a,
-        weight,
-        weight if bias is None else bias,
-        weight if mask is None else mask,
-        out,
-        partials,
-        rows,
-        b,
-        k,
-        *grid[1:],
-        ld_out,
-        9,
-        *((0, 0, 0, 0) if mask is None else mask.stride()),
-        keep_scale,
-        tile=tile,
+        tile,
+        a=a,
+        weight=weight,
+        bias=or_unread(bias, weight),
+        keep=or_unread(mask, weight),
+        out=out,
+        partials=partials,
+        M=rows,
+        B=b,
+        k=k,
+        H=grid[1],
+        W=grid[2],
+        ld_out=ld_out,
+        taps=9,
+        keep_n=keep_n,
+        keep_k=keep_k,
+        keep_h=keep_h,
+        keep_w=keep_w,
+        keep_scale=keep_scale,
         B_UNIT=b_unit,
         K_UNIT=k_unit,
         OUT_UNIT=out_unit,
@@ -156,25 +162,28 @@ def _conv3x3_grad_input(
     partials = float32(z, tiles, 2 * channels)
     (b, b_unit), (k, k_unit), (ld_scaled, scaled_unit) = units(channels), units(outputs), units(scaled.stride(0))
     (ld_grad, grad_unit), (ld_z, z_unit) = units(grad.stride(0)), units(z.stride(0))
-    launch(
-        bn_relu_conv3x3_grad_input,
+    launch_grad_input(
         (tiles * tiles_of(channels, columns),),
-        grad,
-        z,
-        *normalisation(affine),
-        weight,
-        scaled,
-        scaled if a is None else a,
-        partials,
-        rows,
-        b,
-        k,
-        *grid[1:],
-        ld_grad,
-        ld_z,
-        ld_scaled,
-        9,
-        tile=tile,
+        tile,
+        grad=grad,
+        z=z,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        weight=weight,
+        scaled=scaled,
+        a=or_unread(a, scaled),
+        partials=partials,
+        M=rows,
+        B=b,
+        k=k,
+        H=grid[1],
+        W=grid[2],
+        ld_grad=ld_grad,
+        ld_z=ld_z,
+        ld_scaled=ld_scaled,
+        taps=9,
         B_UNIT=b_unit,
         K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,
@@ -209,36 +218,36 @@ def _conv3x3_grad_weight(
     partials = float32(a, ranges, outputs * 9 * channels)
     (b, b_unit), (k, k_unit), (ld_grad, grad_unit) = units(channels), units(outputs), units(grad.stride(0))
     completion, completed = config.COMPLETION, config.fit(channels, config.COMPLETION.columns)
-    z, mean, p, q, count = (a, partials, partials, partials, 1) if through is None else through
-    dz, more, chunk_rows = a if through is None else dz, 0, 1
+    z, mean, p, q, count = (None, None, None, None, 1) if through is None else through
+    z, dz, more, chunk_rows = or_unread(z, a), a if through is None else dz, 0, 1
     if through is not None:
         column_tiles = tiles_of(channels, completed)
         parts, chunk_rows = config.chunks(device, rows, column_tiles)
         more = tiles_of(parts * column_tiles, programs)
     (ld_z, z_unit), (ld_dz, dz_unit) = units(z.stride(0)), units(dz.stride(0))
-    launch(
-        bn_relu_conv3x3_grad_weight,
+    launch_grad_weight(
         (programs, ranges + more),
-        grad,
-        a,
-        partials,
-        z,
-        dz,
-        mean,
-        p,
-        q,
-        rows,
-        b,
-        k,
-        *grid[1:],
-        ld_grad,
-        range_rows,
-        ranges,
-        ld_z,
-        ld_dz,
-        chunk_rows,
-        float(count),
-        tile=tile,
+        tile,
+        grad=grad,
+        a=a,
+        partials=partials,
+        z=z,
+        dz=dz,
+        mean=or_unread(mean, partials),
+        p=or_unread(p, partials),
+        q=or_unread(q, partials),
+        M=rows,
+        B=b,
+        k=k,
+        H=grid[1],
+        W=grid[2],
+        ld_grad=ld_grad,
+        range_rows=range_rows,
+        ranges=ranges,
+        ld_z=ld_z,
+        ld_dz=ld_dz,
+        chunk_rows=chunk_rows,
+        count=float(count),
         B_UNIT=b_unit,
         K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,
@@ -269,16 +278,18 @@ def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
     out = x.new_empty(rows, channels)
     (c, c_unit), (ld_x, x_unit) = units(channels), units(x.stride(0))
     columns = config.fit(channels, tile.columns)
-    launch(
-        bn_relu_kernel,
+    launch_bn_relu(
         (tiles_of(rows, tile.rows) * tiles_of(channels, columns),),
-        x,
-        *normalisation(affine),
-        out,
-        rows,
-        c,
-        ld_x,
-        tile=tile,
+        tile,
+        x=x,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        out=out,
+        M=rows,
+        C=c,
+        ld_x=ld_x,
         C_UNIT=c_unit,
         X_UNIT=x_unit,
         ROWS=tile.rows,

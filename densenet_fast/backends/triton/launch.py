@@ -35,19 +35,14 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a kernel is specialised by, besides the types and the alignment of its arguments."""
-        return {
-            **self.constants,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-            "enable_fp_fusion": True,
-        }
+        """What a kernel is compiled with, besides its constants."""
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
     @property
     def variant(self) -> tuple[Any, ...]:
         """Equal for launches that one compiled kernel serves: numbers are not specialised on."""
         tensors = [(t.dtype, t.data_ptr() % 16 == 0) for t in self.arguments if isinstance(t, Tensor)]
-        return self.kernel, tuple(tensors), tuple(self.options.items())
+        return self.kernel, tuple(tensors), tuple(self.constants.items()), self.tile.warps, self.tile.stages
 
     def __str__(self) -> str:
         constants = ", ".join(f"{key}={value}" for key, value in self.constants.items())
@@ -98,24 +93,50 @@ def is_recording() -> bool:
     return bool(_recordings)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, tile: Tile, **constants: Any) -> None:
-    """Launches ``kernel`` on the device of its first argument, a tensor."""
-    item = Launch(kernel, grid, arguments, constants, tile)
-    plan = _this_thread.plan
-    if plan is not None:
-        plan(item)
-        return
-    for launches in _recordings:
-        launches.append(item)
-    run(item)
+def launcher(kernel: Any) -> Callable[..., None]:
+    """The function that launches ``kernel``: ``launch(grid, tile, x=x, ..., ROWS=tile.rows)``.
+
+    It takes all of the kernel's arguments and compile-time constants by name, and runs on the device of the first
+    argument, a tensor. Names become positions here, once.
+
+    Raises:
+        TypeError: by the function; a name is missing, unknown or given twice.
+    """
+    constant_names = kernel.fn.__annotations__.keys()
+    names = [name for name in kernel.arg_names if name not in constant_names]
+
+    def launch(grid: tuple[int, ...], tile: Tile, /, **named: Any) -> None:
+        try:
+            arguments = tuple(map(named.pop, names))
+        except KeyError as missing:
+            raise _misnamed(kernel, {*names[: names.index(missing.args[0])], *named}) from None
+        if named.keys() != constant_names:
+            raise _misnamed(kernel, {*names, *named})
+        item = Launch(kernel, grid, arguments, named, tile)
+        plan = _this_thread.plan
+        if plan is not None:
+            plan(item)
+            return
+        for launches in _recordings:
+            launches.append(item)
+        run(item)
+
+    launch.__module__, launch.__qualname__ = kernel.fn.__module__, kernel.fn.__qualname__
+    return launch
+
+
+def _misnamed(kernel: Any, given: set[str]) -> TypeError:
+    missing, unknown = sorted({*kernel.arg_names} - given), sorted(given - {*kernel.arg_names})
+    faults = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    return TypeError(f"{kernel.__name__}: expected each argument by its name, got {' and '.join(faults)}")
 
 
 def run(item: Launch) -> None:
     """Runs a launch."""
-    if math.prod(item.grid) == 0:
+    if 0 in item.grid:
         return
     with current(item.arguments[0].device):
-        item.kernel[item.grid](*item.arguments, **item.options)
+        item.kernel.run(*item.arguments, grid=item.grid, warmup=False, **item.constants, **item.options)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -125,7 +146,7 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def compiled(item: Launch) -> Any:
     """The kernel that would be launched, compiled for the current device: Triton's ``CompiledKernel``."""
-    return item.kernel.warmup(*item.arguments, grid=item.grid, **item.options)
+    return item.kernel.warmup(*item.arguments, grid=item.grid, **item.constants, **item.options)
 
 
 def compile_all(launches: Iterable[Launch], device: torch.device, ignore_errors: bool = False) -> None:

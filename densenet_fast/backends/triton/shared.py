@@ -12,7 +12,10 @@ from densenet_fast.backends import aten, cuda_kernels
 from densenet_fast.backends.affine import Affine, Completion, Job, Reader, Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels import partials as kernels
-from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.launch import launcher, units
+
+launch_combine_statistics = launcher(kernels.combine_statistics)
+launch_sum_partials = launcher(kernels.sum_partials)
 
 Sums = tuple[Tensor, Tensor]
 
@@ -21,17 +24,18 @@ def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statist
     """The statistics [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
     tiles, _, columns = partials.shape
     tile, (n, unit) = config.STATISTICS[config.device_of(partials.device).generation], units(columns)
-    launch(
-        kernels.combine_statistics,
+    launch_combine_statistics(
         (tiles_of(columns, tile.columns),),
-        partials,
-        *out[:3],
-        tiles,
-        n,
-        rows,
-        tile_rows,
-        out.eps,
-        tile=tile,
+        tile,
+        partials=partials,
+        mean=out.mean,
+        variance=out.var,
+        rstd=out.rstd,
+        tiles=tiles,
+        n=n,
+        M=rows,
+        tile_rows=tile_rows,
+        eps=out.eps,
         UNIT=unit,
         LANES=tile.rows,
         COLUMNS=tile.columns,
@@ -71,19 +75,24 @@ def sum_partials(
     device = config.device_of(partials.device)
     few, many, completed = config.SUMS[device.generation]
     n_weight = length - 2 * channels
-    raw = float32(partials, 2, channels) if reader is None and channels else None
-    dummy = partials
-    p, q = (dummy, dummy) if raw is None else raw.unbind()
-    before, after = (None, None) if reader is None or not channels else reader[:2]
-    norm_weight, norm_bias = (None, None) if reader is None or not channels else reader[2:]
-    weighted = affine is not None and affine.weight is not None
     programs = tiles_of(channels, few.columns) + tiles_of(n_weight, many.columns)
-    others, grad_other, taps = (dummy, dummy, 1) if other is None else other
-    n_other = 0 if other is None else others.shape[1]
-    programs += tiles_of(n_other, many.columns)
-    inputs = n_other // (grad_other.shape[0] * taps) if other is not None else 1
-    tap_stride, channel_stride = _strides(grad_other, taps, inputs)
-    grad = x = out = dummy
+    raw = before = after = norm_weight = norm_bias = None
+    if channels and reader is None:
+        raw = float32(partials, 2, channels)
+    elif channels:
+        before, after, norm_weight, norm_bias = reader
+    p, q = after or (partials, partials) if raw is None else raw.unbind()
+    p_before, q_before = before or (partials, partials)
+    mean, rstd, _, weight_of_norm = (None,) * 4 if affine is None else affine
+    others = grad_other = None
+    other_tiles, n_other, inputs, taps, tap_stride, channel_stride = 0, 0, 1, 1, 1, 1
+    if other is not None:
+        others, grad_other, taps = other
+        other_tiles, n_other = others.shape
+        inputs = n_other // (grad_other.shape[0] * taps)
+        tap_stride, channel_stride = _strides(grad_other, taps, inputs)
+        programs += tiles_of(n_other, many.columns)
+    grad = x = out = None
     first, width, rows, chunk_rows, count, lds = 0, 0, 0, 1, 1.0, (0, 0, 0)
     if columns is not None:
         grad, x, (span, through, out) = columns
@@ -95,44 +104,48 @@ def sum_partials(
     unit, matrix_unit, other_unit = (
         math.gcd(*n, 16) for n in ((length, n_weight, channels), (first, width, *lds), (n_other,))
     )
-    launch(
-        kernels.sum_partials,
+    ld_grad, ld_x, ld_out = lds
+    launch_sum_partials(
         (programs,),
-        partials,
-        dummy if weight is None else weight,
-        dummy if affine is None else affine.mean,
-        dummy if affine is None else affine.rstd,
-        affine.weight if weighted else dummy,
-        *(before or (dummy, dummy)),
-        *(after or (p, q)),
-        dummy if norm_weight is None else norm_weight,
-        dummy if norm_bias is None else norm_bias,
-        others,
-        grad_other,
-        grad,
-        x,
-        out,
-        tiles,
-        length // unit,
-        n_weight // unit,
-        channels // unit,
-        others.shape[0],
-        n_other // other_unit,
-        inputs,
-        taps,
-        tap_stride,
-        channel_stride,
-        first // matrix_unit,
-        width // matrix_unit,
-        rows,
-        chunk_rows,
-        *(ld // matrix_unit for ld in lds),
-        count,
-        tile=few,
+        few,
+        partials=partials,
+        grad_weight=or_unread(weight, partials),
+        mean=or_unread(mean, partials),
+        rstd=or_unread(rstd, partials),
+        norm_weight=or_unread(weight_of_norm, partials),
+        p_before=p_before,
+        q_before=q_before,
+        p=p,
+        q=q,
+        grad_norm_weight=or_unread(norm_weight, partials),
+        grad_norm_bias=or_unread(norm_bias, partials),
+        others=or_unread(others, partials),
+        grad_other=or_unread(grad_other, partials),
+        grad=or_unread(grad, partials),
+        x=or_unread(x, partials),
+        out=or_unread(out, partials),
+        tiles=tiles,
+        length=length // unit,
+        n_weight=n_weight // unit,
+        C=channels // unit,
+        other_tiles=other_tiles,
+        n_other=n_other // other_unit,
+        B=inputs,
+        taps=taps,
+        tap_stride=tap_stride,
+        channel_stride=channel_stride,
+        first_column=first // matrix_unit,
+        n_columns=width // matrix_unit,
+        M=rows,
+        chunk_rows=chunk_rows,
+        ld_grad=ld_grad // matrix_unit,
+        ld_x=ld_x // matrix_unit,
+        ld_out=ld_out // matrix_unit,
+        count=count,
         UNIT=unit,
         OTHER_UNIT=other_unit,
         MATRIX_UNIT=matrix_unit,
-        WEIGHTED=weighted,
+        WEIGHTED=weight_of_norm is not None,
         BEFORE=before is not None,
         THROUGH=after is not None,
         GRAD_NORM_WEIGHT=norm_weight is not None,
@@ -189,9 +202,13 @@ def _bound_by_bandwidth(x: Tensor) -> ModuleType:
     return cuda_kernels if cuda_kernels.serve(x) else aten
 
 
-def normalisation(affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An affine's vectors as kernels take them, something in the place of a missing weight."""
-    return affine.mean, affine.rstd, affine.bias, affine.mean if affine.weight is None else affine.weight
+def or_unread(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """``tensor``, or where there is none ``other``, which the kernel then neither reads nor writes.
+
+    Triton wants a valid address for every pointer. A compile-time flag of the kernel (BIAS, WEIGHTED, KEEP and so on)
+    says that this one is not used.
+    """
+    return other if tensor is None else tensor
 
 
 def adjacent(matrix: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from backends.triton.absent_gpu import absent_gpu
 from densenet_fast import backends
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.kernels.bn_relu import bn_relu
 
 META = torch.device("meta")
 
@@ -124,10 +125,10 @@ def test_progress_is_shown_where_it_takes_long(planned, slow_compiler, capsys):
 def test_other_threads_launch_while_one_plans(monkeypatch):
     ran = []
     monkeypatch.setattr(launch, "run", ran.append)
-    kernel, tile = SimpleNamespace(__name__="kernel"), config.BN_RELU
+    launch_bn_relu, named = launch.launcher(bn_relu), dict.fromkeys(bn_relu.arg_names, 0)
     with launch.planning() as planned, launch.recording() as recorded, config.assume(config.Device(80, 4)):
-        launch.launch(kernel, (1,), torch.empty(0), tile=tile)
-        other = threading.Thread(target=launch.launch, args=(kernel, (2,), torch.empty(0)), kwargs={"tile": tile})
+        launch_bn_relu((1,), config.BN_RELU, **named)
+        other = threading.Thread(target=launch_bn_relu, args=((2,), config.BN_RELU), kwargs=named)
         other.start(), other.join()
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(config.assumed).result() is None
