@@ -1,7 +1,7 @@
-"""Parts in inference on CPUs: each is one call of a compiled kernel, which normalises by running statistics.
+"""Parts in inference: each is one call of a compiled kernel, which normalises by running statistics.
 
-They serve where autograd follows nothing. A part before a dense block writes its result among the block's features, so
-that nothing is copied between the two.
+They serve where autograd follows nothing, on the devices whose backend has such kernels. A part before a dense block
+writes its result among the block's features, so that nothing is copied between the two.
 """
 
 import functools
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.backends import cpu, select
+from densenet_fast.backends import select
+from densenet_fast.backends.contract import Backend
 from densenet_fast.backends.layout import are_dense, empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
@@ -23,8 +24,6 @@ Grid = tuple[int, ...]
 
 MOST_IMAGE_CHANNELS = 16
 """Of the stem's own convolution, which copies the patches that it multiplies."""
-
-kernels = torch.ops.densenet_fast
 
 
 class Frozen:
@@ -75,14 +74,15 @@ class Room:
 def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor | None:
     """The block's features [N, C_total, H, W] from x [N, C0, H, W], or None where it is not for these kernels."""
     features = None if room is None else room.features_of(x)
-    frozen = _served(x, operands)
-    if frozen is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
+    served = _served(x, operands)
+    if served is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
         return None
+    backend, frozen = served
     with _noted("dense_block", x, operands):
         if features is None:
             features = empty_image(x, _grid(x), operands.columns)
-            cpu.append_features(x, _matrix(operands.own(features)), None)
-        kernels.cpu_dense_block_inference(
+            backend.append_features(x, _matrix(operands.own(features)), None)
+        backend.dense_block_inference(
             _matrix(features), x.shape[1], frozen.tensors, frozen.eps, _grid(x), operands.prepend
         )
     return features
@@ -91,23 +91,25 @@ def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor
 def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor | None:
     """BN-ReLU, a mean over windows of 2 and a 1x1 convolution of x [N, C, H, W], or None where it is not for these
     kernels."""
-    frozen = _served(x, operands)
-    if frozen is None:
+    served = _served(x, operands)
+    if served is None:
         return None
+    backend, frozen = served
     with _noted("bn_relu_conv1x1", x, operands):
         grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
         out = (room or Room()).image(x, grid, operands.unit.weight.shape[0])
-        kernels.cpu_bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
+        backend.bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
     return out
 
 
 def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
     """BN-ReLU and the mean over all pixels of x [N, C, H, W], or None where it is not for these kernels."""
-    frozen = _served(x, operands)
-    if frozen is None:
+    served = _served(x, operands)
+    if served is None:
         return None
+    backend, frozen = served
     with _noted("bn_relu_global_avgpool", x, operands):
-        return kernels.cpu_bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
+        return backend.bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
 
 
 def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: Room | None) -> Tensor | None:
@@ -123,16 +125,17 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     if not _plain_convolution(convolution, images, dtype) or stage.running_mean is None:
         return None
     sizes = [(size + 2 * padding - kernel) // stride + 1 for size in images.shape[2:]]
-    frozen = _served(images, operands, weight)
-    if frozen is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
+    served = _served(images, operands, weight)
+    if served is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
         return None
+    backend, frozen = served
     flops = functools.partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
     with _noted("bn_relu_maxpool", images, operands, flops):
         grid = (images.shape[0], *((size + 1) // 2 for size in sizes))
         out = (room or Room()).image(images, grid, weight.shape[0])
         taps = weight.detach().permute(0, 2, 3, 1).contiguous()
         images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
-        kernels.cpu_stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
+        backend.stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
     return out
 
 
@@ -153,8 +156,9 @@ def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.d
     )
 
 
-def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
-    """What the kernels take of the operands, or None where x, they and ``others`` are not for these kernels."""
+def _served(x: Tensor, operands: Operands, *others: Tensor) -> tuple[Backend, Frozen] | None:
+    """The backend that has these kernels and what they take of the operands, or None where x, the operands and
+    ``others`` are not for them."""
     if torch.compiler.is_compiling():
         return None
     frozen = _frozen(operands)
@@ -162,11 +166,10 @@ def _served(x: Tensor, operands: Operands, *others: Tensor) -> Frozen | None:
         return None
     if operands.differentiable(x) or (torch.is_grad_enabled() and any(t.requires_grad for t in others)):
         return None
-    if select(x.device, x.dtype) is not cpu:
+    backend = select(x.device, x.dtype)
+    if not backend.INFERS or seen_by_dispatcher([x, operands.stages.tensors, *others]):
         return None
-    if seen_by_dispatcher([x, operands.stages.tensors, *others]):
-        return None
-    return frozen
+    return backend, frozen
 
 
 def _frozen(operands: Operands) -> Frozen | None:

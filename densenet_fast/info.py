@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import densenet_fast
-from densenet_fast.backends import BACKENDS, cuda, cuda_kernels, plan, triton
+from densenet_fast.backends import BACKENDS, capabilities, cuda, cuda_kernels, plan, serving, triton
 from densenet_fast.table import table
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy")
@@ -16,10 +16,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def facts() -> dict[str, Any]:
     """What :func:`report` says, for programs: of strings, booleans, lists and dictionaries; None for a package that is
-    not installed. Keys stay as they are and others may join them::
+    not installed, and for an optional function without a kernel. Keys stay as they are and others may join them::
 
         versions: {package: version}
-        devices: [{name, description, backends: {dtype: backend}}]
+        devices: [{name, description, backends: {dtype: backend}, functions: {dtype: {function: backend}}}]
         backends: [{name, available, detail}], the preferred one first
         launch_plans: {available, detail}
     """
@@ -29,7 +29,7 @@ def facts() -> dict[str, Any]:
     return {
         "versions": versions | {package: _version(package) for package in PACKAGES},
         "devices": [
-            {"name": name, "description": description, "backends": _served(torch.device(name))}
+            {"name": name, "description": description, **_served(torch.device(name))}
             for name, description in _devices().items()
         ],
         "backends": [
@@ -53,6 +53,7 @@ def report() -> str:
         served += [(device["name"], ", ".join(dtypes), backend) for backend, dtypes in by_backend.items()]
     sections = [table(("package", "version"), versions), table(("device", "name"), devices)]
     sections.append(table(("device", "dtype", "backend"), served))
+    sections += [_by_function(device) for device in found["devices"]]
     sections.append(table(("backend", "state"), [(b["name"], _state(b, ": ")) for b in found["backends"]]))
     sections.append(table(("launch plans",), [(_state(found["launch_plans"], ", "),)]))
     return "\n\n".join(sections)
@@ -93,10 +94,17 @@ def processor() -> str:
     return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _served(device: torch.device) -> dict[str, str]:
-    """The backend of each dtype on ``device``."""
-    served = {}
-    for dtype in DTYPES:
-        usable = (b.name for b in BACKENDS if b.unavailable() is None and b.supports(device, dtype))
-        served[str(dtype).removeprefix("torch.")] = next(usable, "stock torch")
-    return served
+def _served(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Of each dtype on ``device`` the backend, and the backend whose kernel runs each function."""
+    usable = {str(dtype).removeprefix("torch."): (serving(device, dtype), dtype) for dtype in DTYPES}
+    return {
+        "backends": {name: backends[0].name for name, (backends, _) in usable.items()},
+        "functions": {name: capabilities(backends, dtype) for name, (backends, dtype) in usable.items()},
+    }
+
+
+def _by_function(device: dict[str, Any]) -> str:
+    """The table of the backends whose kernels run each function on a device."""
+    by_dtype = device["functions"]
+    rows = [(f, *(found[f] or "-" for found in by_dtype.values())) for f in next(iter(by_dtype.values()))]
+    return table((f"function on {device['name']}", *by_dtype), rows)

@@ -218,7 +218,7 @@ class BlockOperands(Operands):
         if torch.compiler.is_compiling():
             recomputes = x.device.type == "cpu"
         else:
-            recomputes = getattr(select(x.device, x.dtype), "RECOMPUTES_WIDE_BOTTLENECKS", False)
+            recomputes = select(x.device, x.dtype).RECOMPUTES_WIDE_BOTTLENECKS
         return self._worth_it if recomputes else self._asked
 
     def own(self, features: Tensor) -> Tensor:

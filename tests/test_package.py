@@ -18,8 +18,9 @@ ROOT = Path(densenet_fast.__file__).parent
 TRITON_KERNELS = {path.stem for path in (ROOT / "backends/triton/kernels").glob("*.py")} - {"pieces", "__init__"}
 LEVELS = [
     ["backends.inputs"],
-    ["version", "reference", "table", "thirdparty", "memory", "progress", "backends.affine", "backends.layout"],
-    ["backends.arena"],
+    ["version", "reference", "table", "thirdparty", "memory", "progress"],
+    ["backends.affine", "backends.layout", "backends.optional"],
+    ["backends.arena", "backends.contract"],
     ["backends.symbolic", "backends.spatial", "backends.extension", "backends.nvidia"],
     ["backends.aten", "backends.cuda_kernels"],
     ["backends.cpu", "backends.cuda_conv3x3"],
@@ -145,11 +146,13 @@ def test_info_tells_programs_what_it_tells_readers(capsys):
     told, report = json.loads(capsys.readouterr().out), info.report()
     assert {key: [*found] if isinstance(found, dict) else [*found[0]] for key, found in told.items()} == {
         "versions": ["densenet_fast", "python", "torch", "torchvision", "triton", "numpy"],
-        "devices": ["name", "description", "backends"],
+        "devices": ["name", "description", "backends", "functions"],
         "backends": ["name", "available", "detail"],
         "launch_plans": ["available", "detail"],
     }
     assert [*told["devices"][0]["backends"]] == ["float32", "bfloat16", "float16", "float64"]
+    assert [*told["devices"][0]["functions"]] == [*told["devices"][0]["backends"]]
+    assert told["devices"][0]["functions"]["float64"]["bn_relu_conv1x1"] == "aten" and "stem_inference" in report
     assert all(b["name"] in report and b["detail"] in report for b in told["backends"])
 
 

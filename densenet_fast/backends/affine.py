@@ -174,6 +174,9 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NO_STATISTICS = (None, None, None, 0.0)
 """What the compiled kernels take in the place of statistics that are not asked for."""
 
+NO_VECTORS = (None, None, None)
+"""What they take in the place of the vectors of an affine that is absent."""
+
 
 class ThroughStatistics(NamedTuple):
     """What completes the gradient of a matrix x [M, n] that was normalised by its batch: the gradients ``p`` and ``q``

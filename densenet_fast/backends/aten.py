@@ -1,16 +1,13 @@
-"""The kernels on torch ops: the equations plainly, for every device and floating dtype. Oracle and fallback.
+"""The backend of torch operations: the equations of the contract plainly, for every device and floating dtype. It is
+what the others are held to, and what runs where they do not."""
 
-A feature map is a matrix: one row per pixel (M = N * prod(spatial) rows), one column per channel. Matrices may be
-column ranges of a wider buffer: any row stride, columns adjacent. ``grid`` is (N, *spatial), with 1, 2 or 3 spatial
-dimensions. Where statistics are asked for, they are of what was stored, after rounding.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from densenet_fast.backends.affine import (
+    DTYPES,
     Affine,
     Completion,
     Job,
@@ -25,284 +22,230 @@ from densenet_fast.backends.affine import (
     normalise,
     read,
 )
+from densenet_fast.backends.contract import Backend, Sums
 from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool, max_unpool, pool, unpool
 
-name = "aten"
 
-Sums = tuple[Tensor, Tensor]
+class Aten(Backend):
+    """In torch operations."""
 
-TAPS_FIRST = False
-"""Whether 3x3 kernels want their weights' memory channels last: [k, 3, 3, B]."""
+    name = "aten"
 
+    def describe(self) -> str:
+        return "torch operations"
 
-def unavailable() -> str | None:
-    """Why this backend cannot run here, or None."""
-    return None
+    def dtypes(self, device_type: str) -> Collection[torch.dtype]:
+        return DTYPES
 
+    def supports(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Every floating dtype, also those that nothing else here knows."""
+        return dtype.is_floating_point
 
-def describe() -> str:
-    """What the kernels are made of."""
-    return "torch operations"
+    def channel_statistics(self, x: Tensor, out: Statistics) -> None:
+        """By the corrected two-pass formula (Chan, Golub and LeVeque 1983): the mean of the residuals, zero but for
+        rounding, corrects both results. On CPUs the sums are float64's, as stock's are."""
+        x = x.to(accumulation_dtype(x.dtype))
+        wide = torch.float64 if x.device.type == "cpu" else x.dtype
+        mean = x.mean(0)
+        residual = x - mean
+        correction = residual.mean(0, dtype=wide)
+        out.mean.copy_(mean + correction)
+        out.var.copy_((residual.square_().mean(0, dtype=wide) - correction.square()).clamp_(min=0))
+        torch.add(out.var, out.eps, out=out.rstd).rsqrt_()
 
+    def append_features(
+        self,
+        new: Tensor,
+        out: Tensor,
+        statistics: Statistics | None,
+        mask: Tensor | None = None,
+        keep_scale: float = 1.0,
+    ) -> None:
+        if mask is not None:
+            new = new * mask * keep_scale
+        rows = new.movedim(1, -1)
+        out.view(rows.shape).copy_(rows)
+        if statistics is not None:
+            self.channel_statistics(out, statistics)
 
-def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this backend has kernels for ``dtype`` on ``device``."""
-    return dtype.is_floating_point
+    def bn_relu_conv1x1(
+        self,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        statistics: Statistics | None,
+        *,
+        then: Affine | None = None,
+    ) -> None:
+        a = bn_relu(x, affine)
+        z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
+        out.copy_(z if then is None else bn_relu(z, then))
+        if statistics is not None:
+            self.channel_statistics(out, statistics)
 
+    def bn_relu_conv1x1_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        grad_x: Tensor | None,
+        *,
+        need_weight: bool,
+        need_sums: bool,
+        source: Tensor | None = None,
+        reader: Reader | None = None,
+        completion: Completion | None = None,
+        unfinished: Unfinished | None = None,
+        like: Tensor | None = None,
+    ) -> tuple[Tensor | None, Sums | None]:
+        if unfinished is not None and unfinished.through is not None:
+            grad = self.finalise_gradient(grad, unfinished.through, grad)
+        weight_gradient = grad.t() @ bn_relu(x, affine) if need_weight else None
+        if grad_x is None and not need_sums:
+            return weight_gradient, None
+        scaled, sums = _masked(grad @ weight, x, affine)
+        if grad_x is not None:
+            torch.add(grad_x if source is None else source, scaled, out=grad_x)
+        sums = read(sums, affine, reader)
+        if completion is not None:
+            self.finalise_gradient(grad_x[:, completion.columns], completion.through, completion.out)
+        return weight_gradient, sums
 
-def channel_statistics(x: Tensor, out: Statistics) -> None:
-    """The statistics of the columns of x [M, C].
+    def bn_relu_conv3x3(
+        self,
+        x: Tensor,
+        affine: Affine | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: tuple[int, ...],
+        out: Tensor,
+        *,
+        mask: Tensor | None = None,
+        keep_scale: float = 1.0,
+        statistics: Statistics | None = None,
+    ) -> None:
+        y = convolve(x if affine is None else bn_relu(x, affine), weight, bias, grid)
+        self.append_features(y, out, statistics, mask, keep_scale)
 
-    The corrected two-pass formula (Chan, Golub and LeVeque 1983): the mean of the residuals, zero but for rounding,
-    corrects both results. On CPUs the sums are float64's, as stock's are.
-    """
-    x = x.to(accumulation_dtype(x.dtype))
-    wide = torch.float64 if x.device.type == "cpu" else x.dtype
-    mean = x.mean(0)
-    residual = x - mean
-    correction = residual.mean(0, dtype=wide)
-    out.mean.copy_(mean + correction)
-    out.var.copy_((residual.square_().mean(0, dtype=wide) - correction.square()).clamp_(min=0))
-    torch.add(out.var, out.eps, out=out.rstd).rsqrt_()
+    def bn_relu_conv3x3_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        grid: tuple[int, ...],
+        out: Tensor | None,
+        *,
+        need_weight: bool,
+        reader: Reader | None = None,
+        unfinished: Unfinished | None = None,
+        like: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> tuple[Tensor | None, Sums | None]:
+        input_gradient, weight_gradient = convolve_backward(
+            grad, bn_relu(x, affine), weight, grid, out is not None, need_weight
+        )
+        if out is None:
+            return weight_gradient, None
+        scaled, sums = _masked(input_gradient, x, affine)
+        out.copy_(scaled if source is None else source + scaled)
+        return weight_gradient, read(sums, affine, reader)
 
+    def finalise_gradient(self, grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
+        x, mean, p, q, count = through
+        dtype = accumulation_dtype(x.dtype)
+        centred = x.to(dtype) - mean
+        return out.copy_(torch.addcmul(p / count, centred, 2 * q / count).add_(grad))
 
-def append_features(
-    new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep_scale: float = 1.0
-) -> None:
-    """out [M, k] = new [N, k, *spatial], of any strides; with a dropout mask of that shape, new * mask * keep_scale.
-    With the statistics of out if asked for. ``new`` may have the memory of out."""
-    if mask is not None:
-        new = new * mask * keep_scale
-    rows = new.movedim(1, -1)
-    out.view(rows.shape).copy_(rows)
-    if statistics is not None:
-        channel_statistics(out, statistics)
+    def bn_relu_pool_conv1x1(
+        self,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: tuple[int, ...],
+        statistics: Statistics | None,
+    ) -> Tensor:
+        a = pool(normalise(x, affine).relu_(), grid)
+        out = a @ weight.to(a.dtype).t()
+        out = (out if bias is None else out + bias).to(x.dtype)
+        if statistics is not None:
+            self.channel_statistics(out, statistics)
+        return out
 
+    def bn_relu_pool_conv1x1_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        affine: Affine,
+        weight: Tensor,
+        grid: tuple[int, ...],
+        *,
+        need_input: bool,
+        need_weight: bool,
+        reader: Reader | None = None,
+        like: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+        weight_gradient = grad.t() @ _pooled(x, affine, grid) if need_weight else None
+        if not need_input:
+            return None, weight_gradient, None
+        scaled, sums = _masked(unpool(grad @ weight, grid), x, affine)
+        return scaled, weight_gradient, read(sums, affine, reader)
 
-def bn_relu_conv1x1(
-    x: Tensor,
-    affine: Affine,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    statistics: Statistics | None,
-    then: Affine | None = None,
-) -> None:
-    """out [M, B] = relu(bn(x)) @ weight^T + bias for x [M, C], weight [B, C], bias [B]; with its statistics if asked
-    for. With ``then``, for which no statistics are kept, what is stored is relu(then(out))."""
-    a = bn_relu(x, affine)
-    z = a @ weight.t() if bias is None else torch.addmm(bias, a, weight.t())
-    out.copy_(z if then is None else bn_relu(z, then))
-    if statistics is not None:
-        channel_statistics(out, statistics)
+    def bn_relu_maxpool(
+        self, x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
+    ) -> tuple[Tensor, Tensor]:
+        maxima, argmax = max_pool(normalise(x, affine).relu_(), grid)
+        out = maxima.to(x.dtype)
+        if statistics is not None:
+            self.channel_statistics(out, statistics)
+        return out, argmax
 
+    def bn_relu_maxpool_backward(
+        self,
+        grad: Tensor,
+        argmax: Tensor,
+        x: Tensor,
+        affine: Affine,
+        grid: tuple[int, ...],
+        reader: Reader | None = None,
+    ) -> tuple[Tensor, Sums | None]:
+        scaled, sums = _masked(max_unpool(grad.to(affine.mean.dtype), argmax, grid), x, affine)
+        return scaled, read(sums, affine, reader)
 
-def bn_relu_conv1x1_backward(
-    grad: Tensor,
-    x: Tensor,
-    affine: Affine,
-    weight: Tensor,
-    grad_x: Tensor | None,
-    need_weight: bool,
-    need_sums: bool,
-    source: Tensor | None = None,
-    reader: Reader | None = None,
-    completion: Completion | None = None,
-    unfinished: Unfinished | None = None,
-    like: Tensor | None = None,
-) -> tuple[Tensor | None, Sums | None]:
-    """From grad [M, B] with D = (grad @ weight) * (bn(x) > 0):
+    def bn_relu_global_avgpool(self, x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
+        return normalise(x, affine).relu_().view(grid[0], -1, x.shape[1]).mean(1).to(x.dtype)
 
-    grad_x [M, C] = source + scale * D (unless None; without a source, += in place), dW = grad^T @ relu(bn(x)), and the
-    column sums (sum D, sum D * (x - mean)), each [C].
+    def bn_relu_global_avgpool_backward(
+        self, grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
+    ) -> tuple[Tensor, Sums | None]:
+        pixels = x.shape[0] // grid[0]
+        scaled, sums = _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
+        return scaled, read(sums, affine, reader)
 
-    A ``reader`` gets the sums, and None is returned for them; then columns of grad_x may be ``completed``. What is
-    ``unfinished`` is done first: grad may be overwritten by its completion. With ``like``, a convolution's weight, dW
-    may come in its dtype, shape and strides.
-    """
-    if unfinished is not None and unfinished.through is not None:
-        grad = finalise_gradient(grad, unfinished.through, grad)
-    weight_gradient = grad.t() @ bn_relu(x, affine) if need_weight else None
-    if grad_x is None and not need_sums:
-        return weight_gradient, None
-    scaled, sums = _masked(grad @ weight, x, affine)
-    if grad_x is not None:
-        torch.add(grad_x if source is None else source, scaled, out=grad_x)
-    sums = read(sums, affine, reader)
-    if completion is not None:
-        finalise_gradient(grad_x[:, completion.columns], completion.through, completion.out)
-    return weight_gradient, sums
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        copies, rstds, zeros = ([job for job in jobs if job.kind == kind] for kind in ("copy", "rstd", "zero"))
+        if len(copies) + len(rstds) + len(zeros) < len(jobs):
+            raise ValueError(f"kind: expected copy, rstd or zero, got {[job.kind for job in jobs]}")
+        if copies:
+            torch._foreach_copy_([job.target for job in copies], [job.source for job in copies])
+        if rstds:
+            made = torch._foreach_add([job.source.to(job.target.dtype) for job in rstds], [job.eps for job in rstds])
+            torch._foreach_rsqrt_(made)
+            torch._foreach_copy_([job.target for job in rstds], made)
+        if zeros:
+            torch._foreach_zero_([job.target for job in zeros])
 
-
-def bn_relu_conv3x3(
-    x: Tensor,
-    affine: Affine | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, ...],
-    out: Tensor,
-    mask: Tensor | None,
-    keep_scale: float,
-    statistics: Statistics | None,
-) -> None:
-    """out [M, k] = conv(relu(bn(x)), weight, padding=1) + bias for x [M, B], weight [k, B, 3, ...]; without an affine,
-    x is rectified already.
-
-    With a dropout mask [N, k, *spatial], the result is multiplied by mask * keep_scale. With the statistics of out if
-    asked for.
-    """
-    y = convolve(x if affine is None else bn_relu(x, affine), weight, bias, grid)
-    append_features(y, out, statistics, mask, keep_scale)
-
-
-def bn_relu_conv3x3_backward(
-    grad: Tensor,
-    x: Tensor,
-    affine: Affine,
-    weight: Tensor,
-    grid: tuple[int, ...],
-    out: Tensor | None,
-    need_weight: bool,
-    reader: Reader | None = None,
-    unfinished: Unfinished | None = None,
-    like: Tensor | None = None,
-    source: Tensor | None = None,
-) -> tuple[Tensor | None, Sums | None]:
-    """From grad [M, k] with D = conv_input_grad(grad, weight) * (bn(x) > 0):
-
-    out [M, B] = source + scale * D (unless None; without a source, scale * D), dW, and with out the column sums (sum D,
-    sum D * (x - mean)), each [B]; the ``reader`` gets them if there is one. The source may be out. What is
-    ``unfinished`` may be done here, or left; dW as for :func:`bn_relu_conv1x1_backward`.
-    """
-    input_gradient, weight_gradient = convolve_backward(
-        grad, bn_relu(x, affine), weight, grid, out is not None, need_weight
-    )
-    if out is None:
-        return weight_gradient, None
-    scaled, sums = _masked(input_gradient, x, affine)
-    out.copy_(scaled if source is None else source + scaled)
-    return weight_gradient, read(sums, affine, reader)
-
-
-def finalise_gradient(grad: Tensor, through: ThroughStatistics, out: Tensor) -> Tensor:
-    """out = grad + (p + 2 * q * (x - mean)) / count for grad and out [M, n]: adds what reaches x through its batch
-    statistics. ``out``, which may be ``grad``, is returned."""
-    x, mean, p, q, count = through
-    dtype = accumulation_dtype(x.dtype)
-    centred = x.to(dtype) - mean
-    return out.copy_(torch.addcmul(p / count, centred, 2 * q / count).add_(grad))
-
-
-def bn_relu_pool_conv1x1(
-    x: Tensor,
-    affine: Affine,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, ...],
-    statistics: Statistics | None,
-) -> Tensor:
-    """mean2x2(relu(bn(x))) @ weight^T + bias for x [M, C], weight [C', C]: [M', C']; with its statistics if asked for.
-
-    Pooling and a 1x1 convolution are linear and commute, so the pooling comes first; the means are not rounded.
-    """
-    a = pool(normalise(x, affine).relu_(), grid)
-    out = a @ weight.to(a.dtype).t()
-    out = (out if bias is None else out + bias).to(x.dtype)
-    if statistics is not None:
-        channel_statistics(out, statistics)
-    return out
-
-
-def bn_relu_pool_conv1x1_backward(
-    grad: Tensor,
-    x: Tensor,
-    affine: Affine,
-    weight: Tensor,
-    grid: tuple[int, ...],
-    need_input: bool,
-    need_weight: bool,
-    reader: Reader | None = None,
-    like: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None]:
-    """From grad [M', C'] with D = unpool(grad @ weight) * (bn(x) > 0):
-
-    scale * D [M, C], dW, and the column sums (sum D, sum D * (x - mean)), each [C]. A row or column that the pooling
-    drops (odd sizes) gets no gradient. ``reader`` and ``like`` as for :func:`bn_relu_conv1x1_backward`.
-    """
-    weight_gradient = grad.t() @ _pooled(x, affine, grid) if need_weight else None
-    if not need_input:
-        return None, weight_gradient, None
-    scaled, sums = _masked(unpool(grad @ weight, grid), x, affine)
-    return scaled, weight_gradient, read(sums, affine, reader)
-
-
-def bn_relu_maxpool(
-    x: Tensor, affine: Affine, grid: tuple[int, ...], statistics: Statistics | None
-) -> tuple[Tensor, Tensor]:
-    """Maxima of relu(bn(x)) over windows of 3 at distance 2, padded by 1, for x [M, C], and their positions in their
-    windows (uint8, counted from 0, the first of equals): [M', C] each; with the maxima's statistics if asked for."""
-    maxima, argmax = max_pool(normalise(x, affine).relu_(), grid)
-    out = maxima.to(x.dtype)
-    if statistics is not None:
-        channel_statistics(out, statistics)
-    return out, argmax
-
-
-def bn_relu_maxpool_backward(
-    grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
-) -> tuple[Tensor, Sums | None]:
-    """From grad [M', C] with D = unpool(grad) * (bn(x) > 0), where a maximum's gradient goes to its position:
-
-    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C]; the ``reader`` gets them if there is
-    one.
-    """
-    scaled, sums = _masked(max_unpool(grad.to(affine.mean.dtype), argmax, grid), x, affine)
-    return scaled, read(sums, affine, reader)
+    def update_running_statistics(self, updates: Sequence[Update]) -> None:
+        with torch.no_grad():
+            for update in updates:
+                _update_running_statistics(*update)
 
 
-def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> Tensor:
-    """Means of relu(bn(x)) over each image's pixels for x [M, C]: [N, C]."""
-    return normalise(x, affine).relu_().view(grid[0], -1, x.shape[1]).mean(1).to(x.dtype)
-
-
-def bn_relu_global_avgpool_backward(
-    grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
-) -> tuple[Tensor, Sums | None]:
-    """From grad [N, C] with D = (grad / pixels of an image) * (bn(x) > 0):
-
-    scale * D [M, C], and the column sums (sum D, sum D * (x - mean)), each [C]; the ``reader`` gets them if there is
-    one.
-    """
-    pixels = x.shape[0] // grid[0]
-    scaled, sums = _masked((grad.to(affine.mean.dtype) / pixels).repeat_interleave(pixels, 0), x, affine)
-    return scaled, read(sums, affine, reader)
-
-
-def prepare(jobs: Sequence[Job]) -> None:
-    """Does the jobs, none of which reads what another makes.
-
-    Raises:
-        ValueError: a job's kind is not known.
-    """
-    copies, rstds, zeros = ([job for job in jobs if job.kind == kind] for kind in ("copy", "rstd", "zero"))
-    if len(copies) + len(rstds) + len(zeros) < len(jobs):
-        raise ValueError(f"kind: expected copy, rstd or zero, got {[job.kind for job in jobs]}")
-    if copies:
-        torch._foreach_copy_([job.target for job in copies], [job.source for job in copies])
-    if rstds:
-        made = torch._foreach_add([job.source.to(job.target.dtype) for job in rstds], [job.eps for job in rstds])
-        torch._foreach_rsqrt_(made)
-        torch._foreach_copy_([job.target for job in rstds], made)
-    if zeros:
-        torch._foreach_zero_([job.target for job in zeros])
-
-
-def update_running_statistics(updates: Sequence[Update]) -> None:
-    """batches += 1, and running += momentum * (batch - running) for the mean and the unbiased variance of each. One
-    that comes twice, as that of several layers, is updated by each in turn."""
-    with torch.no_grad():
-        for update in updates:
-            _update_running_statistics(*update)
+aten = Aten()
 
 
 def _update_running_statistics(running: Sequence[Running], mean: Tensor, var: Tensor, count: Tensor | int) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from densenet_fast.backends import cuda_kernels, nvidia
 from densenet_fast.backends.affine import NO_STATISTICS, Affine, Statistics, ThroughStatistics
 
+DTYPES = (torch.float16, torch.bfloat16)
+
 MINIMUM_CAPABILITY = (8, 0)
 
 MOST_PIXELS = (1 << 30) - 1
@@ -23,7 +25,7 @@ kernels = torch.ops.densenet_fast
 
 def serves(z: Tensor) -> bool:
     """Whether these kernels run on tensors like z."""
-    if z.dtype not in (torch.float16, torch.bfloat16) or z.shape[0] > MOST_PIXELS:
+    if z.dtype not in DTYPES or z.shape[0] > MOST_PIXELS:
         return False
     if cuda_kernels.unavailable() is not None:
         return False
@@ -40,13 +42,14 @@ def bn_relu_conv3x3(
     bias: Tensor | None,
     grid: tuple[int, ...],
     out: Tensor,
-    mask: Tensor | None,
-    keep_scale: float,
-    statistics: Statistics | None,
+    *,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    statistics: Statistics | None = None,
     processors: int,
 ) -> None:
     """out [M, k] = conv3x3(relu(bn(z)), weight) for z [M, B] and weight [k, 3, 3, B]; without an affine, of z itself.
-    The rest is as in ``aten``."""
+    The rest is as in the contract, for a GPU with so many multiprocessors."""
     if z.is_meta:
         return
     given = (None,) * 4 if affine is None else affine

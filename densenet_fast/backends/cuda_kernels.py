@@ -2,7 +2,7 @@
 
 float32, float64, float16 and bfloat16; each reads and writes its matrices once, 16 or 8 bytes at a time where
 addresses allow. Equal inputs give bitwise equal results, on every GPU the same: the division of rows and columns
-depends on the shape and the alignment alone. Functions, arguments and results are those of ``aten``.
+depends on the shape and the alignment alone. The functions are those of the contract, and stand in ``cuda``.
 
 Where the library was built to emulate a GPU (tests/backends/cuda), the same kernels serve CPU tensors, slowly.
 """
@@ -27,8 +27,7 @@ from densenet_fast.backends.affine import (
     ThroughStatistics,
     Update,
 )
-
-Sums = tuple[Tensor, Tensor]
+from densenet_fast.backends.contract import Sums
 
 MINIMUM_CAPABILITY = (7, 5)
 
@@ -105,7 +104,6 @@ def bn_relu_maxpool(
 def bn_relu_maxpool_backward(
     grad: Tensor, argmax: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
 ) -> tuple[Tensor, Sums | None]:
-    """With a ``reader``, what it asks for instead of the sums."""
     sums = None if reader is not None else _new_sums(affine)
     scaled = kernels.cuda_bn_relu_maxpool_backward(
         _adjacent(grad), argmax, x, *affine, grid, *_asked(reader, sums), stream_of(x)
@@ -120,7 +118,6 @@ def bn_relu_global_avgpool(x: Tensor, affine: Affine, grid: tuple[int, ...]) -> 
 def bn_relu_global_avgpool_backward(
     grad: Tensor, x: Tensor, affine: Affine, grid: tuple[int, ...], reader: Reader | None = None
 ) -> tuple[Tensor, Sums | None]:
-    """With a ``reader``, what it asks for instead of the sums."""
     sums = None if reader is not None else _new_sums(affine)
     scaled = kernels.cuda_bn_relu_global_avgpool_backward(
         _adjacent(grad), x, *affine, grid[0], *_asked(reader, sums), stream_of(x)

@@ -87,20 +87,20 @@ class Kernels:
         grad, grad_x = self._matrix("dZ", self._rows(call), call.outputs), self._features(call, "G")
         unfinished = Unfinished(self._through(self._matrix("Z", self._rows(call), call.outputs)))
         return lambda: self.backend.bn_relu_conv1x1_backward(
-            grad, x, affine, weight, grad_x, True, True, unfinished=unfinished
+            grad, x, affine, weight, grad_x, need_weight=True, need_sums=True, unfinished=unfinished
         )
 
     def _bn_relu_conv3x3(self, call: Call) -> Callable[[], object]:
         z, affine = self._matrix("Z", self._rows(call), call.inputs), self._affine(call.inputs)
         weight, out = self._weight(call.outputs, call.inputs, 3, 3), self._new_columns(call, "F")
         own = self._statistics(call.outputs)
-        return lambda: self.backend.bn_relu_conv3x3(z, affine, weight, None, call.grid, out, None, 1.0, own)
+        return lambda: self.backend.bn_relu_conv3x3(z, affine, weight, None, call.grid, out, statistics=own)
 
     def _bn_relu_conv3x3_backward(self, call: Call) -> Callable[[], object]:
         z, affine = self._matrix("Z", self._rows(call), call.inputs), self._affine(call.inputs)
         weight, grad = self._weight(call.outputs, call.inputs, 3, 3), self._new_columns(call, "G")
         dz = self._matrix("dZ", self._rows(call), call.inputs)
-        return lambda: self.backend.bn_relu_conv3x3_backward(grad, z, affine, weight, call.grid, dz, True)
+        return lambda: self.backend.bn_relu_conv3x3_backward(grad, z, affine, weight, call.grid, dz, need_weight=True)
 
     def _new_columns(self, call: Call, role: str) -> Tensor:
         return self._matrix(role, self._rows(call), call.columns)[:, -call.outputs :]
@@ -117,7 +117,8 @@ class Kernels:
     def _bn_relu_pool_conv1x1_backward(self, call: Call) -> Callable[[], object]:
         x, affine, weight = self._features(call), self._affine(call.inputs), self._weight(call.outputs, call.inputs)
         grad = torch.randn_like(self.backend.bn_relu_pool_conv1x1(x, affine, weight, None, call.grid, None))
-        return lambda: self.backend.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, call.grid, True, True)
+        need = dict(need_input=True, need_weight=True)
+        return lambda: self.backend.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, call.grid, **need)
 
     def _bn_relu_maxpool(self, call: Call) -> Callable[[], object]:
         x, affine = self._features(call), self._affine(call.inputs)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from densenet_fast.backends import aten, triton
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, ThroughStatistics, Unfinished, Update
-from densenet_fast.backends.triton import config
+from densenet_fast.backends.contract import Sums
+from densenet_fast.backends.triton import Triton, config
 from densenet_fast.backends.triton.launch import Launch
 from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
 from densenet_fast.benchmarking.counts import Counts, tiles_of
@@ -19,15 +20,24 @@ from densenet_fast.benchmarking.triton_counts import count
 
 __all__ = ["StandIn"]
 
-Sums = tuple[Tensor, Tensor]
 JOBS = 64
 """What a launch of ``prepare`` or ``update_running_statistics`` does at most (csrc/cuda/kernels.h)."""
 WINDOWS = 9
 """Pixels of a window of the maxima; on average as many outputs' windows hold four pixels."""
 
 
-class StandIn:
-    """The functions of a backend; those that are not written down here are Triton's.
+def _of(part: str, name: str) -> Callable[..., Any]:
+    """Triton's function of this name, whose launches are of a ``part``."""
+
+    def run(self: "StandIn", *arguments: Any, **options: Any) -> Any:
+        self.part = part
+        return getattr(triton, name)(*arguments, **options)
+
+    return run
+
+
+class StandIn(Triton):
+    """The functions of Triton's backend, which count instead of running. Those in CUDA C++ count what they move.
 
     Args:
         device: that launches are configured for.
@@ -35,7 +45,6 @@ class StandIn:
     """
 
     name = "counted"
-    TAPS_FIRST = triton.TAPS_FIRST
 
     def __init__(self, device: config.Device, native: bool) -> None:
         self.device, self.native, self.part = device, native, ""
@@ -43,22 +52,14 @@ class StandIn:
         self.unplaced: list[int] = []
         """Which counts are of the part that the next kernel is of."""
 
-    def supports(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether there are kernels: as Triton has them."""
-        return triton.supports(device, dtype)
-
     def unavailable(self) -> str | None:
         """Nothing that is missing hinders counting."""
         return None
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(triton, name)
-
-        def run(*arguments: Any, **options: Any) -> Any:
-            self.part = "transitions" if "pool" in name else "blocks"
-            return function(*arguments, **options)
-
-        return run
+    bn_relu_conv1x1 = _of("blocks", "bn_relu_conv1x1")
+    bn_relu_conv1x1_backward = _of("blocks", "bn_relu_conv1x1_backward")
+    bn_relu_pool_conv1x1 = _of("transitions", "bn_relu_pool_conv1x1")
+    bn_relu_pool_conv1x1_backward = _of("transitions", "bn_relu_pool_conv1x1_backward")
 
     def take(self, item: Launch) -> None:
         """Counts a launch of Triton's."""
@@ -88,13 +89,16 @@ class StandIn:
         bias: Tensor | None,
         grid: tuple[int, ...],
         out: Tensor,
-        mask: Tensor | None,
-        keep_scale: float,
-        statistics: Statistics | None,
+        *,
+        mask: Tensor | None = None,
+        keep_scale: float = 1.0,
+        statistics: Statistics | None = None,
     ) -> None:
         if not self.serves(x, weight, grid):
             self.part = "blocks"
-            return triton.bn_relu_conv3x3(x, affine, weight, bias, grid, out, mask, keep_scale, statistics)
+            return triton.bn_relu_conv3x3(
+                x, affine, weight, bias, grid, out, mask=mask, keep_scale=keep_scale, statistics=statistics
+            )
         from densenet_fast.backends.triton import shared
 
         layer = self.layer(x, weight, grid)
@@ -113,16 +117,29 @@ class StandIn:
         weight: Tensor,
         grid: tuple[int, ...],
         out: Tensor | None,
+        *,
         need_weight: bool,
         reader: Reader | None = None,
         unfinished: Unfinished | None = None,
         like: Tensor | None = None,
+        source: Tensor | None = None,
     ) -> tuple[Tensor | None, Sums | None]:
         self.part = "blocks"
-        needed = out is not None and need_weight and unfinished is not None and like is not None
+        needed = out is not None and need_weight and unfinished is not None and like is not None and source is None
         if not self.serves(x, weight, grid) or not needed:
-            given = (grad, x, affine, weight, grid, out, need_weight, reader, unfinished, like)
-            return triton.bn_relu_conv3x3_backward(*given)
+            return triton.bn_relu_conv3x3_backward(
+                grad,
+                x,
+                affine,
+                weight,
+                grid,
+                out,
+                need_weight=need_weight,
+                reader=reader,
+                unfinished=unfinished,
+                like=like,
+                source=source,
+            )
         from densenet_fast.backends.triton import shared
 
         layer = self.layer(x, weight, grid)
@@ -150,7 +167,12 @@ class StandIn:
         self.combined("combine_statistics_kernel", out)
 
     def append_features(
-        self, new: Tensor, out: Tensor, statistics: Statistics | None, mask: Tensor | None = None, keep: float = 1.0
+        self,
+        new: Tensor,
+        out: Tensor,
+        statistics: Statistics | None,
+        mask: Tensor | None = None,
+        keep_scale: float = 1.0,
     ) -> None:
         self.part = "blocks"
         self.moved("append_kernel", new.nbytes + (0 if mask is None else mask.nbytes), out.nbytes)

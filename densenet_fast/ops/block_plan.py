@@ -1,11 +1,11 @@
 """The layers of a dense block as its op walks over them: where their columns, statistics and bottlenecks stand."""
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from densenet_fast.backends.contract import Backend
 from densenet_fast.backends.inputs import Fixed
 from densenet_fast.backends.layout import are_dense
 from densenet_fast.ops.stage import STAGE_TENSORS, Stage, by_stage, unflatten
@@ -86,11 +86,10 @@ class Plan:
         """What a backend that :meth:`walked_by` asks for takes."""
         return Walk(self.stages)
 
-    def walked_by(self, backend: ModuleType, dtype: torch.dtype, group: str | None) -> bool:
+    def walked_by(self, backend: Backend, dtype: torch.dtype, group: str | None) -> bool:
         """Whether the backend walks over the whole block by itself, faster than it is done here."""
         return (
-            hasattr(backend, "walks")
-            and backend.walks(self.grid)
+            backend.walks(self.grid)
             and self.bottleneck
             and group is None
             and not any(self.drop_rates)

@@ -96,12 +96,12 @@ def _backward(
     unit = (given.matrix, given.affine, given.weight)
     if pool:
         grad_x, grad_weight, _ = given.backend.bn_relu_pool_conv1x1_backward(
-            grad_out, *unit, given.grid, need_d, need_weight, reader, like
+            grad_out, *unit, given.grid, need_input=need_d, need_weight=need_weight, reader=reader, like=like
         )
     else:
         grad_x = torch.zeros_like(given.matrix) if needs[0] else None
         grad_weight, _ = given.backend.bn_relu_conv1x1_backward(
-            grad_out, *unit, grad_x, need_weight, need_d, reader=reader, like=like
+            grad_out, *unit, grad_x, need_weight=need_weight, need_sums=need_d, reader=reader, like=like
         )
     gradients.convolution(grad_weight, grad_out)
     return given.gradients(grad_x, gradients, count, needs)

@@ -31,6 +31,7 @@ from densenet_fast.backends.affine import (
     empty_statistics,
 )
 from densenet_fast.backends.layout import empty_image, to_image, to_matrix
+from densenet_fast.backends.optional import Block
 from densenet_fast.ops import stock
 from densenet_fast.ops.batching import register_vmap
 from densenet_fast.ops.block_plan import Plan, own_features, plan_of
@@ -95,8 +96,9 @@ def _forward(
     if plan.walked_by(backend, x.dtype, group):
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
-        given = (plan.walk.tensors, eps, plan.grid, for_each_layer(bottlenecks, saved, features), mean, var)
-        backend.dense_block(features, plan.widths[0], *given, describe, prepend, to_matrix(x), x_mean, x_var)
+        kept = for_each_layer(bottlenecks, saved, features)
+        block = Block(features, plan.walk.tensors, eps, plan.grid, kept, mean, var, prepend)
+        backend.dense_block(block, plan.widths[0], describe=describe, x=to_matrix(x), x_mean=x_mean, x_var=x_var)
         return image, mean, var, global_count(rows, x, group), bottlenecks
     packed = empty_statistics(features, plan.packed, plan.eps)
     prepared = Prepared(plan.stages, backend, x)
@@ -125,7 +127,8 @@ def _forward(
             z = plan.bottleneck_in(None if saved[i] else shared, i, features)
             own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
             then = affine(j) if layer[1].frozen and not saved[i] and mask is None else None
-            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, own if mask is None else None, then)
+            made = own if mask is None else None
+            backend.bn_relu_conv1x1(inputs, normalise, weight.flatten(1), bias, z, made, then=then)
             if mask is not None:
                 backend.append_features(to_image(z, plan.grid), z, own, mask, keep_scale)
             synchronise(own, rows, group)
@@ -135,7 +138,10 @@ def _forward(
         weight, bias = prepared.weights[j]
         own = packed.of(plan.new(i)) if plan.normalised_by_batch(i + 1) else None
         out = features[:, plan.new(i)]
-        backend.bn_relu_conv3x3(inputs, normalise, weight, bias, plan.grid, out, masks[j], plan.keep_scales[j], own)
+        mask, keep_scale = masks[j], plan.keep_scales[j]
+        backend.bn_relu_conv3x3(
+            inputs, normalise, weight, bias, plan.grid, out, mask=mask, keep_scale=keep_scale, statistics=own
+        )
         synchronise(own, rows, group)
     return image, *packed[:2], global_count(rows, x, group), bottlenecks
 
@@ -282,8 +288,8 @@ class BlockGradients:
                 weight,
                 plan.grid,
                 total,
-                gradients.needs_conv_weight,
-                reader,
+                need_weight=gradients.needs_conv_weight,
+                reader=reader,
                 like=like,
                 source=source,
             )
@@ -307,13 +313,13 @@ class BlockGradients:
                 affine,
                 weight.flatten(1),
                 None if target is None else self.grad[:, columns],
-                gradients.needs_conv_weight,
-                need_d,
-                self.source[:, columns] if self.source is not self.grad else None,
-                reader,
-                completion,
-                unfinished,
-                like,
+                need_weight=gradients.needs_conv_weight,
+                need_sums=need_d,
+                source=self.source[:, columns] if self.source is not self.grad else None,
+                reader=reader,
+                completion=completion,
+                unfinished=unfinished,
+                like=like,
             )
             gradients.convolution(grad_weight, dz)
         if need_d and reader.after is not None:
@@ -342,10 +348,10 @@ class BlockGradients:
             self.weights[j][0],
             plan.grid,
             scaled,
-            gradients.needs_conv_weight,
-            gradients.reader(None, (p, q)),
-            later,
-            gradients.stage.conv_weight,
+            need_weight=gradients.needs_conv_weight,
+            reader=gradients.reader(None, (p, q)),
+            unfinished=later,
+            like=gradients.stage.conv_weight,
         )
         gradients.convolution(grad_weight, dy)
         if later is None and unfinished.through is not None:
@@ -397,9 +403,10 @@ def _run_backward(
             p[: plan.columns].copy_(grad_mean[: plan.columns]), q[: plan.columns].copy_(grad_var[: plan.columns])
         incoming, f = to_matrix(grad), to_matrix(features)
         g = torch.empty_like(f) if total is None else incoming
-        kept = (f, for_each_layer(bottlenecks, saved, features), mean, var, rows_of(count, f.shape[0]))
-        out = (to_matrix(image), gradients, p, q, described, prepend)
-        backend.dense_block_backward(incoming, g, *kept, walk.tensors, eps, plan.grid, *out)
+        kept, rows = for_each_layer(bottlenecks, saved, features), rows_of(count, f.shape[0])
+        block = Block(f, walk.tensors, eps, plan.grid, kept, mean, var, prepend)
+        out = (to_matrix(image), gradients, p, q)
+        backend.dense_block_backward(incoming, g, block, rows, *out, described=described)
         made: list[Tensor | None] = [None] * len(tensors)
         for i in walk.trained:
             made[i] = gradients[i] if walk.tensors[i].dtype == torch.float32 else gradients[i].to(walk.tensors[i].dtype)

@@ -7,7 +7,6 @@ P and Q the gradients with respect to mu and v, D the gradient behind the ReLU's
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, accumulation_dtype
+from densenet_fast.backends.contract import Backend
 from densenet_fast.backends.inputs import Fixed
 from densenet_fast.backends.layout import as_output
 
@@ -55,7 +55,7 @@ class Prepared:
     ``weights`` are the convolutions' (weight, bias) in ``dtype``, as they are where that is so already.
     """
 
-    def __init__(self, stages: Sequence[Stage], backend: ModuleType, like: Tensor) -> None:
+    def __init__(self, stages: Sequence[Stage], backend: Backend, like: Tensor) -> None:
         self.stages, self.backend, self.dtype = stages, backend, like.dtype
         self.vector_dtype = accumulation_dtype(like.dtype)
         self.jobs: list[Job] = []

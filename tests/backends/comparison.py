@@ -1,11 +1,20 @@
 """Results of a backend beside ``aten``'s, both measured against ``aten``'s in float64."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from densenet_fast.backends import serving
+from densenet_fast.backends.contract import Backend
 from helpers import error
+
+
+def served(dtypes: Sequence[torch.dtype]) -> dict[str, tuple[Backend, torch.dtype]]:
+    """Every backend with every one of ``dtypes`` that it runs here, under the names that tests have for them."""
+    device = torch.get_default_device()
+    return {f"{b.name}-{dtype}": (b, dtype) for dtype in dtypes for b in serving(device, dtype)}
 
 
 class Comparison(NamedTuple):

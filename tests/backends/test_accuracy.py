@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import densenet_fast
+from backends.comparison import served
 from densenet_fast import nn
-from densenet_fast.backends import BACKENDS
+from densenet_fast.backends import serving
 from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.layout import CHANNELS_LAST, to_image, to_matrix
 from helpers import error, step
@@ -23,6 +24,8 @@ CASES = [
     ((3, 300), 128, 32),
 ]
 """Grid, input and output channels of convolutions of DenseNet-121, -161 and -BC-100, and of volumes and lines."""
+
+SERVED = served([torch.float32, torch.bfloat16])
 
 
 def stock(x, affine, weight, grad, grid, memory_format):
@@ -39,11 +42,8 @@ def stock(x, affine, weight, grad, grid, memory_format):
 
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.unavailable() is None], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend, dtype", SERVED.values(), ids=SERVED)
 def test_error_is_at_most_twice_stocks(backend, dtype, case, kernel):
-    if not backend.supports(torch.device("cpu"), dtype):
-        pytest.skip(f"{backend.name} leaves {dtype} to another backend")
     torch.manual_seed(0)
     grid, channels, out_channels = case
     rows, sizes = torch.Size(grid).numel(), [kernel] * (len(grid) - 1)
@@ -54,12 +54,14 @@ def test_error_is_at_most_twice_stocks(backend, dtype, case, kernel):
 
     out, grad_x = torch.empty_like(grad), torch.zeros_like(x)
     if kernel == 3:
-        backend.bn_relu_conv3x3(x, affine, weight, None, grid, out, None, 1.0, None)
-        grad_weight, _ = backend.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, grad_x, True)
+        backend.bn_relu_conv3x3(x, affine, weight, None, grid, out)
+        grad_weight, _ = backend.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, grad_x, need_weight=True)
     else:
         matrix = weight.flatten(1)
         backend.bn_relu_conv1x1(x, affine, matrix, None, out, None)
-        grad_weight, _ = backend.bn_relu_conv1x1_backward(grad, x, affine, matrix, grad_x, True, True)
+        grad_weight, _ = backend.bn_relu_conv1x1_backward(
+            grad, x, affine, matrix, grad_x, need_weight=True, need_sums=True
+        )
     got = (out, grad_x, grad_weight.view_as(weight))
 
     truth = stock(x.double(), affine, weight.double(), grad.double(), grid, torch.contiguous_format)
@@ -84,13 +86,12 @@ def test_statistics_of_nearly_constant_maps(kind):
         norm = torch.nn.BatchNorm2d(32, momentum=1.0)
         norm(x)
         count = matrix.shape[0]
-        for backend in BACKENDS:
-            if backend.unavailable() is None and backend.supports(x.device, x.dtype):
-                own = empty_statistics(matrix, 32, 1e-5)
-                backend.channel_statistics(matrix, own)
-                assert error(own.mean, mean) <= 2 * error(norm.running_mean, mean), backend.name
-                stock_var = norm.running_var.double() * (count - 1) / count
-                assert error(own.var, var) <= 2 * error(stock_var, var), backend.name
+        for backend in serving(x.device, x.dtype):
+            own = empty_statistics(matrix, 32, 1e-5)
+            backend.channel_statistics(matrix, own)
+            assert error(own.mean, mean) <= 2 * error(norm.running_mean, mean), backend.name
+            stock_var = norm.running_var.double() * (count - 1) / count
+            assert error(own.var, var) <= 2 * error(stock_var, var), backend.name
 
 
 PARTS = {

@@ -169,7 +169,8 @@ def test_any_number_of_threads(rows, threads):
             statistics, own = empty_statistics(z, 24, 1e-5), empty_statistics(x, 37, 1e-5)
             backend.bn_relu_conv1x1(x, affine, weight, None, z, statistics)
             backend.channel_statistics(x, own)
-            dw, sums = backend.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, True, True)
+            need = dict(need_weight=True, need_sums=True)
+            dw, sums = backend.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, **need)
             results.append([z, *statistics[:3], grad_x, dw, *sums, *own[:3]])
     finally:
         torch.set_num_threads(before)

@@ -7,27 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from densenet_fast.backends import BACKENDS
+from backends.comparison import served
 from densenet_fast.backends.affine import Affine, ThroughStatistics, Unfinished, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
 from helpers import EPS, assert_statistics, error
 
 GRIDS = [(2, 5, 7), (1, 1, 1), (3, 1, 4), (2, 9), (2, 3, 4, 2), (1, 16, 16), (1, 31, 3, 5)]
 CHANNELS = [(1, 1), (5, 3), (48, 12), (33, 48)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SERVED = served([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 pytestmark = [
-    pytest.mark.parametrize("backend", [b for b in BACKENDS if b.unavailable() is None], ids=lambda b: b.name),
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("backend, dtype", SERVED.values(), ids=SERVED),
     pytest.mark.parametrize("channels", CHANNELS, ids=str),
     pytest.mark.parametrize("grid", GRIDS, ids=str),
 ]
-
-
-@pytest.fixture(autouse=True)
-def supported(backend, dtype):
-    if not backend.supports(torch.get_default_device(), dtype):
-        pytest.skip(f"{backend.name} leaves {dtype} to another backend")
 
 
 class Case:
@@ -141,7 +134,7 @@ def test_bn_relu_conv1x1_normalised_again(backend, dtype, channels, grid):
     then = Affine(*torch.randn(3, case.k).to(accumulation_dtype(dtype)))
     buffer = torch.full((case.x.shape[0], case.k + 4), 3.0, dtype=dtype)
     a = buffer[:, 1 : 1 + case.k]
-    backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), case.bias, a, None, then)
+    backend.bn_relu_conv1x1(case.x, case.affine, case.w1.flatten(1), case.bias, a, None, then=then)
 
     def stock(dtype):
         z = to_matrix(case.stock(dtype, case.w1, case.bias)[0])
@@ -153,7 +146,7 @@ def test_bn_relu_conv1x1_normalised_again(backend, dtype, channels, grid):
     case.x.relu_()
     results = [torch.empty_like(a) for _ in range(2)]
     for affine, out in zip((None, identity), results):
-        backend.bn_relu_conv3x3(case.x, affine, case.w3, None, grid, out, None, 1.0, None)
+        backend.bn_relu_conv3x3(case.x, affine, case.w3, None, grid, out)
     assert results[0].equal(results[1])
 
 
@@ -163,20 +156,20 @@ def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
     buffer = torch.zeros_like(case.buffer)
     grad_x = buffer[:, 2 : 2 + case.c]
     arguments = (grad, case.x, case.affine, case.w1.flatten(1))
-    grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, grad_x, True, True)
+    grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, grad_x, need_weight=True, need_sums=True)
     assert_gradients(case, dtype, (grad_x.clone(), grad_weight, sums), case.w1, grad)
     assert buffer[:, :2].eq(0).all() and buffer[:, 2 + case.c :].eq(0).all()
 
     once = grad_x.clone()
-    backend.bn_relu_conv1x1_backward(*arguments, grad_x, False, False)
+    backend.bn_relu_conv1x1_backward(*arguments, grad_x, need_weight=False, need_sums=False)
     assert error(grad_x, 2 * once.double()) <= 2 * torch.finfo(dtype).eps
     source = torch.randn_like(case.buffer)[:, 1 : 1 + case.c]
     from_source = torch.full_like(once, torch.nan)
-    backend.bn_relu_conv1x1_backward(*arguments, from_source, False, False, source=source)
+    backend.bn_relu_conv1x1_backward(*arguments, from_source, need_weight=False, need_sums=False, source=source)
     assert error(from_source, source.double() + once.double()) <= 2 * torch.finfo(dtype).eps
-    nothing = backend.bn_relu_conv1x1_backward(*arguments, None, False, False)
+    nothing = backend.bn_relu_conv1x1_backward(*arguments, None, need_weight=False, need_sums=False)
     assert nothing == (None, None)
-    assert backend.bn_relu_conv1x1_backward(*arguments, None, True, False)[0].equal(grad_weight)
+    assert backend.bn_relu_conv1x1_backward(*arguments, None, need_weight=True, need_sums=False)[0].equal(grad_weight)
 
 
 def test_bn_relu_conv1x1_backward_completes_its_gradient(backend, dtype, channels, grid):
@@ -192,8 +185,9 @@ def test_bn_relu_conv1x1_backward_completes_its_gradient(backend, dtype, channel
         dz = buffers[1].clone()[:, 1 : 1 + case.k]
         dz = backend.finalise_gradient(grad, through, dz) if complete else dz
         unfinished = Unfinished(None if complete else through)
-        arguments = (dz, case.x, case.affine, case.w1.flatten(1), grad_x, True, True)
-        grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, unfinished=unfinished)
+        arguments = (dz, case.x, case.affine, case.w1.flatten(1), grad_x)
+        options = dict(need_weight=True, need_sums=True, unfinished=unfinished)
+        grad_weight, sums = backend.bn_relu_conv1x1_backward(*arguments, **options)
         results.append((grad_x, grad_weight, *sums))
     for got, expected in zip(*results):
         assert got.equal(expected)
@@ -208,7 +202,8 @@ def test_bn_relu_conv3x3(backend, dtype, channels, grid, bias, mask):
     out = buffer[:, 1 : 1 + case.k]
     mask = torch.rand(grid[0], case.k, *grid[1:]) > 0.5 if mask else None
     statistics = empty_statistics(out, case.k, EPS)
-    backend.bn_relu_conv3x3(case.x, case.affine, case.w3, bias, grid, out, mask, 2.0, statistics)
+    options = dict(mask=mask, keep_scale=2.0, statistics=statistics)
+    backend.bn_relu_conv3x3(case.x, case.affine, case.w3, bias, grid, out, **options)
     truth, stock = (case.stock(d, case.w3, bias)[0] for d in (torch.float64, dtype))
     if mask is not None:
         truth, stock = truth * mask * 2, stock * mask * 2
@@ -224,23 +219,23 @@ def test_bn_relu_conv3x3_backward(backend, dtype, channels, grid):
     buffer = torch.full((case.x.shape[0], case.c + 4), 3.0, dtype=dtype)
     scaled = buffer[:, 1 : 1 + case.c]
     arguments = (grad, case.x, case.affine, case.w3, grid)
-    grad_weight, sums = backend.bn_relu_conv3x3_backward(*arguments, scaled, True)
+    grad_weight, sums = backend.bn_relu_conv3x3_backward(*arguments, scaled, need_weight=True)
     assert_gradients(case, dtype, (scaled, grad_weight, sums), case.w3, grad)
     assert buffer[:, 0].eq(3).all() and buffer[:, 1 + case.c :].eq(3).all()
-    only_weight = backend.bn_relu_conv3x3_backward(*arguments, None, True)
+    only_weight = backend.bn_relu_conv3x3_backward(*arguments, None, need_weight=True)
     assert only_weight[1] is None
     assert error(only_weight[0], grad_weight) <= 2 * torch.finfo(dtype).eps
     if len(grid) == 3:
         channels_last = case.w3.to(memory_format=torch.channels_last)
-        other = backend.bn_relu_conv3x3_backward(*arguments[:3], channels_last, grid, scaled, True)
+        other = backend.bn_relu_conv3x3_backward(*arguments[:3], channels_last, grid, scaled, need_weight=True)
         assert error(other[0], grad_weight) <= 2 * torch.finfo(dtype).eps
         assert_gradients(case, dtype, (scaled, *other), case.w3, grad)
     again = torch.empty_like(case.x)
-    only_input = backend.bn_relu_conv3x3_backward(*arguments, again, False)
+    only_input = backend.bn_relu_conv3x3_backward(*arguments, again, need_weight=False)
     assert only_input[0] is None and error(again, scaled) <= 2 * torch.finfo(dtype).eps
     total = torch.randn_like(buffer)[:, 1 : 1 + case.c]
     expected = total + again
-    total_sums = backend.bn_relu_conv3x3_backward(*arguments, total, False, source=total)[1]
+    total_sums = backend.bn_relu_conv3x3_backward(*arguments, total, need_weight=False, source=total)[1]
     assert error(total, expected) <= 4 * torch.finfo(dtype).eps
     assert all(a.equal(b) for a, b in zip(total_sums, only_input[1]))
 
@@ -284,8 +279,8 @@ def test_bn_relu_pool_conv1x1_backward(backend, dtype, channels, grid):
     case = Case(grid, channels, dtype)
     grad = torch.randn(torch.Size((grid[0], *(size // 2 for size in grid[1:]))).numel(), case.k).to(dtype)
     arguments = (grad, case.x, case.affine, case.w1.flatten(1), grid)
-    got = backend.bn_relu_pool_conv1x1_backward(*arguments, True, True)
+    got = backend.bn_relu_pool_conv1x1_backward(*arguments, need_input=True, need_weight=True)
     assert_gradients(case, dtype, got, case.w1, grad, pool=True)
-    only_weight = backend.bn_relu_pool_conv1x1_backward(*arguments, False, True)
+    only_weight = backend.bn_relu_pool_conv1x1_backward(*arguments, need_input=False, need_weight=True)
     assert only_weight[0] is None and only_weight[1].equal(got[1]) and only_weight[2] is None
-    assert backend.bn_relu_pool_conv1x1_backward(*arguments, True, False)[1] is None
+    assert backend.bn_relu_pool_conv1x1_backward(*arguments, need_input=True, need_weight=False)[1] is None

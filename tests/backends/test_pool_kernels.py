@@ -7,27 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from densenet_fast.backends import BACKENDS
+from backends.comparison import served
 from densenet_fast.backends.affine import Affine, accumulation_dtype, empty_statistics
 from densenet_fast.backends.layout import to_image, to_matrix
 from helpers import EPS, assert_statistics
 
 GRIDS = [(2, 5, 7), (1, 1, 1), (3, 1, 4), (2, 2, 2), (1, 2, 1), (2, 9), (1, 2), (2, 3, 4, 2), (3, 50, 13), (40, 3, 3)]
 CHANNELS = [1, 5, 24, 33]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SERVED = served([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 pytestmark = [
-    pytest.mark.parametrize("backend", [b for b in BACKENDS if b.unavailable() is None], ids=lambda b: b.name),
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("backend, dtype", SERVED.values(), ids=SERVED),
     pytest.mark.parametrize("channels", CHANNELS),
     pytest.mark.parametrize("grid", GRIDS, ids=str),
 ]
-
-
-@pytest.fixture(autouse=True)
-def supported(backend, dtype):
-    if not backend.supports(torch.get_default_device(), dtype):
-        pytest.skip(f"{backend.name} leaves {dtype} to another backend")
 
 
 def column_range(rows, cols, dtype):

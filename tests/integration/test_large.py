@@ -51,7 +51,7 @@ def spread(memory: mmap.mmap, values: torch.Tensor) -> torch.Tensor:
 
 
 def bn_relu(x, affine, grid):
-    return cpu.kernels.cpu_bn_relu(x, affine.mean, affine.scale, affine.bias)
+    return torch.ops.densenet_fast.cpu_bn_relu(x, affine.mean, affine.scale, affine.bias)
 
 
 def statistics(x, affine, grid):
@@ -72,14 +72,14 @@ def conv1x1_backward(x, affine, grid):
     grad = torch.linspace(-1, 1, x.shape[0] * 8).view(-1, 8).to(x.dtype)
     weight = torch.linspace(-1, 1, 8 * x.shape[1]).view(8, -1).to(x.dtype)
     grad_x = torch.zeros(x.shape, dtype=x.dtype)
-    return grad_x, cpu.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, True, True)
+    return grad_x, cpu.bn_relu_conv1x1_backward(grad, x, affine, weight, grad_x, need_weight=True, need_sums=True)
 
 
 def conv3x3(x, affine, grid):
     weight = torch.linspace(-1, 1, 4 * x.shape[1] * 9).view(4, -1, 3, 3).to(x.dtype)
     out = torch.empty(x.shape[0], 4, dtype=x.dtype)
     own = empty_statistics(x, 4, 1e-5)
-    cpu.bn_relu_conv3x3(x, affine, weight, None, grid, out, None, 1.0, own)
+    cpu.bn_relu_conv3x3(x, affine, weight, None, grid, out, statistics=own)
     return out, own[:3]
 
 
@@ -87,7 +87,7 @@ def conv3x3_backward(x, affine, grid):
     weight = torch.linspace(-1, 1, 4 * x.shape[1] * 9).view(4, -1, 3, 3).to(x.dtype)
     grad = torch.linspace(-1, 1, x.shape[0] * 4).view(-1, 4).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype)
-    return out, cpu.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, True)
+    return out, cpu.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight=True)
 
 
 def finalise(x, affine, grid):
@@ -98,7 +98,7 @@ def finalise(x, affine, grid):
 def transition(x, affine, grid):
     weight = torch.linspace(-1, 1, 8 * x.shape[1]).view(8, -1).to(x.dtype)
     out = cpu.bn_relu_pool_conv1x1(x, affine, weight, None, grid, None)
-    return out, cpu.bn_relu_pool_conv1x1_backward(out, x, affine, weight, grid, True, True)
+    return out, cpu.bn_relu_pool_conv1x1_backward(out, x, affine, weight, grid, need_input=True, need_weight=True)
 
 
 def stem(x, affine, grid):
@@ -142,13 +142,13 @@ def test_kernels_write_beyond_element_2_31(dtype, memory):
         results.append([z.clone()])
         y = place(torch.zeros(32, 4, dtype=dtype))
         filters = torch.linspace(-1, 1, 4 * 37 * 9).view(4, 37, 3, 3).to(dtype)
-        cpu.bn_relu_conv3x3(x, affine, filters, None, (2, 4, 4), y, None, 1.0, None)
+        cpu.bn_relu_conv3x3(x, affine, filters, None, (2, 4, 4), y)
         results[-1].append(y.clone())
         g = place(torch.ones(32, 37, dtype=dtype))
-        cpu.bn_relu_conv1x1_backward(results[0][0], x, affine, weight, g, False, True)
+        cpu.bn_relu_conv1x1_backward(results[0][0], x, affine, weight, g, need_weight=False, need_sums=True)
         results[-1].append(g.clone())
         d = place(torch.zeros(32, 37, dtype=dtype))
-        cpu.bn_relu_conv3x3_backward(results[0][1], x, affine, filters, (2, 4, 4), d, False)
+        cpu.bn_relu_conv3x3_backward(results[0][1], x, affine, filters, (2, 4, 4), d, need_weight=False)
         results[-1].append(d.clone())
     assert all(a.equal(b) for a, b in zip(*results))
 

@@ -262,9 +262,9 @@ def test_last_convolution_alone_needs_no_input_gradient(monkeypatch):
     wanted = []
     kernel = aten.bn_relu_conv3x3_backward
 
-    def recorded(*args):
-        wanted.append((args[5] is not None, args[6]))
-        return kernel(*args)
+    def recorded(*args, **options):
+        wanted.append((args[5] is not None, options["need_weight"]))
+        return kernel(*args, **options)
 
     monkeypatch.setattr(aten, "bn_relu_conv3x3_backward", recorded)
     functional.dense_block(torch.randn(2, 3, 3, 4, dtype=torch.float64), layers).sum().backward()

@@ -32,6 +32,7 @@ def bn_relu_conv1x1(
     bias: Tensor | None,
     out: Tensor,
     statistics: Statistics | None,
+    *,
     then: Affine | None = None,
 ) -> None:
     x, weight = adjacent(x), weight.contiguous()
@@ -89,6 +90,7 @@ def bn_relu_conv1x1_backward(
     affine: Affine,
     weight: Tensor,
     grad_x: Tensor | None,
+    *,
     need_weight: bool,
     need_sums: bool,
     source: Tensor | None = None,

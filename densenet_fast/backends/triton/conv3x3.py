@@ -42,14 +42,24 @@ def bn_relu_conv3x3(
     bias: Tensor | None,
     grid: tuple[int, ...],
     out: Tensor,
-    mask: Tensor | None,
-    keep_scale: float,
-    statistics: Statistics | None,
+    *,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    statistics: Statistics | None = None,
 ) -> None:
     if config.convolution_in_cuda(x, weight.shape[0], grid):
-        processors = config.device_of(x.device).processors
-        given = (bias, grid, out, mask, keep_scale, statistics, processors)
-        return cuda_conv3x3.bn_relu_conv3x3(adjacent(x), affine, _taps_first(weight), *given)
+        return cuda_conv3x3.bn_relu_conv3x3(
+            adjacent(x),
+            affine,
+            _taps_first(weight),
+            bias,
+            grid,
+            out,
+            mask=mask,
+            keep_scale=keep_scale,
+            statistics=statistics,
+            processors=config.device_of(x.device).processors,
+        )
     a = x.contiguous() if affine is None else _bn_relu(x, affine)
     if config.convolution_by_torch(grid, x.dtype):
         return append_features(convolve(a, weight, bias, grid), out, statistics, mask, keep_scale)
@@ -104,6 +114,7 @@ def bn_relu_conv3x3_backward(
     weight: Tensor,
     grid: tuple[int, ...],
     out: Tensor | None,
+    *,
     need_weight: bool,
     reader: Reader | None = None,
     unfinished: Unfinished | None = None,
@@ -112,12 +123,24 @@ def bn_relu_conv3x3_backward(
 ) -> tuple[Tensor | None, Sums | None]:
     if source is not None:
         scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
-        given = (grad, x, affine, weight, grid, scaled, need_weight, reader, unfinished, like)
-        made = bn_relu_conv3x3_backward(*given)
+        made = bn_relu_conv3x3_backward(
+            grad,
+            x,
+            affine,
+            weight,
+            grid,
+            scaled,
+            need_weight=need_weight,
+            reader=reader,
+            unfinished=unfinished,
+            like=like,
+        )
         torch.add(source, scaled, out=out)
         return made
     if config.convolution_by_torch(grid, x.dtype):
-        return aten.bn_relu_conv3x3_backward(grad, x, affine, weight, grid, out, need_weight, reader, None, like)
+        return aten.bn_relu_conv3x3_backward(
+            grad, x, affine, weight, grid, out, need_weight=need_weight, reader=reader, like=like
+        )
     grad, x, like = adjacent(grad), adjacent(x), evenly_laid(like)
     in_cuda, processors = config.convolution_in_cuda(x, grad.shape[1], grid), config.device_of(x.device).processors
     a = sums = None

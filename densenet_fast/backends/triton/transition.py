@@ -85,13 +85,16 @@ def bn_relu_pool_conv1x1_backward(
     affine: Affine,
     weight: Tensor,
     grid: tuple[int, ...],
+    *,
     need_input: bool,
     need_weight: bool,
     reader: Reader | None = None,
     like: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
     if config.pooling_by_torch(grid):
-        return aten.bn_relu_pool_conv1x1_backward(grad, x, affine, weight, grid, need_input, need_weight, reader, like)
+        return aten.bn_relu_pool_conv1x1_backward(
+            grad, x, affine, weight, grid, need_input=need_input, need_weight=need_weight, reader=reader, like=like
+        )
     if not need_input and not need_weight:
         return None, None, None
     grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from densenet_fast.backends.affine import (
     accumulation_dtype,
     empty_statistics,
 )
+from densenet_fast.backends.contract import Backend
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.config import ANY, Device, Tile
 from densenet_fast.backends.triton.hazards import disassembled, register_hazards
@@ -90,7 +90,7 @@ class Step:
         self.z, self.dy = scratch(rows, bottleneck), scratch(rows, growth)
         self.dout = scratch(images * (size // 2) ** 2, transition)
 
-    def run(self, backend: ModuleType) -> list[Tensor]:
+    def run(self, backend: Backend) -> list[Tensor]:
         """The results of every function of ``backend``, the layer's backward pass in one piece, as a block has it."""
         channels, growth, grid = self.shape.channels, self.shape.growth, self.grid
         buffer, gradient = self.buffer.clone(), self.gradient.clone()
@@ -99,20 +99,33 @@ class Step:
         own = [empty_statistics(z, n, 1e-5) for n in (self.shape.bottleneck, growth, self.shape.transition)]
         w1, w2, w3, first, second = self.w1, self.w2, self.w3, self.first, self.second
         backend.bn_relu_conv1x1(features, first, w1, None, z, own[0])
-        backend.bn_relu_conv3x3(self.z, second, w2, None, grid, new, None, 1.0, own[1])
+        backend.bn_relu_conv3x3(self.z, second, w2, None, grid, new, statistics=own[1])
         inner, outer, behind = (reader_of(affine) for affine in (second, first, first))
         unfinished = Unfinished(ThroughStatistics(self.z, second.mean, *inner.after, len(z)))
         like1, like2, like3 = (w.to(accumulation_dtype(w.dtype)) for w in (w1, w2, w3))
-        given = (self.dy, self.z, second, w2, grid, dz, True, inner, unfinished, like2)
-        grad_w2, _ = backend.bn_relu_conv3x3_backward(*given)
+        grad_w2, _ = backend.bn_relu_conv3x3_backward(
+            self.dy, self.z, second, w2, grid, dz, need_weight=True, reader=inner, unfinished=unfinished, like=like2
+        )
         grad_x, last = gradient[:, :channels], slice(channels - growth, channels)
         through = ThroughStatistics(features[:, last], first.mean[last], *(v[last] for v in outer.after), len(z))
         completion = Completion(last, through, grad_x[:, last])
-        given = (dz, features, first, w1, grad_x, True, True, None, outer, completion, unfinished, like1)
-        grad_w1, _ = backend.bn_relu_conv1x1_backward(*given)
+        grad_w1, _ = backend.bn_relu_conv1x1_backward(
+            dz,
+            features,
+            first,
+            w1,
+            grad_x,
+            need_weight=True,
+            need_sums=True,
+            reader=outer,
+            completion=completion,
+            unfinished=unfinished,
+            like=like1,
+        )
         pooled = backend.bn_relu_pool_conv1x1(features, first, w3, None, grid, own[2])
-        given = (self.dout, features, first, w3, grid, True, True, behind, like3)
-        dx, grad_w3, _ = backend.bn_relu_pool_conv1x1_backward(*given)
+        dx, grad_w3, _ = backend.bn_relu_pool_conv1x1_backward(
+            self.dout, features, first, w3, grid, need_input=True, need_weight=True, reader=behind, like=like3
+        )
         statistics = [t for one in own for t in one[:3]]
         read = [t for reader in (inner, outer, behind) for t in (*reader.after, reader.weight, reader.bias)]
         weights = [grad.flatten() for grad in (grad_w1, grad_w2, grad_w3)]
@@ -182,7 +195,7 @@ class Results:
             for theirs, truth in zip(step.run(aten), self.truth, strict=True)
         ]
 
-    def fault(self, backend: ModuleType = backend) -> str | None:
+    def fault(self, backend: Backend = backend) -> str | None:
         """What is wrong with the results of ``backend``, or None."""
         for i, (ours, truth, allowed) in enumerate(zip(self.step.run(backend), self.truth, self.allowed)):
             error = (ours.double() - truth).norm()

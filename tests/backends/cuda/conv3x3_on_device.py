@@ -80,7 +80,7 @@ def forward(case, dtype, bias, mask, affine=True):
     z, normalisation, weight = case.in_dtype(dtype)
     out = z.new_empty(case.rows, case.outputs)
     bias = None if bias is None else bias.to(dtype)
-    aten.bn_relu_conv3x3(z, normalisation if affine else None, weight, bias, case.grid, out, mask, 2.0, None)
+    aten.bn_relu_conv3x3(z, normalisation if affine else None, weight, bias, case.grid, out, mask=mask, keep_scale=2.0)
     return out
 
 
@@ -99,8 +99,9 @@ def test_forward(shape, dtype):
         buffer = case.buffer()
         before, out = buffer.clone(), buffer[:, case.columns]
         statistics = empty_statistics(out, case.outputs, 1e-3) if asks else None
-        given = (case.taps_first, bias, case.grid, out, keep, 2.0, statistics, PROCESSORS)
-        cuda_conv3x3.bn_relu_conv3x3(case.z, case.affine if affine else None, *given)
+        given = (case.z, case.affine if affine else None, case.taps_first, bias, case.grid, out)
+        options = dict(mask=keep, keep_scale=2.0, statistics=statistics, processors=PROCESSORS)
+        cuda_conv3x3.bn_relu_conv3x3(*given, **options)
         references = (forward(case, d, bias, keep, affine) for d in (dtype, torch.float64))
         assert_near(out, *references)
         if asks:
@@ -114,7 +115,7 @@ def gradients(case, dtype):
     z, affine, weight = case.in_dtype(dtype)
     scaled = torch.empty_like(z)
     grad_weight, sums = aten.bn_relu_conv3x3_backward(
-        case.grad.to(dtype), z, affine, weight, case.grid, scaled, True, None, None, None
+        case.grad.to(dtype), z, affine, weight, case.grid, scaled, need_weight=True
     )
     return scaled, grad_weight, sums
 
@@ -138,7 +139,7 @@ def test_gradients(shape, dtype):
     grad_weight = partials.double().sum(0).view(case.outputs, 3, 3, -1).permute(0, 3, 1, 2)
     # relu(bn(Z)) is rounded on its way to the product, as stock's is, a few values the other way than in float64; the
     # sums of products are not rounded.
-    rounded = aten.bn_relu_conv3x3_backward(*of_rounded(case), case.grid, None, True)[0]
+    rounded = aten.bn_relu_conv3x3_backward(*of_rounded(case), case.grid, None, need_weight=True)[0]
     few = 3 * torch.finfo(dtype).eps / case.z.numel() ** 0.5
     assert (grad_weight - rounded).norm() <= (2e-6 + few) * rounded.norm() + 1e-30
     assert_near(grad_weight, stock[1], truth[1])
@@ -200,8 +201,8 @@ def test_equal_inputs_give_equal_bits(dtype):
     for _ in range(2):
         out, scaled = torch.empty(case.rows, case.outputs, dtype=dtype), torch.empty_like(case.z)
         statistics = empty_statistics(out, case.outputs, 1e-3)
-        given = (case.taps_first, None, case.grid, out, None, 1.0, statistics, PROCESSORS)
-        cuda_conv3x3.bn_relu_conv3x3(case.z, case.affine, *given)
+        given = (case.z, case.affine, case.taps_first, None, case.grid, out)
+        cuda_conv3x3.bn_relu_conv3x3(*given, statistics=statistics, processors=PROCESSORS)
         sums = cuda_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, PROCESSORS)
         partials = cuda_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, PROCESSORS)
         results.append((out, *statistics[:3], scaled, sums, partials))
@@ -212,8 +213,8 @@ def test_a_nan_reaches_the_windows_that_hold_it_alone():
     case = Case(((2, 6, 9), 24, 16, 0), torch.bfloat16)
     out = torch.empty(case.rows, case.outputs, dtype=case.dtype)
     case.z.view(*case.grid, -1)[1, 0, 4, 5] = torch.nan
-    given = (case.taps_first, None, case.grid, out, None, 1.0, None, PROCESSORS)
-    cuda_conv3x3.bn_relu_conv3x3(case.z, case.affine, *given)
+    given = (case.z, case.affine, case.taps_first, None, case.grid, out)
+    cuda_conv3x3.bn_relu_conv3x3(*given, processors=PROCESSORS)
     expected = torch.zeros(case.grid, dtype=torch.bool)
     expected[1, :2, 3:6] = True
     assert torch.equal(out.isnan().any(1).view(case.grid), expected)
@@ -239,4 +240,5 @@ def test_wrong_arguments_are_named(change, message):
     change(arguments)
     z, grid, weight, out, mask = arguments.values()
     with pytest.raises(RuntimeError, match=message):
-        cuda_conv3x3.bn_relu_conv3x3(z, case.affine, weight, None, grid, out.to(z.dtype), mask, 1.0, None, PROCESSORS)
+        given = (z, case.affine, weight, None, grid, out.to(z.dtype))
+        cuda_conv3x3.bn_relu_conv3x3(*given, mask=mask, processors=PROCESSORS)

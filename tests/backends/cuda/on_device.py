@@ -178,13 +178,13 @@ def test_dropout_and_statistics_take_one_pass_over_what_torchs_convolution_makes
     weight, mask = (torch.randn(12, 24, 3) / 8).to(dtype), torch.rand(2, 12, 9) > 0.3
     out, (_, statistics) = torch.empty(rows, 12, dtype=dtype), empty_statistics(12, dtype)
     with Operations() as operations:
-        cuda.bn_relu_conv3x3(x, affine, weight, None, grid, out, mask, 1.5, statistics)
+        cuda.bn_relu_conv3x3(x, affine, weight, None, grid, out, mask=mask, keep_scale=1.5, statistics=statistics)
     made = operations.names.index("aten::convolution")
     views = ("aten::view", "aten::permute", "aten::alias", "aten::detach")
     after = [name for name in operations.names[made + 1 :] if name not in views]
     assert after == ["densenet_fast::cuda_append_features"]
     plain, again = torch.empty_like(out), empty_statistics(12, dtype)[1]
-    aten.bn_relu_conv3x3(x, affine, weight, None, grid, plain, mask, 1.5, again)
+    aten.bn_relu_conv3x3(x, affine, weight, None, grid, plain, mask=mask, keep_scale=1.5, statistics=again)
     assert out.eq(0).equal(plain.eq(0)) and close(out, plain, 2 * rounding(dtype))
     assert_statistics(statistics, out)
 

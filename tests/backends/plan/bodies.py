@@ -29,15 +29,17 @@ def layer(x, affine1, w1, affine2, w2, bias, grad, grid):
     of_z = empty_statistics(z, width, 1e-5)
     backend.bn_relu_conv1x1(inputs, affine1, w1, bias, z, of_z)
     own = statistics.of(slice(channels, channels + outputs))
-    backend.bn_relu_conv3x3(z, affine2, w2, None, grid, new, None, 1.0, own)
+    backend.bn_relu_conv3x3(z, affine2, w2, None, grid, new, statistics=own)
     g = torch.empty_like(grad)
     cuda_kernels.append_features(grad, g, None)
     through = ThroughStatistics(new, own.mean, own.var, own.rstd, rows)
     dy = cuda_kernels.finalise_gradient(g[:, channels:], through, g[:, channels:])
     scaled = torch.empty_like(z)
-    grad_w2, (sum_d, sum_dz) = backend.bn_relu_conv3x3_backward(dy, z, affine2, w2, grid, scaled, True)
+    grad_w2, (sum_d, sum_dz) = backend.bn_relu_conv3x3_backward(dy, z, affine2, w2, grid, scaled, need_weight=True)
     cuda_kernels.finalise_gradient(scaled, ThroughStatistics(z, *of_z[:3], rows), scaled)
-    grad_w1, sums = backend.bn_relu_conv1x1_backward(scaled, inputs, affine1, w1, g[:, :channels], True, True)
+    grad_w1, sums = backend.bn_relu_conv1x1_backward(
+        scaled, inputs, affine1, w1, g[:, :channels], need_weight=True, need_sums=True
+    )
     image = as_output(to_image(g, grid))
     return to_image(features, grid), statistics.mean, [grad_w1, None, grad_w2], (sum_d, sum_dz, *sums), image
 

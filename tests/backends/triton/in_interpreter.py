@@ -68,10 +68,11 @@ def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
         backend.bn_relu_conv1x1(layer.features, layer.affine1, layer.w1, None, out, statistics)
         second = (layer.z, layer.affine2, layer.w2)
         statistics = empty_statistics(layer.buffer, outputs, 1e-5)
-        backend.bn_relu_conv3x3(*second, None, layer.grid, layer.buffer[:, layer.new], None, 1.0, statistics)
+        backend.bn_relu_conv3x3(*second, None, layer.grid, layer.buffer[:, layer.new], statistics=statistics)
         dy, g = layer.gradient[:, layer.new], layer.gradient[:, : layer.channels]
-        backend.bn_relu_conv3x3_backward(dy, *second, layer.grid, torch.empty_like(layer.z), True)
-        backend.bn_relu_conv1x1_backward(layer.dz, layer.features, layer.affine1, layer.w1, g, True, True)
+        backend.bn_relu_conv3x3_backward(dy, *second, layer.grid, torch.empty_like(layer.z), need_weight=True)
+        given = (layer.dz, layer.features, layer.affine1, layer.w1, g)
+        backend.bn_relu_conv1x1_backward(*given, need_weight=True, need_sums=True)
 
     def tiles(kernel, columns):
         return -(-columns // config.tile(kernel, device, torch.float16, columns).columns)
@@ -124,7 +125,8 @@ def test_traffic_of_a_transition(generation, monkeypatch):
     with config.assume(device), watching(monkeypatch) as traffic:
         statistics = empty_statistics(layer.z, layer.outputs, 1e-5)
         out = backend.bn_relu_pool_conv1x1(*arguments, None, layer.grid, statistics)
-        backend.bn_relu_pool_conv1x1_backward(torch.ones_like(out), *arguments, layer.grid, True, True)
+        given = (torch.ones_like(out), *arguments, layer.grid)
+        backend.bn_relu_pool_conv1x1_backward(*given, need_input=True, need_weight=True)
     f = layer.rows * layer.channels * HALF
     forward, backward = "bn_relu_pool_conv1x1", "bn_relu_pool_conv1x1_backward"
     assert traffic.of(forward, "load", "x") == traffic.of(backward, "load", "x") == f

@@ -101,7 +101,7 @@ def test_wide_dropout_mask_of_any_strides(precision):
     results = []
     for mask in (layer.mask, layer.mask.to(memory_format=torch.channels_last)):
         out = layer.buffer[:, layer.new]
-        backend.bn_relu_conv3x3(layer.z, layer.affine2, layer.w2, None, layer.grid, out, mask, 3.0, None)
+        backend.bn_relu_conv3x3(layer.z, layer.affine2, layer.w2, None, layer.grid, out, mask=mask, keep_scale=3.0)
         results.append(out.clone())
     assert results[0].equal(results[1])
 

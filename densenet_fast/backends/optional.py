@@ -1,0 +1,132 @@
+"""What a backend may have besides the functions of the contract: whole blocks in one call, and inference.
+
+Matrices and grids are as in ``contract``.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """A dense block as a backend takes it that walks over the whole of it."""
+
+    features: Tensor
+    """[M, C_total]: the block's input and what its layers make of it."""
+    tensors: list[Tensor]
+    """The tensors of all stages in turn, as the ops pack them; an empty one stands for one that is absent."""
+    eps: list[float]
+    """One per stage."""
+    grid: tuple[int, ...]
+    bottlenecks: list[Tensor]
+    """One [M, B] per layer; an empty one is not kept."""
+    mean: Tensor
+    """The batch's means: those of the features, then those of each bottleneck."""
+    var: Tensor
+    """Its biased variances, packed likewise."""
+    prepend: bool
+    """Whether the block's input stands in the last columns of the features, instead of the first."""
+
+
+class OptionalFunctions:
+    """What a backend may have. Who calls one of these functions asks before, by the flag or the function above it."""
+
+    RECOMPUTES_WIDE_BOTTLENECKS: bool = False
+    """Whether the backward pass recomputes a bottleneck that has more channels than its layer reads, instead of keeping
+    it. That costs a product of little depth, and the bottleneck is as large as any other."""
+
+    def walks(self, grid: tuple[int, ...]) -> bool:
+        """Whether :meth:`dense_block` and :meth:`dense_block_backward` take blocks on this grid."""
+        return False
+
+    def dense_block(
+        self,
+        block: Block,
+        in_channels: int,
+        *,
+        describe: bool,
+        x: Tensor | None = None,
+        x_mean: Tensor | None = None,
+        x_var: Tensor | None = None,
+    ) -> None:
+        """Runs all layers of a block: fills its features, its bottlenecks and its statistics.
+
+        The stages have no convolution's bias. Their other vectors are contiguous and float32; their weights are float32
+        or in the features' dtype.
+
+        Args:
+            in_channels: how many columns of the features are the block's input.
+            describe: whether statistics of all features are wanted, and not of those alone that a layer reads.
+            x: the block's input [M, C0], which is copied among the features; without it, the input is there already,
+                and so are its statistics.
+            x_mean, x_var: the statistics of x [C0], if they are known.
+        """
+        raise NotImplementedError
+
+    def dense_block_backward(
+        self,
+        grad: Tensor,
+        total: Tensor,
+        block: Block,
+        count: Tensor | int,
+        grad_x: Tensor,
+        gradients: list[Tensor],
+        p: Tensor,
+        q: Tensor,
+        *,
+        described: bool,
+    ) -> None:
+        """Runs the backward pass of all layers, for grad [M, C_total].
+
+        Args:
+            total: where the gradient of the features stands meanwhile, [M, C_total]; it may be grad.
+            block: as :meth:`dense_block` filled it. A bottleneck that is empty is computed again; so are all of them if
+                the list is.
+            count: the number of rows that the statistics are over.
+            grad_x: becomes the gradient of the block's input, [M, C0].
+            gradients: become those of the stages' weights, biases and convolutions, float32, in the places of the
+                block's ``tensors``.
+            p, q: the gradients with respect to the packed statistics. The block's own are added to them.
+            described: whether p and q may be other than zero.
+        """
+        raise NotImplementedError
+
+    INFERS: bool = False
+    """Whether it has the functions ``*_inference``, which normalise by running statistics and keep nothing for a
+    backward pass. Their ``tensors`` are those of all stages in turn: of each the normalisation's four, then the
+    convolution's weight, if it has one; an empty one stands for one that is absent."""
+
+    def dense_block_inference(
+        self,
+        features: Tensor,
+        in_channels: int,
+        tensors: list[Tensor],
+        eps: list[float],
+        grid: tuple[int, ...],
+        prepend: bool,
+    ) -> None:
+        """Fills the columns of features [M, C_total] but the block's input, which is there already."""
+        raise NotImplementedError
+
+    def bn_relu_pool_conv1x1_inference(
+        self, x: Tensor, tensors: list[Tensor], eps: float, grid: tuple[int, ...], out: Tensor
+    ) -> None:
+        """Writes what :meth:`bn_relu_pool_conv1x1` returns for x [M, C] to out [M', C']."""
+        raise NotImplementedError
+
+    def bn_relu_global_avgpool_inference(self, x: Tensor, tensors: list[Tensor], eps: float, images: int) -> Tensor:
+        """Returns what :meth:`bn_relu_global_avgpool` does, for x [M, C] of so many images."""
+        raise NotImplementedError
+
+    def stem_inference(
+        self, images: Tensor, taps: Tensor, tensors: list[Tensor], eps: float, stride: int, padding: int, out: Tensor
+    ) -> None:
+        """Writes the maxima that :meth:`bn_relu_maxpool` returns for a convolution's result to out [M', k].
+
+        The convolution is that of images [N, c, H, W] and taps [k, h, w, c].
+        """
+        raise NotImplementedError
+
+
+OPTIONAL = tuple(name for name, member in vars(OptionalFunctions).items() if callable(member) and name != "walks")
+"""The names of the functions that a backend may have."""
