@@ -20,7 +20,7 @@ B above WIDTH takes two launches: one (INPUT) that walks over the B columns of d
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import beside, load_affine, store_sums
+from densenet_fast.backends.triton.kernels.pieces import beside, load_affine, normalise, relu, store_sums
 
 
 @triton.jit(
@@ -100,8 +100,7 @@ def bn_relu_conv1x1_backward(
         if UPDATE:
             before = tl.load(source + row * ld_source + source_offsets, mask=valid, other=0.0)
         if not PLAIN:
-            centred = features.to(tl.float32) - m
-            normalised = centred * s + t
+            centred, normalised = normalise(features, m, s, t)
         dz_rows = grad + row * ld_grad + grad_offsets
         if not WIDE:
             dz = tl.load(dz_rows + block[None, :], mask=inside_rows[:, None] & inside_block[None, :], other=0.0)
@@ -129,7 +128,7 @@ def bn_relu_conv1x1_backward(
         if WEIGHT:
             a = features
             if not PLAIN:
-                a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
+                a = relu(normalised).to(features.dtype)
             if INPUT and (TURNED or ROWS < 64):  # products of warp groups, from 64 rows, may hold all of it twice
                 a = beside(a, product)
             if TURNED:

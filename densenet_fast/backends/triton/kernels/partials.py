@@ -127,25 +127,50 @@ def sum_partials(
         own = program * COLUMNS + tl.arange(0, COLUMNS)
         gradients = p, q, grad_norm_weight, grad_norm_bias
         store_gradients(
-            pairs,
-            normalisation,
-            gradients,
-            own,
-            own < C,
-            WEIGHTED,
-            BEFORE,
-            THROUGH,
-            GRAD_NORM_WEIGHT,
-            GRAD_NORM_BIAS,
-            RAW,
+            sums=pairs,
+            normalisation=normalisation,
+            gradients=gradients,
+            columns=own,
+            inside=own < C,
+            WEIGHTED=WEIGHTED,
+            BEFORE=BEFORE,
+            THROUGH=THROUGH,
+            GRAD_NORM_WEIGHT=GRAD_NORM_WEIGHT,
+            GRAD_NORM_BIAS=GRAD_NORM_BIAS,
+            RAW=RAW,
         )
     elif program < sums_programs + weight_programs:
         first = (program - sums_programs) * WIDE
-        store_product(partials, tiles, length, grad_weight, first, n_weight, n_weight, 1, 0, 1, WIDE_LANES, WIDE)
+        store_product(
+            partials=partials,
+            tiles=tiles,
+            length=length,
+            out=grad_weight,
+            first=first,
+            n=n_weight,
+            B=n_weight,
+            taps=1,
+            tap_stride=0,
+            channel_stride=1,
+            LANES=WIDE_LANES,
+            COLUMNS=WIDE,
+        )
     elif program < sums_programs + weight_programs + other_programs:
         first = (program - sums_programs - weight_programs) * WIDE
-        layout = B, taps, tap_stride, channel_stride
-        store_product(others, other_tiles, n_other, grad_other, first, n_other, *layout, WIDE_LANES, WIDE)
+        store_product(
+            partials=others,
+            tiles=other_tiles,
+            length=n_other,
+            out=grad_other,
+            first=first,
+            n=n_other,
+            B=B,
+            taps=taps,
+            tap_stride=tap_stride,
+            channel_stride=channel_stride,
+            LANES=WIDE_LANES,
+            COLUMNS=WIDE,
+        )
     else:
         chunk = program - sums_programs - weight_programs - other_programs
         column_tiles = tl.cdiv(n_columns, COMPLETED)
@@ -156,9 +181,23 @@ def sum_partials(
         through = gradients_through(pairs, normalisation, own, own < end, WEIGHTED, BEFORE)
         m = tl.load(mean + own, mask=own < end, other=0.0)
         first_row = (chunk // column_tiles) * chunk_rows
-        rows = first_row, tl.minimum(first_row + chunk_rows, M)
-        coefficients = m, through[0] / count, 2 * through[1] / count
-        complete(grad, ld_grad, x, ld_x, out - first_column, ld_out, *coefficients, *rows, own, own < end, ROWS)
+        last_row = tl.minimum(first_row + chunk_rows, M)
+        complete(
+            grad=grad,
+            ld_grad=ld_grad,
+            x=x,
+            ld_x=ld_x,
+            m=m,
+            constant=through[0] / count,
+            slope=2 * through[1] / count,
+            out=out - first_column,
+            ld_out=ld_out,
+            first_row=first_row,
+            last_row=last_row,
+            columns=own,
+            inside=own < end,
+            ROWS=ROWS,
+        )
 
 
 @triton.jit

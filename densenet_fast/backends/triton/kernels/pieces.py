@@ -1,4 +1,5 @@
-"""Device functions that the kernels share: normalisation, the statistics of a tile, and where windows start."""
+"""Device functions that the kernels share: which tile a program makes, normalisation, statistics and sums of a tile,
+completed columns, and where windows start."""
 
 import triton
 import triton.language as tl
@@ -6,6 +7,17 @@ import triton.language as tl
 from densenet_fast.backends.triton.config import interpreted
 
 COMPILED = tl.constexpr(not interpreted())
+
+
+@triton.jit
+def tile_of_program(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile of a matrix [M, N] that this program makes: the number of its row tile, its rows, its columns, and
+    which rows and columns are inside. The programs of one row tile are neighbours in the grid."""
+    column_tiles = tl.cdiv(N, COLUMNS)
+    tile = tl.program_id(0) // column_tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    return tile, rows, columns, rows < M, columns < N
 
 
 @triton.jit
@@ -20,10 +32,22 @@ def load_affine(mean, rstd, bias, weight, columns, inside, WEIGHTED: tl.constexp
 
 
 @triton.jit
+def normalise(x, mean, scale, shift):
+    """x - mean and (x - mean) * scale + shift, in float32."""
+    centred = x.to(tl.float32) - mean
+    return centred, centred * scale + shift
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0); a NaN stays a NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def bn_relu(x, mean, scale, shift):
-    """relu((x - mean) * scale + shift) in x's dtype; a NaN stays a NaN."""
-    normalised = (x.to(tl.float32) - mean) * scale + shift
-    return tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+    """relu((x - mean) * scale + shift) in x's dtype."""
+    return relu(normalise(x, mean, scale, shift)[1]).to(x.dtype)
 
 
 @triton.jit
@@ -64,6 +88,27 @@ def store_statistics(stored, partials, tile, columns, count, num_columns, inside
 
 
 @triton.jit
+def add_bias(total, bias, columns, inside, BIAS: tl.constexpr):
+    """``total`` and, if BIAS, the ``bias`` of each of its columns."""
+    if BIAS:
+        total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def store_result(total, out, ld_out, place, M, N, partials, STATISTICS: tl.constexpr):
+    """``total`` into out [M, N], rows ld_out apart, at the ``place`` that :func:`tile_of_program` returned; if
+    STATISTICS, those of the values as stored into partials [row tiles, 2, N]."""
+    tile, rows, columns, inside_rows, inside_columns = place
+    stored = total.to(out.dtype.element_ty)
+    valid = inside_rows[:, None] & inside_columns[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * ld_out + columns[None, :], stored, mask=valid)
+    if STATISTICS:
+        count = tl.minimum(M - tile * total.shape[0], total.shape[0])
+        store_statistics(stored, partials, tile, columns, count, N, inside_rows, inside_columns)
+
+
+@triton.jit
 def store_sums(sum_d, sum_dx, row, columns, num_columns, inside_columns):
     """The two column sums of a tile into two adjacent rows of ``num_columns``, from pointer ``row``."""
     tl.store(row + columns, sum_d, mask=inside_columns)
@@ -84,10 +129,23 @@ def sum_rows(partials, tiles, length, columns, inside, LANES: tl.constexpr, COLU
 
 @triton.jit
 def complete(
-    grad, ld_grad, x, ld_x, out, ld_out, m, constant, slope, first_row, last_row, columns, inside, ROWS: tl.constexpr
+    grad,  # [M, C], rows ld_grad apart
+    ld_grad,
+    x,  # [M, C], rows ld_x apart
+    ld_x,
+    out,  # [M, C], rows ld_out apart
+    ld_out,
+    m,  # of each of the columns, as are constant and slope
+    constant,
+    slope,
+    first_row,
+    last_row,
+    columns,
+    inside,
+    ROWS: tl.constexpr,
 ):
-    """out = grad + constant + slope * (x - m) on rows ``first_row`` to ``last_row`` and ``columns``, whose m, constant
-    and slope are given."""
+    """out = grad + constant + slope * (x - m) on ``columns`` of the rows from ``first_row`` to ``last_row``, ROWS at a
+    time."""
     for start in range(first_row, last_row, ROWS):
         rows = start + tl.arange(0, ROWS)
         wide_rows = rows.to(tl.int64)[:, None]

@@ -5,7 +5,7 @@ from torch import Tensor
 from densenet_fast.backends import aten
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics
 from densenet_fast.backends.triton import config
-from densenet_fast.backends.triton.conv1x1 import product_over_rows
+from densenet_fast.backends.triton.bn_relu_conv1x1 import product_over_rows
 from densenet_fast.backends.triton.kernels import bn_relu_pool_conv1x1 as forward
 from densenet_fast.backends.triton.kernels import bn_relu_pool_conv1x1_backward as backward
 from densenet_fast.backends.triton.launch import launcher, units
