@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends.affine import (
-    DTYPES,
     Affine,
     Completion,
     Job,
@@ -25,6 +24,8 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.contract import Backend, Sums
 from densenet_fast.backends.spatial import convolve, convolve_backward, max_pool, max_unpool, pool, unpool
 
+FLOATING = frozenset(d for d in vars(torch).values() if isinstance(d, torch.dtype) and d.is_floating_point)
+
 
 class Aten(Backend):
     """In torch operations."""
@@ -35,11 +36,7 @@ class Aten(Backend):
         return "torch operations"
 
     def dtypes(self, device_type: str) -> Collection[torch.dtype]:
-        return DTYPES
-
-    def supports(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Every floating dtype, also those that nothing else here knows."""
-        return dtype.is_floating_point
+        return FLOATING
 
     def channel_statistics(self, x: Tensor, out: Statistics) -> None:
         """By the corrected two-pass formula (Chan, Golub and LeVeque 1983): the mean of the residuals, zero but for

@@ -50,9 +50,6 @@ class Cpu(Aten):
     def dtypes(self, device_type: str) -> Collection[torch.dtype]:
         return (torch.float32, torch.bfloat16) if device_type == "cpu" else ()
 
-    def supports(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return dtype in self.dtypes(device.type)
-
     def channel_statistics(self, x: Tensor, out: Statistics) -> None:
         kernels.cpu_statistics(x, *out)
 

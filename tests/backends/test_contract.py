@@ -51,14 +51,14 @@ def test_dtypes_are_those_that_are_supported(backend):
     device = torch.get_default_device()
     if backend.unavailable() is None:
         supported = {dtype for dtype in DTYPES if backend.supports(device, dtype)}
-        assert supported in ({*backend.dtypes(device.type)}, set())
+        assert supported in ({*DTYPES} & {*backend.dtypes(device.type)}, set())
 
 
 def test_capabilities_are_of_the_first_backend_that_has_its_own():
     aten, cpu = backends.aten, backends.cpu
-    assert {*capabilities([aten], torch.float32).values()} == {"aten", None}
-    assert {*capabilities([cpu, aten], torch.float32).values()} == {"cpu"}
-    on_gpu = [backends.cuda, backends.triton, aten]
+    alone, on_gpu = capabilities([aten], torch.float32), [backends.cuda, backends.triton, aten]
+    assert {alone[f] for f in FUNCTIONS} == {"aten"} and {alone[f] for f in OPTIONAL} == {None}
+    assert capabilities([cpu, aten], torch.float32)["bn_relu_conv1x1"] == "cpu"
     half, single = (capabilities(on_gpu, dtype) for dtype in (torch.float16, torch.float32))
     assert (half["bn_relu_conv1x1"], half["bn_relu_conv3x3"], half["prepare"]) == ("triton", "cuda", "cuda")
     assert single["bn_relu_conv3x3"] == "triton"

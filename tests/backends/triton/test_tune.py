@@ -72,8 +72,8 @@ class Off:
     def __getattr__(self, name):
         function = getattr(aten, name)
 
-        def run(*arguments):
-            result = function(*arguments)
+        def run(*arguments, **options):
+            result = function(*arguments, **options)
             if name == KERNEL:
                 arguments[4][3, 2] += 2
             return result
