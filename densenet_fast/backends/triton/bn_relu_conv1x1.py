@@ -1,4 +1,4 @@
-"""``aten.bn_relu_conv1x1`` and its backward pass: launches of two kernels and of the reductions behind them."""
+"""The contract's ``bn_relu_conv1x1`` and its backward pass: two kernels and the reductions behind them."""
 
 from torch import Tensor
 
@@ -135,8 +135,11 @@ def _partials(
     need_input: bool,
     need_weight: bool,
 ) -> Tensor:
-    """Updates grad_x, if there is one, and leaves [ranges, n]: dW's B * C columns, if it is needed, and if the input is
-    needed C of sum D and C of sum D * (x - mean). Without an affine, the product of grad and x itself."""
+    """Updates grad_x, if there is one, and returns partial results [ranges, n].
+
+    Their first B * C columns are dW's, if the weight is needed. The next are C of sum D and C of sum D * (x - mean), if
+    the input is needed. Without an affine dW is the product of grad and x itself.
+    """
     (rows, channels), width = x.shape, grad.shape[1]
     device = config.device_of(x.device)
     few = width if affine is not None else min(width, 128)  # one kernel for the plain products of all widths

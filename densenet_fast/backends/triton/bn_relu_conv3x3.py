@@ -1,7 +1,7 @@
-"""``aten.bn_relu_conv3x3`` and its backward pass: by CUDA C++, Triton or torch's convolution, as config says.
+"""The contract's ``bn_relu_conv3x3`` and its backward pass: by CUDA C++, Triton or torch's convolution, as config says.
 
-In CUDA C++ relu(bn(x)) is made in shared memory. In Triton it is materialised once, because the taps read it nine
-times; the backward pass makes it again on the way to the input's gradient.
+CUDA C++ makes relu(bn(x)) in shared memory. Triton stores it once, because the taps read it nine times. The backward
+pass makes it again on the way to the input's gradient.
 """
 
 import torch
@@ -176,7 +176,8 @@ def _conv3x3_grad_input(
     scaled: Tensor,
     keep_a: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """``scaled`` = scale * D; relu(bn(z)) if asked for, and D's column sums in parts; ``weight`` [k, 3, 3, B]."""
+    """``scaled`` becomes scale * D, from ``weight`` [k, 3, 3, B]. Returns relu(bn(z)), if ``keep_a``, and partial
+    results [row tiles, 2 * B] of D's column sums."""
     (rows, channels), outputs = z.shape, grad.shape[1]
     tile = config.tile("bn_relu_conv3x3_grad_input", config.device_of(z.device), z.dtype, channels)
     columns = config.fit(channels, tile.columns)
@@ -230,8 +231,8 @@ def _conv3x3_grad_weight(
     through: ThroughStatistics | None,
     dz: Tensor | None,
 ) -> Product:
-    """dW2 [k, B, 3, 3], ``like`` the parameter if it is given, in parts, from dY [M, k] and A [M, B]; completes dz
-    on the way, if it is to go ``through`` statistics."""
+    """dW2 in parts, as :func:`_product` returns it, from dY [M, k] and A [M, B]. Completes dz on the way, if it is to
+    go ``through`` statistics."""
     (rows, channels), outputs = a.shape, grad.shape[1]
     device = config.device_of(a.device)
     tile = config.tile("bn_relu_conv3x3_grad_weight", device, a.dtype, channels)
@@ -287,7 +288,8 @@ def _conv3x3_grad_weight(
 
 
 def _product(partials: Tensor, outputs: int, a: Tensor, like: Tensor | None) -> Product:
-    """dW2 [k, B, 3, 3], ``like`` the parameter if it is given, in parts."""
+    """dW2 [k, B, 3, 3] in parts. Its sum has the dtype and the memory layout of the parameter ``like``, if that is
+    given, else those of ``a`` with channels last."""
     channels = a.shape[1]
     out = a.new_empty(outputs, 3, 3, channels).permute(0, 3, 1, 2) if like is None else torch.empty_like(like)
     return Product(partials, out, 9)

@@ -1,4 +1,4 @@
-"""``aten.bn_relu_pool_conv1x1``, the transition, and its backward pass: by Triton, or by torch, as config says."""
+"""The contract's ``bn_relu_pool_conv1x1``, the transition, and its backward pass, by Triton or by torch."""
 
 from torch import Tensor
 

@@ -1,7 +1,7 @@
-"""How every kernel is launched: on its tensors' device and that device's current stream, and counted if asked; and how
-launches that are planned are compiled before they come.
+"""How kernels are launched: by the names of their arguments, on their tensors' device and its current stream.
 
-Nothing here waits for the device, so launches can be captured in a CUDA graph.
+Launches can be written down while they run, or planned: then they are written down and not run, and what they need is
+compiled before they come. Nothing here waits for the device, so launches can be captured in a CUDA graph.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from densenet_fast.progress import progress
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel, its grid, its run-time arguments in order, its compile-time constants, warps, stages."""
+    """One launch: the kernel, its grid, its run-time arguments in the kernel's order, its compile-time constants, and
+    the tile, of which the warps and stages count here."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -34,13 +35,18 @@ class Launch(NamedTuple):
         return self.kernel.__name__
 
     @property
+    def named(self) -> dict[str, Any]:
+        """The arguments and constants by name."""
+        return dict(zip(self.kernel.arg_names, self.arguments)) | self.constants
+
+    @property
     def options(self) -> dict[str, Any]:
         """What a kernel is compiled with, besides its constants."""
         return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """Equal for launches that one compiled kernel serves: numbers are not specialised on."""
+        """Equal for launches that one compiled kernel serves. Kernels are not specialised on numbers."""
         tensors = [(t.dtype, t.data_ptr() % 16 == 0) for t in self.arguments if isinstance(t, Tensor)]
         return self.kernel, tuple(tensors), tuple(self.constants.items()), self.tile.warps, self.tile.stages
 
@@ -73,8 +79,8 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def planning(append: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
-    """Collects this thread's launches of the ``with`` block and runs none: results stay uninitialised. With ``append``
-    they go there instead."""
+    """Collects this thread's launches of the ``with`` block, or gives them to ``append``. None is run: results stay
+    uninitialised."""
     launches: list[Launch] = []
     before, _this_thread.plan = _this_thread.plan, append or launches.append
     try:
@@ -96,11 +102,12 @@ def is_recording() -> bool:
 def launcher(kernel: Any) -> Callable[..., None]:
     """The function that launches ``kernel``: ``launch(grid, tile, x=x, ..., ROWS=tile.rows)``.
 
-    It takes all of the kernel's arguments and compile-time constants by name, and runs on the device of the first
-    argument, a tensor. Names become positions here, once.
+    It takes each of the kernel's arguments and compile-time constants by its name. It runs on the device of the first
+    argument, a tensor. It raises a TypeError that tells the kernel's name where a name is missing, unknown or given
+    twice.
 
-    Raises:
-        TypeError: by the function; a name is missing, unknown or given twice.
+    Args:
+        kernel: made by ``triton.jit``; annotated are its constants alone, which stand behind its arguments.
     """
     constant_names = kernel.fn.__annotations__.keys()
     names = [name for name in kernel.arg_names if name not in constant_names]
@@ -150,8 +157,8 @@ def compiled(item: Launch) -> Any:
 
 
 def compile_all(launches: Iterable[Launch], device: torch.device, ignore_errors: bool = False) -> None:
-    """Compiles what ``launches`` need for ``device`` and is not compiled yet, in parallel from Python 3.12 on, with a
-    progress bar where it takes more than a second."""
+    """Compiles what ``launches`` need for ``device`` and is not compiled yet. It shows a progress bar where that takes
+    more than a second. From Python 3.12 on it compiles in parallel."""
     import triton
 
     variants = {item.variant: item for item in launches if math.prod(item.grid)}.values()
@@ -180,10 +187,10 @@ def _finished(kernel: Any) -> None:
 
 
 def units(stride: int) -> tuple[int, int]:
-    """``stride`` as (count, unit), whose product it is, unit the largest power of two up to 16 that divides it.
+    """(count, unit), whose product is ``stride``. ``unit`` is the largest power of two up to 16 that divides it.
 
-    Triton knows of a run-time integer only whether 16 divides it; with the unit a compile-time constant, the loads of
-    rows that are 8 half floats apart are 16 bytes wide as well.
+    Triton knows of a run-time integer only whether 16 divides it. The unit is a compile-time constant. With it the
+    loads of rows that are 8 half floats apart are 16 bytes wide as well.
     """
     unit = math.gcd(stride, 16)
     return stride // unit, unit

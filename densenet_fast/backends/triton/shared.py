@@ -1,4 +1,4 @@
-"""What the functions share: partial results combined, and the sizes of launches."""
+"""What the functions share: how partial results are combined, and the sizes of launches."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Sums = tuple[Tensor, Tensor]
 
 
 def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statistics) -> None:
-    """The statistics [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
+    """``out`` [n] from the partial statistics [tiles, 2, n] of tiles of ``tile_rows`` rows each."""
     tiles, _, columns = partials.shape
     tile, (n, unit) = config.STATISTICS[config.device_of(partials.device).generation], units(columns)
     launch_combine_statistics(
@@ -43,8 +43,8 @@ def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statist
 
 
 class Product(NamedTuple):
-    """Partial results [ranges, k * taps * B] of a weight's gradient [k, taps, B], and where their sum goes: to ``out``,
-    in its dtype and memory layout."""
+    """A weight's gradient [k, taps, B] in parts: partial results [ranges, k * taps * B]. Their sum goes to ``out``, in
+    its dtype and memory layout."""
 
     partials: Tensor
     out: Tensor
@@ -52,7 +52,7 @@ class Product(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What columns of a gradient are completed by: the gradient [M, C] and x [M, C] that the sums are of."""
+    """What columns of a gradient are completed by, with the gradient [M, C] and x [M, C] that the sums are of."""
 
     grad: Tensor
     x: Tensor
@@ -68,22 +68,25 @@ def sum_partials(
     other: Product | None = None,
     columns: Columns | None = None,
 ) -> Sums | None:
-    """The sums over the rows of partials [tiles, n], in one launch: of the first columns in ``weight``, of the others,
-    2 * channels, the column sums, which are returned or, if there is one, given to the ``reader``. Also another
-    product's sum, and columns that are completed by what the reader gets."""
+    """Adds up the rows of partials [tiles, n], in one launch.
+
+    The sums of the first columns go to ``weight``. Those of the last 2 * ``channels`` are the sums of D and of
+    D * (x - mean). They are returned or, if there is a ``reader``, given to it. The launch also adds up the ``other``
+    product, and completes ``columns`` by what the reader gets.
+    """
     tiles, length = partials.shape
     device = config.device_of(partials.device)
     few, many, completed = config.SUMS[device.generation]
     n_weight = length - 2 * channels
     programs = tiles_of(channels, few.columns) + tiles_of(n_weight, many.columns)
-    raw = before = after = norm_weight = norm_bias = None
+    raw = before = after = grad_norm_weight = grad_norm_bias = None
     if channels and reader is None:
         raw = float32(partials, 2, channels)
     elif channels:
-        before, after, norm_weight, norm_bias = reader
+        before, after, grad_norm_weight, grad_norm_bias = reader
     p, q = after or (partials, partials) if raw is None else raw.unbind()
     p_before, q_before = before or (partials, partials)
-    mean, rstd, _, weight_of_norm = (None,) * 4 if affine is None else affine
+    mean, rstd, _, norm_weight = (None,) * 4 if affine is None else affine
     others = grad_other = None
     other_tiles, n_other, inputs, taps, tap_stride, channel_stride = 0, 0, 1, 1, 1, 1
     if other is not None:
@@ -112,13 +115,13 @@ def sum_partials(
         grad_weight=or_unread(weight, partials),
         mean=or_unread(mean, partials),
         rstd=or_unread(rstd, partials),
-        norm_weight=or_unread(weight_of_norm, partials),
+        norm_weight=or_unread(norm_weight, partials),
         p_before=p_before,
         q_before=q_before,
         p=p,
         q=q,
-        grad_norm_weight=or_unread(norm_weight, partials),
-        grad_norm_bias=or_unread(norm_bias, partials),
+        grad_norm_weight=or_unread(grad_norm_weight, partials),
+        grad_norm_bias=or_unread(grad_norm_bias, partials),
         others=or_unread(others, partials),
         grad_other=or_unread(grad_other, partials),
         grad=or_unread(grad, partials),
@@ -145,11 +148,11 @@ def sum_partials(
         UNIT=unit,
         OTHER_UNIT=other_unit,
         MATRIX_UNIT=matrix_unit,
-        WEIGHTED=weight_of_norm is not None,
+        WEIGHTED=norm_weight is not None,
         BEFORE=before is not None,
         THROUGH=after is not None,
-        GRAD_NORM_WEIGHT=norm_weight is not None,
-        GRAD_NORM_BIAS=norm_bias is not None,
+        GRAD_NORM_WEIGHT=grad_norm_weight is not None,
+        GRAD_NORM_BIAS=grad_norm_bias is not None,
         RAW=raw is not None,
         LANES=few.rows,
         COLUMNS=few.columns,
@@ -170,15 +173,15 @@ def _strides(weight: Tensor, taps: int, inputs: int) -> tuple[int, int]:
 
 
 def evenly_laid(like: Tensor | None) -> Tensor | None:
-    """A convolution's weight, if its memory is contiguous or channels last."""
+    """``like``, a convolution's weight, if its memory is contiguous or channels last; else None."""
     if like is None or like.is_contiguous():
         return like
     return like if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def weight_gradient(like: Tensor | None, width: int, channels: int, values: Tensor) -> Tensor:
-    """An uninitialised gradient of a 1x1 convolution's weight: ``like`` it, if its memory is evenly laid, else
-    [width, channels] in the dtype of ``values``."""
+    """An uninitialised gradient of a 1x1 convolution's weight. It is ``like`` the weight, if that is given and its
+    memory is evenly laid, else [width, channels] in the dtype of ``values``."""
     like = evenly_laid(like)
     return values.new_empty(width, channels) if like is None else torch.empty_like(like)
 
@@ -198,21 +201,21 @@ def prepare(jobs: Sequence[Job]) -> None:
 
 
 def _bound_by_bandwidth(x: Tensor) -> ModuleType:
-    """Where such kernels for x are: in CUDA C++ if it serves x."""
+    """The backend whose kernels that are bound by bandwidth serve x: those in CUDA C++, if they do."""
     return cuda_kernels if cuda_kernels.serve(x) else aten
 
 
 def or_unread(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """``tensor``, or where there is none ``other``, which the kernel then neither reads nor writes.
+    """``tensor``, or where there is none ``other``, which the kernel then does not read or write.
 
-    Triton wants a valid address for every pointer. A compile-time flag of the kernel (BIAS, WEIGHTED, KEEP and so on)
-    says that this one is not used.
+    Triton wants a valid address for every pointer of a launch. A compile-time flag of the kernel, such as BIAS, KEEP or
+    WEIGHTED, keeps it from being used.
     """
     return other if tensor is None else tensor
 
 
 def adjacent(matrix: Tensor) -> Tensor:
-    """``matrix`` with adjacent columns."""
+    """``matrix``, copied if its columns are not adjacent."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
@@ -225,6 +228,6 @@ def float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The precision of a product as Triton names it; half precision has but one."""
+    """The precision of a product as Triton names it. Half precision has one alone."""
     found = config.precision(dtype)
     return "ieee" if found == "half" else found

@@ -1,4 +1,4 @@
-"""A = relu(bn(X)), materialised: what the 3x3 convolution's taps read nine times.
+"""A = relu(bn(X)), stored, because the taps of the 3x3 convolution read it nine times.
 
 A[p, b] = relu((X[p, b] - mean_b) * weight_b * rstd_b + bias_b)
 """

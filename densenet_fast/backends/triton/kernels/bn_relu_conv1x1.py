@@ -1,10 +1,11 @@
-"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored; or, where they are known before,
-relu(bn2(Z)) in its place.
+"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored.
 
     Z[p, b] = sum_c relu((F[p, c] - mean_c) * scale_c + shift_c) * W1[b, c]  (+ bias_b)
 
-One program makes ROWS x COLUMNS of Z, INNER channels at a time: they are normalised in registers on their way to the
-product. The programs of one row tile are neighbours in the grid, so that further ones find F in the L2 cache.
+Where Z's statistics are known before (THEN), relu(bn2(Z)) is stored in Z's place.
+
+One program makes ROWS x COLUMNS of Z, INNER channels at a time. It normalises them in registers on their way to the
+product. The programs of one row tile are neighbours in the grid, so that all but the first find F in the L2 cache.
 """
 
 import triton

@@ -2,8 +2,8 @@
 
     Y[p, j] = sum_{dy, dx, b} A[p + dy * W + dx, b] * W2[j, dy, dx, b]  (+ bias_j, * mask[p, j] * keep_scale)
 
-over the taps dy, dx in -1..1 that stay inside the image. One program makes ROWS x COLUMNS of Y in one loop over taps
-and blocks of INNER channels; a tap outside loads zeros.
+The taps dy, dx run over -1..1 and stay inside the image: a tap outside loads zeros. One program makes ROWS x COLUMNS
+of Y in one loop over taps and blocks of INNER channels.
 """
 
 import triton

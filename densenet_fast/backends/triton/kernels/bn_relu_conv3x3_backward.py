@@ -1,12 +1,12 @@
-"""The gradients of Y = conv3x3(relu(bn(Z)), W2) from dY: Z's with its mask and column sums, and W2's.
+"""The gradients of Y = conv3x3(relu(bn(Z)), W2) from dY: Z's, with D's column sums, and W2's.
 
     D[p, b] = (bn(Z)[p, b] > 0) * sum_{dy, dx, j} dY[p - dy * W - dx, j] * W2[j, dy, dx, b]
     scale * D;   sum D;   sum D * (Z - mean);   A = relu(bn(Z)), for the product that follows
     dW2[j, dy, dx, b] = sum_p dY[p - dy * W - dx, j] * A[p, b]
 
-over the shifted pixels that stay inside the image. In the weight gradient A stays where it is and dY is shifted; a
-program takes the three taps of one dy, BLOCK channels and WIDTH outputs, and a range of rows, whose partial result
-it leaves. Further programs complete dZ, which they have nothing to do with:
+The sums are over the shifted pixels that stay inside the image. In the weight gradient A stays where it is and dY is
+shifted. A program takes the three taps of one dy, BLOCK channels, WIDTH outputs and a range of rows. It leaves the
+range's partial result. Further programs of the same launch complete dZ, which this product does not read:
 
     dZ = scale * D + (P + 2 * Q * (Z - mean)) / count
 """

@@ -3,8 +3,9 @@
     P[q, c] = 1/4 sum_{4 pixels p of window q} relu((F[p, c] - mean_c) * scale_c + shift_c)
     out[q, j] = sum_c P[q, c] * W[j, c]  (+ bias_j)
 
-Pooling and the product are linear and commute, so the pooling comes first: a quarter of the multiplications. In 16 bits
-P is multiplied in two parts, what it is rounded to and what the rounding lost: stock rounds the product alone.
+Pooling and the product are linear and commute. So the pooling comes first, which leaves a quarter of the
+multiplications. In 16 bits P is multiplied in two parts: P as rounded, and what the rounding lost. Stock rounds the
+product alone.
 """
 
 import triton

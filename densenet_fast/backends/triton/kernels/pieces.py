@@ -1,5 +1,5 @@
 """Device functions that the kernels share: which tile a program makes, normalisation, statistics and sums of a tile,
-completed columns, and where windows start."""
+completion of columns, and where windows start."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def tile_of_program(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_affine(mean, rstd, bias, weight, columns, inside, WEIGHTED: tl.constexpr):
-    """Rows [1, n] of mean, scale = weight * rstd and shift; zeros, which normalise to zero, outside."""
+    """Rows [1, n] of mean, scale = weight * rstd and shift. Columns outside have zeros, which normalise to zero."""
     m = tl.load(mean + columns, mask=inside, other=0.0)
     s = tl.load(rstd + columns, mask=inside, other=0.0)
     t = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -52,11 +52,11 @@ def bn_relu(x, mean, scale, shift):
 
 @triton.jit
 def settled(total):
-    """``total``, a product's sum, when it is complete: for products whose first operand is made in registers.
+    """``total``, a product's sum, when it is complete. For products whose first operand is made in registers.
 
-    On sm_90 products are asynchronous, and Triton makes the next iteration's operand in registers that the last one's
-    product may still read (triton issue 9433); for a sum that is used it has to wait. Triton's interpreter has no
-    inline assembler, and no need of it.
+    On sm_90 products are asynchronous. Triton makes the next iteration's operand in registers that the last one's
+    product may still read (triton issue 9433). For a sum that is used it has to wait. Triton's interpreter has no
+    inline assembler and needs none.
     """
     if COMPILED:
         total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
@@ -65,10 +65,10 @@ def settled(total):
 
 @triton.jit
 def beside(x, product):
-    """``x`` as it is, laid out over threads as ``product`` is, which it waits for; for half precision.
+    """``x`` as it is, laid out over the threads as ``product`` is. It waits for the product. For half precision.
 
-    Triton lays an operand out as it was loaded, and what is computed with a product as the product is: what both need
-    is computed twice. Of ``x`` from here it is computed once. The interpreter has no layouts.
+    Triton lays an operand out as it was loaded, and a product's companions as the product. What both need is computed
+    twice. From the ``x`` that this returns it is computed once. The interpreter has no layouts.
     """
     if COMPILED and x.dtype.primitive_bitwidth == 16:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r", [x, product], dtype=x.dtype, is_pure=True, pack=2)
@@ -77,8 +77,8 @@ def beside(x, product):
 
 @triton.jit
 def store_statistics(stored, partials, tile, columns, count, num_columns, inside_rows, inside_columns):
-    """partials [tiles, 2, num_columns]: the mean of the ``count`` rows inside and their squared deviations' sum, of the
-    values as stored."""
+    """Stores the mean and the sum of squared deviations of the ``count`` rows inside, of the values as stored, into
+    partials [tiles, 2, num_columns]."""
     values = tl.where(inside_rows[:, None], stored.to(tl.float32), 0.0)
     mean = tl.sum(values, 0) / count
     deviation = tl.where(inside_rows[:, None], values - mean[None, :], 0.0)
@@ -97,8 +97,8 @@ def add_bias(total, bias, columns, inside, BIAS: tl.constexpr):
 
 @triton.jit
 def store_result(total, out, ld_out, place, M, N, partials, STATISTICS: tl.constexpr):
-    """``total`` into out [M, N], rows ld_out apart, at the ``place`` that :func:`tile_of_program` returned; if
-    STATISTICS, those of the values as stored into partials [row tiles, 2, N]."""
+    """Stores ``total`` into out [M, N], rows ld_out apart, at the ``place`` that :func:`tile_of_program` returned. If
+    STATISTICS, stores the tile's statistics into partials [row tiles, 2, N]."""
     tile, rows, columns, inside_rows, inside_columns = place
     stored = total.to(out.dtype.element_ty)
     valid = inside_rows[:, None] & inside_columns[None, :]
@@ -110,14 +110,14 @@ def store_result(total, out, ld_out, place, M, N, partials, STATISTICS: tl.const
 
 @triton.jit
 def store_sums(sum_d, sum_dx, row, columns, num_columns, inside_columns):
-    """The two column sums of a tile into two adjacent rows of ``num_columns``, from pointer ``row``."""
+    """Stores the two column sums of a tile into two adjacent rows of ``num_columns``, from pointer ``row`` on."""
     tl.store(row + columns, sum_d, mask=inside_columns)
     tl.store(row + num_columns + columns, sum_dx, mask=inside_columns)
 
 
 @triton.jit
 def sum_rows(partials, tiles, length, columns, inside, LANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum of ``tiles`` rows of partial results, ``length`` apart: of ``columns``."""
+    """The sums of ``columns`` over ``tiles`` rows of partial results, which stand ``length`` apart."""
     lane = tl.arange(0, LANES)
     total = tl.zeros((LANES, COLUMNS), tl.float32)
     for start in range(0, tiles, LANES):
@@ -158,7 +158,7 @@ def complete(
 
 @triton.jit
 def top_left(windows, H, W):
-    """The first pixel of each 2x2 window, as an int64 row of F, with windows numbered over [N, H // 2, W // 2]."""
+    """The first pixel of each 2x2 window, as an int64 row of F. Windows are numbered over [N, H // 2, W // 2]."""
     height, width = H // 2, W // 2
     image, y, x = windows // (height * width), windows // width % height, windows % width
     return (image.to(tl.int64) * H + 2 * y) * W + 2 * x
