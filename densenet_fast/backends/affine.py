@@ -13,12 +13,13 @@ from densenet_fast.backends.inputs import Fixed
 
 
 class Affine(NamedTuple):
-    """``relu(bn(x)) = relu((x - mean) * scale + bias)`` with ``scale = weight * rstd``, or ``rstd`` where there is no
-    weight; one value per column. ``mean`` and ``rstd`` are in the accumulation dtype, ``bias`` and ``weight`` in that
-    or in x's.
+    """What normalises the columns of a matrix x: ``bn(x) = (x - mean) * scale + bias`` with ``scale = weight * rstd``.
 
-    The centred form keeps full precision where a column's mean is large against its deviation, which ``x * s + t`` with
-    ``t = bias - mean * s`` does not.
+    Without a weight, ``scale = rstd``. Each vector has one value per column. ``mean`` and ``rstd`` are in the
+    accumulation dtype; ``bias`` and ``weight`` are in that dtype or in x's.
+
+    The centred form keeps full precision where a column's mean is large against its deviation. ``x * s + t`` with
+    ``t = bias - mean * s`` would not.
     """
 
     mean: Tensor
@@ -37,11 +38,12 @@ class Affine(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """Where the gradients through one normalisation go, from sum D and sum D * (x - mean); None: not asked for.
+    """Where the gradients through one normalisation of x are written. They follow from sum D and sum D * (x - mean).
 
-    ``after`` are the gradients P and Q with respect to the batch's mean and variance, [columns] each, ``before`` those
-    of the other readers so far, zero if None, which may be the same memory; ``weight`` and ``bias`` those with respect
-    to the normalisation's, each in the dtype of its tensor.
+    ``after`` are the gradients P and Q with respect to the batch's mean and variance, [columns] each. ``before`` are
+    those of the other readers of x so far, zero if None; they may have the memory of ``after``. ``weight`` and ``bias``
+    are the gradients with respect to the normalisation's weight and bias, each in the dtype of its tensor. What is None
+    is not asked for.
 
         P = P_before - scale * sum D;   Q = Q_before - scale * rstd^2 * sum D * (x - mean) / 2
         weight = rstd * sum D * (x - mean);   bias = sum D
@@ -53,7 +55,7 @@ class Reader(NamedTuple):
     bias: Tensor | None
 
     def read(self, sums: tuple[Tensor, Tensor], affine: Affine) -> None:
-        """Writes them, on torch ops."""
+        """Writes the gradients, by torch operations."""
         d, dx = sums
         if self.after is not None:
             scale = affine.scale
@@ -67,7 +69,8 @@ class Reader(NamedTuple):
 
 
 def read(sums: tuple[Tensor, Tensor] | None, affine: Affine, reader: Reader | None) -> tuple[Tensor, Tensor] | None:
-    """Gives the sums to the ``reader``, if there is one; what a backward kernel returns for them."""
+    """Gives the sums to the ``reader``, if there is one. Returns what a backward function returns for the sums: None if
+    the reader has them."""
     if reader is None or sums is None:
         return sums
     reader.read(sums, affine)
@@ -75,8 +78,10 @@ def read(sums: tuple[Tensor, Tensor] | None, affine: Affine, reader: Reader | No
 
 
 class Statistics(NamedTuple):
-    """Where a kernel writes the statistics of what it stored, [columns] each, adjacent, in the accumulation dtype:
-    mean, biased variance and rstd = rsqrt(var + eps)."""
+    """Where a kernel writes the statistics of what it stored: mean, biased variance and rstd = rsqrt(var + eps).
+
+    Each is [columns], its values adjacent, in the accumulation dtype.
+    """
 
     mean: Tensor
     var: Tensor
@@ -84,13 +89,16 @@ class Statistics(NamedTuple):
     eps: float
 
     def of(self, columns: slice) -> "Statistics":
-        """The part for a range of columns."""
+        """The statistics of a range of columns."""
         return Statistics(self.mean[columns], self.var[columns], self.rstd[columns], self.eps)
 
 
 class Job(NamedTuple):
-    """A vector or a weight that is made before the kernels run: ``target`` becomes a copy of ``source`` in target's
-    dtype and layout ("copy"), ``1 / sqrt(source + eps)`` ("rstd"), or zero ("zero")."""
+    """A vector or a weight that is made before the kernels run.
+
+    By its ``kind``, ``target`` becomes a copy of ``source`` in target's dtype and layout ("copy"),
+    ``1 / sqrt(source + eps)`` ("rstd"), or zero ("zero").
+    """
 
     kind: str
     target: Tensor
@@ -99,8 +107,8 @@ class Job(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The running statistics of a normalisation, updated in place by columns ``start``... of packed batch statistics;
-    ``momentum`` None averages cumulatively by ``batches``."""
+    """The running statistics of a normalisation. They are updated in place, by the batch statistics that stand from
+    column ``start`` on. Without a ``momentum`` they become averages over all ``batches``."""
 
     mean: Tensor
     var: Tensor
@@ -110,8 +118,8 @@ class Running(NamedTuple):
 
 
 class RunningStatistics(tuple[Running, ...]):
-    """Those that one call updates. ``vectors`` are the means and variances by turns, ``counters`` the ``batches`` of
-    those that have one."""
+    """The running statistics that one call updates. ``vectors`` are the means and variances by turns. ``counters`` are
+    the ``batches`` of those that have such a counter."""
 
     def __init__(self, running: Iterable[Running]) -> None:
         self.vectors = Fixed(t for r in self for t in (r.mean, r.var))
@@ -131,9 +139,10 @@ class RunningStatistics(tuple[Running, ...]):
 
     @functools.cached_property
     def table(self) -> Tensor:
-        """All but addresses, for the compiled kernels: int64 [n, 6] on the CPU, of each the start, the columns, the
-        places of the mean's and the variance's dtype in ``DTYPES``, the bits of the momentum, which is NaN for a
-        cumulative average, and whether it has a counter.
+        """What the compiled kernels need besides addresses: int64 [n, 6] on the CPU.
+
+        A row has the start, the number of columns, the places of the mean's and the variance's dtype in ``DTYPES``, the
+        bits of the momentum, which is NaN for a cumulative average, and whether there is a counter.
 
         Raises:
             RuntimeError: a vector or a counter has another form than :class:`Running` says, or another device.
@@ -144,8 +153,8 @@ class RunningStatistics(tuple[Running, ...]):
 
 
 class Update(NamedTuple):
-    """Running statistics, and the batch statistics that they are updated with: packed mean and biased variance, over
-    ``count`` rows, an int or a float64 scalar on the device."""
+    """Running statistics, and the batch statistics that update them: packed means and biased variances over ``count``
+    rows. The count is an int, or a float64 scalar on the device."""
 
     running: Sequence[Running]
     mean: Tensor
@@ -169,7 +178,7 @@ def _row(running: Running) -> bytes:
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""What vectors may have, in the order of ``Type`` in csrc/cuda/kernels.h."""
+"""The dtypes that vectors may have, in the order of ``Type`` in csrc/cuda/kernels.h."""
 
 NO_STATISTICS = (None, None, None, 0.0)
 """What the compiled kernels take in the place of statistics that are not asked for."""
@@ -179,8 +188,8 @@ NO_VECTORS = (None, None, None)
 
 
 class ThroughStatistics(NamedTuple):
-    """What completes the gradient of a matrix x [M, n] that was normalised by its batch: the gradients ``p`` and ``q``
-    with respect to its ``mean`` and variance, [n] each, over ``count`` rows."""
+    """What completes the gradient of a matrix x [M, n] that was normalised by its batch statistics. ``p`` and ``q`` [n]
+    are the gradients with respect to its ``mean`` and its variance, which are over ``count`` rows."""
 
     x: Tensor
     mean: Tensor
@@ -190,8 +199,8 @@ class ThroughStatistics(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """Columns of a gradient matrix that are completed as soon as P and Q are known: by what, and where to. The reader's
-    ``before`` and ``after`` must then be different memory."""
+    """Columns of a gradient matrix that are completed as soon as P and Q are known. ``through`` is what completes them,
+    ``out`` where the result is written. The reader's ``before`` and ``after`` must then be different memory."""
 
     columns: slice
     through: ThroughStatistics
@@ -199,8 +208,9 @@ class Completion(NamedTuple):
 
 
 class Unfinished:
-    """What the backward pass of a layer's 3x3 product leaves to that of its 1x1 product: the completion of the gradient
-    between them, and sums of partial results that only the backend which left them knows."""
+    """What the backward pass of a layer's 3x3 convolution leaves to that of its 1x1 convolution. ``through`` is the
+    completion of the gradient between them. ``sums`` are partial results to be added up; only the backend that left
+    them knows their form."""
 
     def __init__(self, through: ThroughStatistics | None) -> None:
         self.through = through
@@ -208,7 +218,7 @@ class Unfinished:
 
 
 def empty_statistics(like: Tensor, columns: int, eps: float) -> Statistics:
-    """Uninitialised ones, for values of the dtype and on the device of ``like``."""
+    """Uninitialised statistics, for values of the dtype and on the device of ``like``."""
     dtype = accumulation_dtype(like.dtype)
     return Statistics(*(like.new_empty(columns, dtype=dtype) for _ in range(3)), eps)
 
@@ -219,10 +229,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def normalise(x: Tensor, affine: Affine) -> Tensor:
-    """bn(x) [M, C] in the accumulation dtype, on torch ops."""
+    """bn(x) [M, C] in the accumulation dtype, by torch operations."""
     return torch.addcmul(affine.bias.to(affine.mean.dtype), x.to(affine.mean.dtype) - affine.mean, affine.scale)
 
 
 def bn_relu(x: Tensor, affine: Affine) -> Tensor:
-    """relu(bn(x)) [M, C] in x's dtype, on torch ops."""
+    """relu(bn(x)) [M, C] in x's dtype, by torch operations."""
     return normalise(x, affine).relu_().to(x.dtype)

@@ -1,4 +1,4 @@
-"""Where temporaries stand in one allocation, by the time in which each is needed."""
+"""Where temporary tensors stand in one allocation, by the time in which each is needed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,9 +18,10 @@ class Lifetime(NamedTuple):
 
 
 def layout(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
-    """The offset of each, aligned, and the size of all: none that overlap in time overlap in memory.
+    """Returns an aligned offset for each, and the size of all together. What overlaps in time does not overlap in
+    memory.
 
-    The largest comes first, each in the first gap that it fits into.
+    The largest are placed first, each in the first gap that it fits into.
     """
     offsets, end = [0] * len(lifetimes), 0
     placed: list[int] = []
@@ -37,5 +38,5 @@ def layout(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
 
 
 def aligned(size: int) -> int:
-    """``size`` rounded up."""
+    """``size`` rounded up to a multiple of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -314,7 +314,7 @@ cpu = Cpu()
 
 
 def _finish(out: Tensor, statistics: Statistics | None, mask: Tensor | None, keep_scale: float) -> None:
-    """New columns out [M, k] after dropout, and their statistics."""
+    """Drops values of the new columns out [M, k], if there is a mask, and writes their statistics if asked for."""
     if mask is not None:
         kernels.cpu_dropout(out, to_matrix(mask), keep_scale)
     if statistics is not None:

@@ -86,7 +86,7 @@ class Cuda(Aten):
         statistics: Statistics | None = None,
     ) -> None:
         """Where torch convolves, dropout and statistics are still one pass of our own over what it made."""
-        products = triton if _products(x) is triton else super()
+        products: Any = triton if _products(x) is triton else super()
         products.bn_relu_conv3x3(
             x, affine, weight, bias, grid, out, mask=mask, keep_scale=keep_scale, statistics=statistics
         )

@@ -18,7 +18,7 @@ MINIMUM_CAPABILITY = (8, 0)
 MOST_PIXELS = (1 << 30) - 1
 
 RESIDENT = 2
-"""Blocks of a gradient's kernel that are made for each multiprocessor, which has room for so many."""
+"""How many blocks of a gradient's kernel are made for each multiprocessor, which has room for them."""
 
 kernels = torch.ops.densenet_fast
 
@@ -61,7 +61,7 @@ def bn_relu_conv3x3(
 def grad_input(
     grad: Tensor, z: Tensor, affine: Affine, weight: Tensor, grid: tuple[int, ...], scaled: Tensor, processors: int
 ) -> Tensor:
-    """``scaled`` [M, B] = scale * D; returns partial sums [blocks, 2 * B] of D and of D * (z - mean)."""
+    """Writes ``scaled`` [M, B] = scale * D. Returns partial sums [blocks, 2 * B] of D and of D * (z - mean)."""
     channels = z.shape[1]
     if z.is_meta:
         return z.new_empty(1, 2 * channels, dtype=torch.float32)
@@ -81,8 +81,8 @@ def grad_weight(
     dz: Tensor | None,
     processors: int,
 ) -> Tensor:
-    """Partial products [ranges, k * 9 * B], in the order of a weight [k, 3, 3, B]; completes dz [M, B], if it is to go
-    ``through`` z's statistics."""
+    """Returns partial products [ranges, k * 9 * B], in the order of a weight [k, 3, 3, B]. Also completes dz [M, B], if
+    it is to go ``through`` z's statistics."""
     if z.is_meta:
         return z.new_empty(1, 9 * grad.shape[1] * z.shape[1], dtype=torch.float32)
     resident, stream = processors * RESIDENT, cuda_kernels.stream_of(z)

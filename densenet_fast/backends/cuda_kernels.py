@@ -130,14 +130,14 @@ def _new_sums(affine: Affine) -> Sums:
 
 
 def _asked(reader: Reader | None, sums: Sums | None) -> tuple[Tensor | None, ...]:
-    """What a backward op takes in the place of a reader and of the sums."""
+    """The arguments of a backward op that say what it writes: a reader's vectors, or the sums."""
     before, after, weight, bias = reader or Reader(None, None, None, None)
     none = (None, None)
     return *(before or none), *(after or none), weight, bias, *(sums or none)
 
 
 def prepare(jobs: Sequence[Job]) -> None:
-    """One launch for 64 jobs, in no order."""
+    """Makes one launch for 64 jobs, which run in no order."""
     if not jobs:
         return
     copies, rstds, zeros = ([job for job in jobs if job.kind == kind] for kind in ("copy", "rstd", "zero"))
@@ -155,8 +155,8 @@ def prepare(jobs: Sequence[Job]) -> None:
 
 
 def update_running_statistics(updates: Sequence[Update]) -> None:
-    """One launch for 64 normalisations. What it changes is given by address, for hundreds of tensors would take longer
-    to hand over than to update."""
+    """Makes one launch for 64 normalisations. The tensors that it changes are given by their addresses: to hand over
+    hundreds of tensors would take longer than to update them."""
     updates = [u for u in updates if u.running]
     if not updates:
         return

@@ -1,4 +1,5 @@
-"""What an op is called with: its tensors apart from all else, which decides with their forms what it does."""
+"""The inputs of an op: its tensors, and apart from them all else. What the op does depends on all else and on the forms
+of the tensors."""
 
 import functools
 import itertools
@@ -15,7 +16,7 @@ Made = TypeVar("Made")
 
 
 class Constants(tuple[Any, ...]):
-    """A tuple of hundreds, hashed once."""
+    """A tuple of hundreds of values, whose hash is computed once."""
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -30,12 +31,12 @@ class Fixed(list[Any]):
 
     @functools.cached_property
     def holds_others(self) -> bool:
-        """As :func:`holds_others` has it."""
+        """What :func:`holds_others` returns for this list."""
         return holds_others([*self])
 
     @functools.cached_property
     def parted(self) -> tuple[Sequence[Tensor], Constants]:
-        """As :func:`parted` has it."""
+        """What :func:`parted` returns for this list."""
         tensors, constants = _parted(self)
         return tensors, Constants(constants)
 
@@ -44,7 +45,7 @@ class Fixed(list[Any]):
         return {}
 
     def made(self, kind: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` makes of this for one ``kind`` of call. It is kept, for sixteen kinds."""
+        """What ``make`` makes of this list for one ``kind`` of call. The results of sixteen kinds are kept."""
         if kind not in self._made:
             if len(self._made) >= 16:
                 self._made.clear()
@@ -56,7 +57,7 @@ class Fixed(list[Any]):
         return self.parted[0]
 
     def restored(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """This with the ``tensors`` that were :meth:`saved`, which may be others by now."""
+        """This list with ``tensors`` in the places of those that were :meth:`saved`; they may be others by now."""
         if all(map(operator.is_, self.saved(), tensors)):
             return self
         left = iter(tensors)
@@ -68,7 +69,7 @@ KNOWN = {*TENSORS, bool, int, float, str, *LISTS}
 
 
 def holds_others(values: Sequence[Any]) -> bool:
-    """Whether a subclass of Tensor is among ``values`` and those of lists among them."""
+    """Whether a subclass of Tensor is among ``values``, or in a list among them."""
     kinds = {*map(type, values)}
     if not kinds <= KNOWN and any(issubclass(kind, Tensor) for kind in kinds - KNOWN):
         return True
@@ -78,7 +79,8 @@ def holds_others(values: Sequence[Any]) -> bool:
 
 
 def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The tensors among ``inputs``, in order, and all else, hashable: 1, 1.0 and True differ. An op has hundreds."""
+    """Returns the tensors among ``inputs``, in order, and all else as a tuple that can be hashed, where 1, 1.0 and True
+    differ. An op has hundreds of inputs."""
     tensors: list[Tensor] = []
     constants: list[Any] = []
     for value in inputs:

@@ -36,7 +36,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def are_dense(tensors: Sequence[Tensor]) -> bool:
-    """:func:`is_dense` of all of hundreds."""
+    """Whether all of hundreds of tensors are dense, as :func:`is_dense` says of one."""
     return all(map(is_dense, itertools.compress(tensors, map(operator.not_, map(Tensor.is_contiguous, tensors)))))
 
 
@@ -59,6 +59,6 @@ def empty_image(like: Tensor, grid: tuple[int, ...], channels: int) -> Tensor:
 
 
 def as_output(view: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
-    """The same memory as no view: callers may not change in place a view that a custom op returns. ``strides`` may
-    differ from the view's where its size is one."""
+    """The memory of ``view`` as a tensor that is not a view: callers may not change in place a view that a custom op
+    returns. ``strides`` may differ from the view's where a size is one."""
     return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, strides or view.stride())

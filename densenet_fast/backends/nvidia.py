@@ -17,7 +17,7 @@ _this_thread = _ThisThread()
 
 @contextlib.contextmanager
 def standing_in(device: torch.device) -> Iterator[None]:
-    """Backends take this thread's CPU tensors for tensors on ``device``: nothing of theirs is computed."""
+    """Meanwhile backends take this thread's CPU tensors for tensors on ``device``. Nothing is computed on them."""
     before, _this_thread.device = _this_thread.device, device
     try:
         yield
@@ -26,14 +26,14 @@ def standing_in(device: torch.device) -> Iterator[None]:
 
 
 def meant(device: torch.device) -> torch.device:
-    """What tensors on ``device`` stand in for, or itself."""
+    """The device that tensors on ``device`` stand in for, or ``device`` itself."""
     found = _this_thread.device
     return found if found is not None and device.type == "cpu" else device
 
 
 @functools.cache
 def obstacle(index: int, minimum: tuple[int, int]) -> str | None:
-    """Why GPU ``index`` is not one of them, or None."""
+    """Why kernels of this ``minimum`` compute capability cannot run on GPU ``index``, or None."""
     capability = torch.cuda.get_device_capability(index)
     if capability >= minimum:
         return None
@@ -46,7 +46,7 @@ def obstacles(minimum: tuple[int, int]) -> list[str | None]:
 
 
 def unavailable(minimum: tuple[int, int]) -> str | None:
-    """Why there is none of them, or None."""
+    """Why they can run on no GPU here, or None."""
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -56,7 +56,7 @@ def unavailable(minimum: tuple[int, int]) -> str | None:
 
 
 def serves(device: torch.device, minimum: tuple[int, int]) -> bool:
-    """Whether ``device`` is one of them."""
+    """Whether they can run on ``device``."""
     if device.type != "cuda" or torch.version.hip:
         return False
     return obstacle(torch.cuda.current_device() if device.index is None else device.index, minimum) is None

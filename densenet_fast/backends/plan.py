@@ -73,20 +73,23 @@ class Plan:
             weakref.finalize(self, kernels.cuda_forget_plan, self._handle).atexit = False
 
     def run(self, inputs: Sequence[Any]) -> Any | None:
-        """What the body returns on ``inputs``, whose constants are those of the plan; None, and nothing launched, where
-        a tensor's shape, strides, dtype, device or alignment is another. Not where Triton's kernels are interpreted."""
+        """Returns what the body returns on ``inputs``, whose constants are those of the plan.
+
+        Where a tensor's shape, strides, dtype, device or alignment is another, it returns None and launches nothing. It
+        is not for interpreted Triton kernels.
+        """
         return self.replay(list(tensors_in(inputs)))
 
     def replay(self, tensors: list[Tensor]) -> Any | None:
-        """The same from the tensors among the inputs."""
+        """The same as :meth:`run`, from the tensors among the inputs."""
         outputs = kernels.cuda_call(self._handle, tensors, nvidia.current_stream(self.device))
         if not outputs:
             return None
         return self._returned(tensors, outputs)
 
     def interpret(self, inputs: Sequence[Any], poison: bool = False) -> Any:
-        """The same on CPU tensors, launch by launch: in Triton's interpreter or by Triton's own launcher, and in the
-        emulation of the compiled library; with ``poison`` all of the arena that a launch has no use for is NaN."""
+        """The same on CPU tensors, launch by launch: Triton's kernels in its interpreter or by its own launcher, those
+        in CUDA C++ in the emulation. With ``poison``, the parts of the arena that a launch has no use for are NaN."""
         tensors = list(tensors_in(inputs))
         outputs, memory = self._allocate()
         for t in (*outputs, memory) if poison else ():
@@ -98,7 +101,7 @@ class Plan:
         return self._returned(tensors, outputs)
 
     def launch(self, i: int, tensors: list[Tensor], outputs: list[Tensor], memory: Tensor) -> None:
-        """Makes launch ``i`` by itself, without this plan's replay."""
+        """Makes launch ``i`` alone, without the plan's replay."""
         step, buffers = self.steps[i], [*tensors, *outputs, memory]
         if isinstance(step, Launch):
             launch.run(step._replace(arguments=replaced(step.arguments, lambda view: view.of(buffers), View)))
@@ -133,7 +136,7 @@ def unavailable() -> str | None:
 
 
 def make(body: Callable[..., Any], inputs: Sequence[Any], device: torch.device) -> Plan:
-    """The plan of ``body(*inputs)``, the tensors among the inputs, in lists or not, on ``device``.
+    """The plan of ``body(*inputs)``. All tensors among the inputs, also those in lists, are on ``device``.
 
     Raises:
         Unplannable: there is none, and why.
@@ -161,8 +164,11 @@ CHANGED = Unplannable("an input changed while it was looked at, or two signature
 
 
 def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unplannable:
-    """What ``body(*inputs)`` returns, by its plan, or why there is none. For inputs of a kind that was not met before
-    there is none: to make a plan takes longer than a walk, and images of ever new sizes would not be worth it."""
+    """Returns what ``body(*inputs)`` returns, by its plan, or why there is no plan.
+
+    Inputs of a kind that comes for the first time get no plan: to make one takes longer than a walk, and for images of
+    ever new sizes that would not pay.
+    """
     tensors, constants = parted(inputs)
     kind = name, constants, settings(tensors[0])
     alike = *kind, tensors[0].shape
@@ -187,7 +193,7 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unp
 
 
 def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan | Unplannable:
-    """The plan of the body called ``name`` for inputs like ``inputs``, or why there is none; made once.
+    """The plan of the body called ``name`` for inputs like ``inputs``, or why there is none. It is made once.
 
     Whether a tensor requires a gradient makes no difference: a body does not see it.
     """
@@ -220,8 +226,8 @@ def settings(x: Tensor) -> tuple[Any, ...]:
 
 
 def calls(recording: Recording, device: torch.device) -> list[Call | None]:
-    """The launches as the driver takes them; compiles what is not yet compiled. None of Triton's where they are
-    interpreted."""
+    """The launches as the driver takes them. Kernels that are not compiled yet are compiled. A launch of an interpreted
+    Triton kernel is None."""
     triton = [] if config.interpreted() else [s for s in recording.steps if isinstance(s, Launch)]
     launch.compile_all(triton, device)
     checked: set[int] = set()
@@ -238,7 +244,8 @@ def _native_call(step: Native, recording: Recording) -> Call:
 
 
 def _triton_call(item: Launch, recording: Recording, checked: set[int]) -> Call | None:
-    """Checks the parameters of functions that are not in ``checked``, and adds them."""
+    """A launch of Triton's as the driver takes it. The parameters of a function that is not in ``checked`` are checked,
+    and it is added there."""
     if config.interpreted():
         return None
     compiled = launch.compiled(item)

@@ -1,6 +1,7 @@
-"""What knows that a matrix's rows are pixels, on torch ops, for the backends that leave it to torch.
+"""Convolution and pooling by torch operations, for the backends that leave them to torch.
 
-The 3x3 convolution, the 2x2 mean and the maximum over windows of 3, in 1, 2 or 3 dimensions; ``grid`` is (N, *spatial).
+These are the 3x3 convolution, the 2x2 mean and the maximum over windows of 3, in 1, 2 or 3 dimensions. They alone have
+to know that the rows of a matrix are the pixels of images: ``grid`` is (N, *spatial).
 """
 
 import itertools
@@ -24,7 +25,7 @@ def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, ..
 def convolve_backward(
     grad: Tensor, a: Tensor, weight: Tensor, grid: tuple[int, ...], need_input: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From grad [M, k] the gradients of a [M, B], dense, and of weight, None where not needed."""
+    """Returns the gradients of a [M, B], dense, and of the weight, for grad [M, k]. One that is not needed is None."""
     ones = [1] * (len(grid) - 1)
     needs = [need_input, need_weight, False]
     grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -40,7 +41,8 @@ def pool(a: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def unpool(grad: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """From the gradient [M', C] of :func:`pool`'s result that of its input: [M, C], zero where a pixel was dropped."""
+    """Returns the gradient [M, C] of :func:`pool`'s input, from that of its result [M', C]. It is zero where a pixel
+    was dropped."""
     batch, *spatial = grid
     pooled = to_image(grad, (batch, *(size // 2 for size in spatial)))
     spread = F.interpolate(pooled, scale_factor=2, mode="nearest") / 2 ** len(spatial)
@@ -49,8 +51,10 @@ def unpool(grad: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def max_pool(a: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Maxima over windows of 3 at distance 2, padded by 1, of a [M, C], and their positions in their windows, counted
-    from 0, as uint8: [M', C] each."""
+    """Returns the maxima of a [M, C] over windows of 3 at distance 2, padded by 1, and their positions: [M', C] each.
+
+    A position is uint8; it counts within its window, from 0.
+    """
     batch, *spatial = grid
     maximum = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(spatial) - 1]
     out, index = maximum(to_image(a, grid), 3, 2, 1, return_indices=True)
@@ -63,8 +67,10 @@ def max_pool(a: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def max_unpool(grad: Tensor, position: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """From the gradient [M', C] of :func:`max_pool`'s result that of its input: [M, C]. Input u of a dimension is at
-    place i of output o's window where u = 2 * o - 1 + i."""
+    """Returns the gradient [M, C] of :func:`max_pool`'s input, from that of its result [M', C].
+
+    Input u of a dimension is at place i of output o's window where u = 2 * o - 1 + i.
+    """
     batch, *spatial = grid
     pooled = pooled_sizes(spatial)
     grad, position = (to_image(t, (batch, *pooled)) for t in (grad, position))

@@ -30,11 +30,11 @@ kernels = torch.ops.densenet_fast
 
 
 class Unplannable(Exception):
-    """Why there is no plan of some code: it does more than to allocate, take views and launch kernels, say."""
+    """Why there is no plan of some code. It does more than to allocate, take views and launch kernels, for example."""
 
 
 class Place(NamedTuple):
-    """An address: the allocation it lies in and how many bytes behind its start."""
+    """Where an address lies: in which allocation, and how many bytes behind its start."""
 
     allocation: "Allocation"
     offset: int
@@ -48,7 +48,7 @@ class Allocation:
         self.shape, self.stride, self.dtype = like.shape, like.stride(), like.dtype
 
     def take_form_of(self, t: Tensor) -> None:
-        """Takes shape and strides of ``t``, no view and with the same memory, if that is all of this."""
+        """Takes the shape and strides of ``t``, if ``t`` is no view and has the dtype and the size of the whole."""
         if t.dtype == self.dtype and extent(t) == self.size and not t._is_view():
             self.shape, self.stride = t.shape, t.stride()
 
