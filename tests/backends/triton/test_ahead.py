@@ -26,8 +26,8 @@ META = torch.device("meta")
 
 @pytest.fixture
 def planned(monkeypatch):
-    """The launches of a network's step in bfloat16 on an H100, by plan; of its evaluation where it does not ``train``,
-    with ``gradients`` for a backward pass that does not come."""
+    """Plans the launches of a network's step in bfloat16 on an H100. Without ``train`` they are those of its
+    evaluation, with ``gradients`` one whose backward pass does not come."""
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(backends, "BACKENDS", (backend,))
 
@@ -61,8 +61,8 @@ def compilations():
 
 
 def test_compilations_of_densenet121(planned):
-    """At most 14 for the first step, 3 for an odd last batch, none for other sizes; inference's products without
-    statistics come on top."""
+    """There are at most 14 for the first step, 3 for an odd last batch and none for other sizes. Inference's products
+    without statistics come on top."""
     with absent_gpu(90):
         for most, step in ((14, (32,)), (3, (31,)), (0, (64,)), (0, (256,)), (0, (5, 160)), (5, (32, 224, False))):
             launches = planned(*step)
@@ -77,8 +77,8 @@ def test_compilations_of_densenet121(planned):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_launches_of_an_evaluation(planned, gradients):
-    """Two a layer and no statistics: its second normalisation and ReLU are the first product's. Where gradients may be
-    wanted they are a third, because their backward pass needs Z."""
+    """A layer has two and no statistics: the first product makes its second normalisation and ReLU. Where gradients may
+    be wanted these are a third launch, because the backward pass needs Z."""
     launches = planned(32, train=False, gradients=gradients)
     counts = Counter(item.name for item in launches)
     assert counts.pop("bn_relu_pool_conv1x1") == 3
@@ -98,7 +98,7 @@ def test_equal_variants_are_compiled_once_and_others_not(planned):
 
 @pytest.fixture
 def slow_compiler(monkeypatch):
-    """Kernels that take 0.6 s each, one after the other, when they are compiled first."""
+    """Each kernel takes 0.6 s when it is first compiled, one after the other."""
     pool, known = ThreadPoolExecutor(1), set()
 
     def compiled(item):

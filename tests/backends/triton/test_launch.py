@@ -14,7 +14,7 @@ NAMED = {name: i for i, name in enumerate(bn_relu.arg_names)}
 
 
 def test_arguments_stand_in_the_kernels_order():
-    """However a launch orders their names."""
+    """The order in which a launch names them makes no difference."""
     with launch.planning() as launches:
         launch.launcher(bn_relu)((1,), config.BN_RELU, **dict(reversed(NAMED.items())))
     ((_, grid, arguments, constants, tile),) = launches
@@ -33,14 +33,14 @@ def test_arguments_stand_in_the_kernels_order():
     ],
 )
 def test_a_wrong_name_is_an_error_of_the_first_launch(lost, added, message):
-    """That names the kernel and the argument."""
+    """The error names the kernel and the argument."""
     named = {name: i for name, i in NAMED.items() if name not in lost} | dict.fromkeys(added, 0)
     with launch.planning(), pytest.raises(TypeError, match=f"^bn_relu: expected each argument by its name, {message}"):
         launch.launcher(bn_relu)((1,), config.BN_RELU, **named)
 
 
 def test_a_name_given_twice_is_an_error():
-    """Python's, which names the kernel and the argument."""
+    """Python's own error names the kernel and the argument."""
     with launch.planning(), pytest.raises(TypeError, match=r"bn_relu\(\) got multiple values .* 'rstd'"):
         launch.launcher(bn_relu)((1,), config.BN_RELU, **NAMED, **{"rstd": 0})
 
