@@ -8,7 +8,7 @@ from triton.runtime import driver
 
 
 class AbsentGPU:
-    """A GPU of a generation, 80 for compute capability 8.0. Each has an index of its own: Triton keeps kernels by it."""
+    """A GPU of a generation, 80 for compute capability 8.0. Each has its own index, by which Triton keeps kernels."""
 
     indices = itertools.count()
 
