@@ -88,7 +88,8 @@ def sum_partials(
     p_before, q_before = before or (partials, partials)
     mean, rstd, _, norm_weight = (None,) * 4 if affine is None else affine
     others = grad_other = None
-    other_tiles, n_other, inputs, taps, tap_stride, channel_stride = 0, 0, 1, 1, 1, 1
+    other_tiles = n_other = 0
+    inputs = taps = tap_stride = channel_stride = 1
     if other is not None:
         others, grad_other, taps = other
         other_tiles, n_other = others.shape
@@ -96,18 +97,17 @@ def sum_partials(
         tap_stride, channel_stride = _strides(grad_other, taps, inputs)
         programs += tiles_of(n_other, many.columns)
     grad = x = out = None
-    first, width, rows, chunk_rows, count, lds = 0, 0, 0, 1, 1.0, (0, 0, 0)
+    first = width = rows = ld_grad = ld_x = ld_out = 0
+    chunk_rows, count = 1, 1.0
     if columns is not None:
         grad, x, (span, through, out) = columns
         first, width, rows, count = span.start, span.stop - span.start, x.shape[0], float(through.count)
-        lds = grad.stride(0), x.stride(0), out.stride(0)
+        ld_grad, ld_x, ld_out = grad.stride(0), x.stride(0), out.stride(0)
         column_tiles = tiles_of(width, completed.columns)
         parts, chunk_rows = config.chunks(device, rows, column_tiles)
         programs += parts * column_tiles
-    unit, matrix_unit, other_unit = (
-        math.gcd(*n, 16) for n in ((length, n_weight, channels), (first, width, *lds), (n_other,))
-    )
-    ld_grad, ld_x, ld_out = lds
+    unit, other_unit = math.gcd(length, n_weight, channels, 16), math.gcd(n_other, 16)
+    matrix_unit = math.gcd(first, width, ld_grad, ld_x, ld_out, 16)
     launch_sum_partials(
         (programs,),
         few,
