@@ -24,7 +24,7 @@ LEVELS = [
     ["backends.arena", "backends.contract"],
     ["backends.symbolic", "backends.spatial", "backends.extension", "backends.nvidia"],
     ["backends.aten", "backends.cuda_kernels"],
-    ["backends.cpu", "backends.cuda_conv3x3"],
+    ["backends.cpu", "backends.cuda_bn_relu_conv3x3"],
     ["backends.triton.config", "backends.triton.kernels", "backends.triton.hazards"],
     ["backends.triton.kernels.pieces", "backends.triton.launch"],
     [

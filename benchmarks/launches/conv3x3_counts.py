@@ -14,7 +14,7 @@ The weight's kernel also reads M B, scale * D, where it completes dZ ``through``
 
 from typing import NamedTuple
 
-from densenet_fast.backends.cuda_conv3x3 import RESIDENT
+from densenet_fast.backends.cuda_bn_relu_conv3x3 import RESIDENT
 from densenet_fast.backends.triton.config import Device
 from launches.counts import Counts, tiles_of
 from launches.triton_counts import FLOAT, padded

@@ -12,7 +12,7 @@ using Grid = std::vector<int64_t>;
 
 constexpr int64_t kTilesPerRange = 4;  // at least: a partial product costs as much traffic as a few tiles
 
-constexpr int64_t kMostPixels = INT32_MAX / 2;  // the same in cuda_conv3x3.py
+constexpr int64_t kMostPixels = INT32_MAX / 2;  // the same in cuda_bn_relu_conv3x3.py
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

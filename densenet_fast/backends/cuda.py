@@ -1,7 +1,7 @@
 """The backend in CUDA C++ for NVIDIA GPUs: what is bound by bandwidth, and the 3x3 convolution in half precision.
 
 The other products are Triton's where it serves the device and the dtype, else ``aten``'s. Triton's functions launch the
-3x3 convolution in CUDA C++ (``cuda_conv3x3``) where it is the faster.
+3x3 convolution in CUDA C++ (``cuda_bn_relu_conv3x3``) where it is the faster.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import cuda_conv3x3, cuda_kernels
+from densenet_fast.backends import cuda_bn_relu_conv3x3, cuda_kernels
 from densenet_fast.backends.affine import DTYPES, Affine, Statistics
 from densenet_fast.backends.aten import Aten, aten
 from densenet_fast.backends.contract import Backend
@@ -53,7 +53,7 @@ class Cuda(Aten):
     def has(self, function: str, dtype: torch.dtype, beside: Collection[Backend]) -> bool:
         """The 3x3 convolution is launched by Triton's functions."""
         if function.startswith("bn_relu_conv3x3"):
-            return dtype in cuda_conv3x3.DTYPES and triton in beside
+            return dtype in cuda_bn_relu_conv3x3.DTYPES and triton in beside
         return "conv" not in function and super().has(function, dtype, beside)
 
     channel_statistics = staticmethod(cuda_kernels.channel_statistics)

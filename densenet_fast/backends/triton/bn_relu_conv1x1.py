@@ -10,7 +10,6 @@ from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Columns,
     Sums,
-    adjacent,
     combine_statistics,
     dot_precision,
     finalise_gradient,
@@ -19,6 +18,7 @@ from densenet_fast.backends.triton.shared import (
     sum_partials,
     tiles_of,
     weight_gradient,
+    with_unit_column_stride,
 )
 
 launch_forward = launcher(forward.bn_relu_conv1x1)
@@ -35,7 +35,7 @@ def bn_relu_conv1x1(
     *,
     then: Affine | None = None,
 ) -> None:
-    x, weight = adjacent(x), weight.contiguous()
+    x, weight = with_unit_column_stride(x), weight.contiguous()
     (rows, channels), width = x.shape, weight.shape[0]
     tile = config.tile("bn_relu_conv1x1", config.device_of(x.device), x.dtype, width)
     columns = config.fit(width, tile.columns)
@@ -107,7 +107,7 @@ def bn_relu_conv1x1_backward(
         return None, None
     if unfinished is not None and unfinished.through is not None:
         grad = finalise_gradient(grad, unfinished.through, grad)
-    grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()
+    grad, x, weight = with_unit_column_stride(grad), with_unit_column_stride(x), weight.contiguous()
     channels, width = x.shape[1], weight.shape[0]
     partials = _partials(grad, x, affine, weight, grad_x if source is None else source, grad_x, need_input, need_weight)
     grad_weight = weight_gradient(like, width, channels, x) if need_weight else None

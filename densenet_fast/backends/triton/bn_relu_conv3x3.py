@@ -7,7 +7,7 @@ pass makes it again on the way to the input's gradient.
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import aten, cuda_conv3x3
+from densenet_fast.backends import aten, cuda_bn_relu_conv3x3
 from densenet_fast.backends.affine import Affine, Reader, Statistics, ThroughStatistics, Unfinished
 from densenet_fast.backends.spatial import convolve
 from densenet_fast.backends.triton import config
@@ -18,7 +18,6 @@ from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Product,
     Sums,
-    adjacent,
     append_features,
     combine_statistics,
     dot_precision,
@@ -27,6 +26,7 @@ from densenet_fast.backends.triton.shared import (
     or_unread,
     sum_partials,
     tiles_of,
+    with_unit_column_stride,
 )
 
 launch_bn_relu = launcher(rectification.bn_relu)
@@ -48,8 +48,8 @@ def bn_relu_conv3x3(
     statistics: Statistics | None = None,
 ) -> None:
     if config.convolution_in_cuda(x, weight.shape[0], grid):
-        return cuda_conv3x3.bn_relu_conv3x3(
-            adjacent(x),
+        return cuda_bn_relu_conv3x3.bn_relu_conv3x3(
+            with_unit_column_stride(x),
             affine,
             _taps_first(weight),
             bias,
@@ -141,12 +141,12 @@ def bn_relu_conv3x3_backward(
         return aten.bn_relu_conv3x3_backward(
             grad, x, affine, weight, grid, out, need_weight=need_weight, reader=reader, like=like
         )
-    grad, x, like = adjacent(grad), adjacent(x), evenly_laid(like)
+    grad, x, like = with_unit_column_stride(grad), with_unit_column_stride(x), evenly_laid(like)
     in_cuda, processors = config.convolution_in_cuda(x, grad.shape[1], grid), config.device_of(x.device).processors
     a = sums = None
     if out is not None:
         if in_cuda:
-            partials = cuda_conv3x3.grad_input(grad, x, affine, _taps_first(weight), grid, out, processors)
+            partials = cuda_bn_relu_conv3x3.grad_input(grad, x, affine, _taps_first(weight), grid, out, processors)
         else:
             a, partials = _conv3x3_grad_input(grad, x, affine, _taps_first(weight), grid, out, need_weight)
         sums = sum_partials(partials, None, x.shape[1], affine, reader)
@@ -156,7 +156,7 @@ def bn_relu_conv3x3_backward(
     if unfinished is not None and out is not None and unfinished.through is not None:
         through, unfinished.through = unfinished.through, None
     if in_cuda:
-        partials = cuda_conv3x3.grad_weight(grad, x, affine, grid, through, out, processors)
+        partials = cuda_bn_relu_conv3x3.grad_weight(grad, x, affine, grid, through, out, processors)
         product = _product(partials, grad.shape[1], x, like)
     else:
         product = _conv3x3_grad_weight(grad, _bn_relu(x, affine) if a is None else a, grid, like, through, out)
@@ -297,7 +297,7 @@ def _product(partials: Tensor, outputs: int, a: Tensor, like: Tensor | None) -> 
 
 def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
     """relu(bn(x)) [M, C], dense."""
-    x = adjacent(x)
+    x = with_unit_column_stride(x)
     rows, channels = x.shape
     tile = config.BN_RELU
     out = x.new_empty(rows, channels)

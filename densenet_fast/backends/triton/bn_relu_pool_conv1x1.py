@@ -12,7 +12,6 @@ from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Product,
     Sums,
-    adjacent,
     combine_statistics,
     dot_precision,
     float32,
@@ -21,6 +20,7 @@ from densenet_fast.backends.triton.shared import (
     sum_partials,
     tiles_of,
     weight_gradient,
+    with_unit_column_stride,
 )
 
 launch_forward = launcher(forward.bn_relu_pool_conv1x1)
@@ -37,7 +37,7 @@ def bn_relu_pool_conv1x1(
 ) -> Tensor:
     if config.pooling_by_torch(grid):
         return aten.bn_relu_pool_conv1x1(x, affine, weight, bias, grid, statistics)
-    x, weight = adjacent(x), weight.contiguous()
+    x, weight = with_unit_column_stride(x), weight.contiguous()
     channels, width, windows = x.shape[1], weight.shape[0], _windows(grid)
     tile = config.tile("bn_relu_pool_conv1x1", config.device_of(x.device), x.dtype, width)
     columns = config.fit(width, tile.columns)
@@ -97,7 +97,7 @@ def bn_relu_pool_conv1x1_backward(
         )
     if not need_input and not need_weight:
         return None, None, None
-    grad, x, weight = adjacent(grad), adjacent(x), weight.contiguous()
+    grad, x, weight = with_unit_column_stride(grad), with_unit_column_stride(x), weight.contiguous()
     (rows, channels), width, windows = x.shape, weight.shape[0], _windows(grid)
     tile = config.tile("bn_relu_pool_conv1x1_backward", config.device_of(x.device), x.dtype, channels)
     columns = config.fit(channels, tile.columns)

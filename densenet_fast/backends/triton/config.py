@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_fast.backends import cuda_conv3x3
+from densenet_fast.backends import cuda_bn_relu_conv3x3
 
 
 class Tile(NamedTuple):
@@ -247,7 +247,7 @@ def ranges(
 
 def convolution_in_cuda(x: Tensor, outputs: int, grid: tuple[int, ...]) -> bool:
     """Whether the kernels in CUDA C++ serve the 3x3 product of x [M, B] with ``outputs`` columns."""
-    if len(grid) != 3 or not cuda_conv3x3.serves(x):
+    if len(grid) != 3 or not cuda_bn_relu_conv3x3.serves(x):
         return False
     return outputs <= CONVOLUTION_IN_CUDA[device_of(x.device).generation]
 

@@ -214,7 +214,7 @@ def or_unread(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def adjacent(matrix: Tensor) -> Tensor:
+def with_unit_column_stride(matrix: Tensor) -> Tensor:
     """``matrix``, copied if its columns are not adjacent."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 

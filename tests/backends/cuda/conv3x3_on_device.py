@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backends.cuda.on_device import DEVICE, assert_statistics
-from densenet_fast.backends import aten, cuda_conv3x3
+from densenet_fast.backends import aten, cuda_bn_relu_conv3x3
 from densenet_fast.backends import cuda_kernels as kernels
 from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
 from densenet_fast.backends.triton import config
@@ -101,7 +101,7 @@ def test_forward(shape, dtype):
         statistics = empty_statistics(out, case.outputs, 1e-3) if asks else None
         given = (case.z, case.affine if affine else None, case.taps_first, bias, case.grid, out)
         options = dict(mask=keep, keep_scale=2.0, statistics=statistics, processors=PROCESSORS)
-        cuda_conv3x3.bn_relu_conv3x3(*given, **options)
+        cuda_bn_relu_conv3x3.bn_relu_conv3x3(*given, **options)
         references = (forward(case, d, bias, keep, affine) for d in (dtype, torch.float64))
         assert_near(out, *references)
         if asks:
@@ -128,14 +128,14 @@ def test_gradients(shape, dtype):
     buffer = torch.randn(case.rows, case.z.shape[1] + 8).to(dtype)
     before, scaled = buffer.clone(), buffer[:, 4:-4]
     given = (case.grad, case.z, case.affine)
-    sums = cuda_conv3x3.grad_input(*given, case.taps_first, case.grid, scaled, PROCESSORS)
+    sums = cuda_bn_relu_conv3x3.grad_input(*given, case.taps_first, case.grid, scaled, PROCESSORS)
     assert_near(scaled, stock[0], truth[0])
     assert torch.equal(buffer[:, :4], before[:, :4]) and torch.equal(buffer[:, -4:], before[:, -4:])
     d = (truth[0] / case.affine.scale.double()).abs()
     centred = (case.z.double() - case.affine.mean.double()).abs()
     for got, exact, size in zip(sums.sum(0).chunk(2), truth[2], (d.sum(0), (d * centred).sum(0))):
         assert (got.double() - exact).norm() <= 1e-5 * size.norm()
-    partials = cuda_conv3x3.grad_weight(*given, case.grid, None, None, PROCESSORS)
+    partials = cuda_bn_relu_conv3x3.grad_weight(*given, case.grid, None, None, PROCESSORS)
     grad_weight = partials.double().sum(0).view(case.outputs, 3, 3, -1).permute(0, 3, 1, 2)
     # relu(bn(Z)) is rounded on its way to the product, as stock's is, a few values the other way than in float64; the
     # sums of products are not rounded.
@@ -164,9 +164,9 @@ def test_the_weight_gradient_completes_dz(shape, dtype):
     truth = aten.finalise_gradient(dz.double(), exact, torch.empty_like(dz, dtype=torch.float64))
     stock = aten.finalise_gradient(dz, through, torch.empty_like(dz))
     given = (case.grad, case.z, case.affine, case.grid)
-    with_dz = cuda_conv3x3.grad_weight(*given, through, dz, PROCESSORS)
+    with_dz = cuda_bn_relu_conv3x3.grad_weight(*given, through, dz, PROCESSORS)
     assert_near(dz, stock, truth)
-    assert torch.equal(with_dz, cuda_conv3x3.grad_weight(*given, None, None, PROCESSORS))
+    assert torch.equal(with_dz, cuda_bn_relu_conv3x3.grad_weight(*given, None, None, PROCESSORS))
 
 
 @by_shape
@@ -176,8 +176,10 @@ def test_the_counts_know_how_work_is_divided(shape):
     scaled = torch.empty_like(case.z)
     for processors in (2, 132):
         layer = Conv3x3(case.grid, case.z.shape[1], case.outputs, 2, Device(90, processors))
-        sums = cuda_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, processors)
-        partials = cuda_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, processors)
+        sums = cuda_bn_relu_conv3x3.grad_input(
+            case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, processors
+        )
+        partials = cuda_bn_relu_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, processors)
         assert (len(sums), len(partials)) == (layer.row_blocks(), layer.ranges())
 
 
@@ -202,9 +204,11 @@ def test_equal_inputs_give_equal_bits(dtype):
         out, scaled = torch.empty(case.rows, case.outputs, dtype=dtype), torch.empty_like(case.z)
         statistics = empty_statistics(out, case.outputs, 1e-3)
         given = (case.z, case.affine, case.taps_first, None, case.grid, out)
-        cuda_conv3x3.bn_relu_conv3x3(*given, statistics=statistics, processors=PROCESSORS)
-        sums = cuda_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, PROCESSORS)
-        partials = cuda_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, PROCESSORS)
+        cuda_bn_relu_conv3x3.bn_relu_conv3x3(*given, statistics=statistics, processors=PROCESSORS)
+        sums = cuda_bn_relu_conv3x3.grad_input(
+            case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, PROCESSORS
+        )
+        partials = cuda_bn_relu_conv3x3.grad_weight(case.grad, case.z, case.affine, case.grid, None, None, PROCESSORS)
         results.append((out, *statistics[:3], scaled, sums, partials))
     assert all(map(torch.equal, *results))
 
@@ -214,12 +218,12 @@ def test_a_nan_reaches_the_windows_that_hold_it_alone():
     out = torch.empty(case.rows, case.outputs, dtype=case.dtype)
     case.z.view(*case.grid, -1)[1, 0, 4, 5] = torch.nan
     given = (case.z, case.affine, case.taps_first, None, case.grid, out)
-    cuda_conv3x3.bn_relu_conv3x3(*given, processors=PROCESSORS)
+    cuda_bn_relu_conv3x3.bn_relu_conv3x3(*given, processors=PROCESSORS)
     expected = torch.zeros(case.grid, dtype=torch.bool)
     expected[1, :2, 3:6] = True
     assert torch.equal(out.isnan().any(1).view(case.grid), expected)
     scaled = torch.empty_like(case.z)
-    cuda_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, PROCESSORS)
+    cuda_bn_relu_conv3x3.grad_input(case.grad, case.z, case.affine, case.taps_first, case.grid, scaled, PROCESSORS)
     assert not scaled.isnan().any()  # a NaN is not below zero: the gradient passes, as in stock
 
 
@@ -241,4 +245,4 @@ def test_wrong_arguments_are_named(change, message):
     z, grid, weight, out, mask = arguments.values()
     with pytest.raises(RuntimeError, match=message):
         given = (z, case.affine, weight, None, grid, out.to(z.dtype))
-        cuda_conv3x3.bn_relu_conv3x3(*given, mask=mask, processors=PROCESSORS)
+        cuda_bn_relu_conv3x3.bn_relu_conv3x3(*given, mask=mask, processors=PROCESSORS)

@@ -12,7 +12,7 @@ import setuptools
 import torch
 
 from backends.cuda import emulation
-from densenet_fast.backends import cuda, cuda_conv3x3, cuda_kernels, extension
+from densenet_fast.backends import cuda, cuda_bn_relu_conv3x3, cuda_kernels, extension
 from densenet_fast.backends.affine import Affine, Statistics
 from densenet_fast.backends.recording import Recording
 
@@ -114,9 +114,9 @@ def test_how_many_blocks_of_the_3x3_kernels_fit_a_multiprocessor(usage, network)
     def body(z, new, grad, scaled, *vectors):
         affine, w2 = Affine(*vectors[:3]), vectors[3]
         statistics = Statistics(*(torch.empty_like(new[0], dtype=torch.float32) for _ in range(3)), 1e-5)
-        cuda_conv3x3.bn_relu_conv3x3(z, affine, w2, None, grid, new, statistics=statistics, processors=132)
-        cuda_conv3x3.grad_input(grad, z, affine, w2, grid, scaled, 132)
-        cuda_conv3x3.grad_weight(grad, z, affine, grid, None, None, 132)
+        cuda_bn_relu_conv3x3.bn_relu_conv3x3(z, affine, w2, None, grid, new, statistics=statistics, processors=132)
+        cuda_bn_relu_conv3x3.grad_input(grad, z, affine, w2, grid, scaled, 132)
+        cuda_bn_relu_conv3x3.grad_weight(grad, z, affine, grid, None, None, 132)
         return torch.empty_like(z)
 
     z, y = (torch.empty(rows, n, dtype=torch.bfloat16) for n in (channels, outputs))
