@@ -29,14 +29,14 @@ PLACES = {1: ((True,),), 2: ((False, True), (True, True), (True, False))}
 def block_layouts(block: nn.Module) -> Iterator[BlockLayout]:
     """The possible layouts of ``block``, which has dense layers, the most common first.
 
-    Each is computed on demand, after those before it have failed.
+    Each is searched for only when the caller has rejected those before it.
 
     Raises:
         NotRecognised: ``block`` is built in another way.
     """
     plain = read_block(block)
-    with_dropout = _with_dropout(block, plain)
-    first = next(with_dropout)
+    candidates = _with_dropout(block, plain)
+    first = next(candidates)
     yield first
     form = next((form for form in _result_forms(plain) if differs(block, form, INFERENCE) is None), None)
     if form is None:
@@ -44,7 +44,7 @@ def block_layouts(block: nn.Module) -> Iterator[BlockLayout]:
     options = dict(prepend=form.prepend, new_only=form.new_only)
     if form is not plain:
         yield first._replace(**options)
-    for layout in with_dropout:
+    for layout in candidates:
         yield layout._replace(**options)
     raise NotRecognised(differs(block, first._replace(**options)))
 
@@ -101,7 +101,7 @@ def _rate(block: nn.Module, layer: Layer, conv: str) -> tuple[str, str] | None:
 def _with_dropout_behind(
     block: nn.Module, layout: BlockLayout, candidates: list[tuple[Dropout | None, ...]]
 ) -> Iterator[BlockLayout]:
-    """``layout`` with ``candidates`` (for each layer, one dropout a unit) behind all units, or behind some of them."""
+    """``layout`` with ``candidates`` (per layer, a dropout for each unit) behind all units, or behind some of them."""
     if len({dropout.whole_channels for layer in candidates for dropout in layer if dropout is not None}) > 1:
         raise NotRecognised("some of its layers drop whole channels and some do not: let all do the same")
     places = PLACES[len(layout.layers[0].units)]

@@ -71,13 +71,13 @@ class Fused(Converted):
 
 
 def examine_call(module: nn.Module, layout: Layout, x: Any) -> Found:
-    """Why a call of ``module`` with ``x`` cannot run as one op, or the operands."""
+    """The operands for a call of ``module`` with ``x``, or the reason why it cannot run as one op."""
     reason = call_obstacle(x, layout)
     return examine_structure(module, layout) if reason is None else Found(reason, None)
 
 
 def examine_structure(module: nn.Module, layout: Layout) -> Found:
-    """Why no call of ``module`` can run as one op, or the operands."""
+    """The operands for any call of ``module``, or the reason why none can run as one op."""
     reason = replaced(layout)
     return _memory(module) if reason is None else Found(reason, None)
 
@@ -94,8 +94,8 @@ _memory = Memory(_examine, all_below, known=[STATE])
 def run_alone(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
     """Runs the part with this ``layout`` as one op on ``x``, outside a chain of fused parts.
 
-    Returns the stock result's dtype and memory format. The result is a copy if the op's output has further channels, or
-    if the backward pass needs the output, because the caller may change the result in place.
+    The result has the dtype and the memory format of the stock result. The caller may change it in place: it is a copy
+    if the backward pass needs the op's output, or if that has more channels.
     """
 
     def part(x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def operands_of(module: nn.Module, layout: Layout) -> Operands:
 
 
 def _recomputes(block: nn.Module, layout: BlockLayout) -> list[bool]:
-    """For each layer, whether the backward pass recomputes its bottleneck: a flag of the layer or of the block."""
+    """For each layer, whether a flag of the layer or of the block asks the backward pass to recompute its bottleneck."""
     all_layers = _requests_recomputation(block)
     return [all_layers or _requests_recomputation(fusion.child(block, layer.path)) for layer in layout.layers]
 

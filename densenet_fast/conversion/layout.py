@@ -164,7 +164,7 @@ def read_block(block: nn.Module) -> BlockLayout:
     """The layout of ``block``, which has dense layers.
 
     Raises:
-        NotRecognised: the block or one of its layers has other modules too, or a layer is no BN-ReLU-convolutions.
+        NotRecognised: the block or one of its layers has other modules too, or a layer is not a chain of BN-ReLU-convolutions.
     """
     found = dense_layers(block)
     container, dot, _ = next(iter(found)).rpartition(".")
@@ -232,7 +232,7 @@ def classes_below(module: nn.Module) -> Classes:
 
 
 def replaced(layout: Layout) -> str | None:
-    """Which function of a class was replaced since ``layout`` was read, as a reason, or None."""
+    """The reason if a function of a class was replaced since ``layout`` was read, or None."""
     function = layout.classes.replaced()
     return None if function is None else f"{function} was replaced since the conversion"
 
@@ -250,7 +250,7 @@ def _read_layer(block: nn.Module, path: str, layer: nn.Module) -> Layer:
 
 
 def units_of(module: nn.Module, leaves: Leaves, kernels: tuple[int, ...]) -> tuple[Unit, ...]:
-    """The units of ``module``, which consists of ``leaves`` and whose convolutions have these ``kernels``."""
+    """The units that the ``leaves`` of ``module`` make up, with convolutions of these ``kernels``."""
     if len(leaves.norms) != len(leaves.convs):
         raise NotRecognised(
             f"expected as many batch normalisations as convolutions, got {', '.join(leaves.norms) or 'none'} and "
@@ -279,7 +279,7 @@ def dropout_modules(block: nn.Module, layer: Layer) -> list[str]:
 
 
 def leaves_of(module: nn.Module, prefix: str) -> Leaves:
-    """The modules that ``module`` consists of, without ReLU and identity."""
+    """The paths of the modules that ``module`` consists of, without ReLU and identity."""
     leaves = Leaves([], [], [], [])
     for path, leaf in _leaf_modules(module, prefix):
         if isinstance(leaf, _ConvNd):

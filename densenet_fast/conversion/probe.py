@@ -35,7 +35,7 @@ def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, Fa
         torch.get_num_threads(),
     )
     sizes = (STEM_SPATIAL if layout.kind == "Stem" else SPATIAL)[layout.dims]
-    torch.set_num_threads(1)  # too little work for more
+    torch.set_num_threads(1)  # the work is too small to divide
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             x = torch.randn(2, layout.channels(module), *sizes, generator=generator, dtype=torch.float64)
@@ -54,7 +54,7 @@ def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, Fa
 
 
 class _Runs:
-    """The results on ``x`` of a copy of the module and of another that runs as the op, with the same dropout."""
+    """The results on ``x`` of one copy of the module and of another that runs as the op, with the same dropout masks."""
 
     def __init__(self, clones: "Clones", x: Tensor, training: bool, drop_rates: Sequence[float]) -> None:
         self.x, self.training, self.error = x, training, None
@@ -118,8 +118,8 @@ def _kind(tensor: Tensor) -> str:
 def _is_reordered(clones: "Clones", runs: _Runs) -> bool:
     """Whether the module makes the same features as the op, but returns them in another order.
 
-    For layouts that append new features. The block's input may also stand between the new features. A module whose
-    layers read their features in another order makes other features, and is not meant here.
+    Only for layouts that append new features. The block's input may also be between the new features. If the layers
+    read their features in another order, they make other features, and the answer is False.
     """
     layout, expected, widths = clones.layout, runs.expected, clones.widths()
     if layout.prepend or layout.new_only or expected.dtype != runs.got.dtype or expected.dim() != runs.got.dim():
@@ -203,7 +203,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 @functools.cache
 def _local_norm(dims: int) -> type[nn.Module]:
-    """A batch normalisation of this process alone that applies its children behind it, such as an activation.
+    """A class of batch normalisations that are not synchronised. They apply their children, such as an activation, too.
 
     It replaces subclasses of ``nn.SyncBatchNorm``, which refuse CPU tensors in a process group.
     """

@@ -70,7 +70,7 @@ def runs_in_turn(module: nn.Module) -> bool:
 
 
 def _recognise(module: nn.Module, layouts: Layouts) -> tuple[Layout | None, str]:
-    """The first of ``layouts(module)`` with the results of ``module``; or None and the reason."""
+    """The first of ``layouts(module)`` whose op computes what ``module`` does; or None and the reason."""
     if "forward" in vars(module):
         return None, "it has a forward of its own"
     reason = ""
@@ -194,7 +194,10 @@ def _grouped_by_reason(names: Sequence[str], reasons: Sequence[str | None]) -> I
 
 
 def _part_from_norm(module: nn.Module, names: Sequence[str]) -> Recognised | None:
-    """The stem, head or transition that begins with the first of the children ``names``, a normalisation, or None."""
+    """The stem, head or transition that begins with the first of the children ``names``.
+
+    None if that child is no normalisation, or if no such part begins with it.
+    """
     children = [module._modules[name] for name in names]
     if not resembles_norm(children[0]):
         return None

@@ -60,7 +60,7 @@ class Step:
         self.layout: Layout | None = vars(module).get(STATE) if isinstance(module, Fused) else None
 
     def found(self) -> Found:
-        """Why it cannot run as one op, or its operands."""
+        """Its operands, or the reason why it cannot run as one op."""
         if self.layout is None or fusion.has_hooks(self.module):
             return Found("it is a part of its own", None)
         return fused.examine_structure(self.module, self.layout)
@@ -95,7 +95,7 @@ class SegmentStep(Step):
     Args:
         owner: the nn.Sequential.
         segment: one of its segments.
-        index: which one.
+        index: its index among them.
         convolution: for a stem, the plain convolution before it, if there is one.
     """
 
