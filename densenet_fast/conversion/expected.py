@@ -21,7 +21,7 @@ _UNCHECKED = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_P
 
 
 class Expected(NamedTuple):
-    """The class, attributes and children of a module when it was recognised. With others it may compute something else."""
+    """The class, attributes and children of a module when it was recognised. With others its results may differ."""
 
     kind: type[nn.Module]
     attributes: tuple[tuple[str, Any], ...]

@@ -188,7 +188,7 @@ def operands_of(module: nn.Module, layout: Layout) -> Operands:
 
 
 def _recomputes(block: nn.Module, layout: BlockLayout) -> list[bool]:
-    """For each layer, whether a flag of the layer or of the block asks the backward pass to recompute its bottleneck."""
+    """For each layer, whether a flag of the layer or of the block makes the backward pass recompute its bottleneck."""
     all_layers = _requests_recomputation(block)
     return [all_layers or _requests_recomputation(fusion.child(block, layer.path)) for layer in layout.layers]
 

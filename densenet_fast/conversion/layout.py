@@ -164,7 +164,8 @@ def read_block(block: nn.Module) -> BlockLayout:
     """The layout of ``block``, which has dense layers.
 
     Raises:
-        NotRecognised: the block or one of its layers has other modules too, or a layer is not a chain of BN-ReLU-convolutions.
+        NotRecognised: the block or one of its layers has other modules too, or a layer is not made of
+            BN-ReLU-convolutions.
     """
     found = dense_layers(block)
     container, dot, _ = next(iter(found)).rpartition(".")

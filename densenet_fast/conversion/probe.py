@@ -54,7 +54,7 @@ def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, Fa
 
 
 class _Runs:
-    """The results on ``x`` of one copy of the module and of another that runs as the op, with the same dropout masks."""
+    """The results on ``x`` of a copy of the module and of a copy that runs as the op, with the same dropout masks."""
 
     def __init__(self, clones: "Clones", x: Tensor, training: bool, drop_rates: Sequence[float]) -> None:
         self.x, self.training, self.error = x, training, None
