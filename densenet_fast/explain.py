@@ -109,8 +109,8 @@ def explain(model: nn.Module) -> Report:
 def _input_dtypes(model: nn.Module, others: dict[int, list[conversion.Part]]) -> dict[int, torch.dtype]:
     """The input dtypes of other libraries' parts, by the id of their first module.
 
-    Assumes that modules are called in order. Without autocast it is the dtype of the parameters. Under autocast it is
-    autocast's dtype behind a convolution, and float32 behind a pooling of volumes on CPUs.
+    Assumes that modules are called in order. Without autocast, the inputs have the dtype of the parameters. Under
+    autocast, they have autocast's dtype behind a convolution, and float32 behind a pooling of volumes on CPUs.
     """
     example = _example(model)
     device, dtype = example.device, example.dtype

@@ -10,12 +10,12 @@ replaced child, a changed attribute, tracing), it calls the original ``forward``
 so calling or hooking a layer works as before. No submodule is added, so blocks that loop over their children find the
 same children.
 
-How a block is recognised: first by its modules (:mod:`densenet_fast.conversion.layout`), then by its numbers. The
-module and the op run on the same random input, and the results must agree (:mod:`densenet_fast.conversion.probe`). The
+How a block is recognised: first by its modules (:mod:`densenet_fast.conversion.layout`), then by its results. The
+module and the op run on the same random input, and both results must agree (:mod:`densenet_fast.conversion.probe`). The
 second step makes the first one safe. For example, a copy of torchvision's block with a residual scale has the same
 modules, but computes something else, and is left alone. So is a block with dropout in front of a normalisation, or one
 whose layers read their features in another order. Where the modules allow several answers
-(:mod:`densenet_fast.conversion.candidates`), the numbers decide. A user may also change an attribute later, so every
+(:mod:`densenet_fast.conversion.candidates`), the results decide. A user may also change an attribute later, so every
 call checks for that.
 
 An nn.Sequential changes its class too if it holds converted modules, or if some of its children make up a part
@@ -105,16 +105,16 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 
     ``model`` may come from torchvision, timm, MONAI, torchxrayvision, gpleiss/efficient_densenet_pytorch or d2l.ai, or
     be a copy of one of these, with 1, 2 or 3 spatial dimensions. Its parts are recognised by their modules and by their
-    numbers. :func:`densenet_fast.explain` lists the parts that were converted, the parts that were left alone, and why.
+    results. :func:`densenet_fast.explain` lists the parts that were converted, the parts that were left alone, and why.
     A graph that torch.fx or torch.export made of a model cannot be converted: convert the model before.
 
     The parameters, buffers, module names, ``state_dict``, hooks, modes, optimizers, copies and pickles of the model
     stay as they are. Its results stay the same up to rounding, with one correction: recomputation in the backward pass
     (``memory_efficient`` in torchvision, ``efficient`` in gpleiss, ``set_grad_checkpointing`` in timm) stays in force,
     but running statistics are then updated once per step instead of twice. Feature maps between converted parts are
-    channels last in memory. Under autocast, a block whose input is not in autocast's dtype runs its original
-    forward. Volumes on CPUs are the exception, because stock pools them in float32: the block then computes in
-    autocast's dtype and returns the dtype of its input.
+    channels last in memory. Under autocast, a block whose input is not in autocast's dtype runs its original forward.
+    Volumes on CPUs are the exception, because stock pools them in float32: the block then computes in autocast's dtype
+    and returns the dtype of its input.
 
     A converted model may be converted again: parts that were edited since are examined again.
 
@@ -159,7 +159,7 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
 def _revert_edited(model: nn.Module) -> None:
     """Undoes :func:`convert` for the parts of ``model`` that were edited since.
 
-    Also for all Sequentials, so that their children are examined again.
+    Reverts every nn.Sequential too, so that its children are examined again.
     """
     for module in model.modules():
         if fused.is_converted(module):

@@ -18,9 +18,9 @@ EXPORTED = (
 
 
 def graph_obstacle(module: nn.Module) -> str | None:
-    """Why nothing of a graph module but the modules it calls can be converted, or None if it has no dense layers.
+    """Why a graph module cannot be converted, or None if it has no dense layers.
 
-    A batch normalisation of a concatenation counts as a dense layer.
+    A batch normalisation of a concatenation counts as a dense layer. Modules that the graph calls may be converted.
     """
     if not isinstance(module, torch.fx.GraphModule):
         return None

@@ -1,7 +1,7 @@
 """Stems and heads of any library: their layouts, read from their modules alone, and their operands.
 
-A stem is batch normalisation, ReLU and max pooling over windows of 3. The convolution before them belongs to it if the
-same module contains it. A head is batch normalisation, ReLU, the mean over all pixels and a flattening.
+A stem is batch normalisation, ReLU and max pooling over windows of 3. The convolution before them belongs to the
+stem if it is in the same module. A head is batch normalisation, ReLU, the mean over all pixels and a flattening.
 """
 
 from collections.abc import Iterator
