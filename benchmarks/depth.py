@@ -1,24 +1,25 @@
 """Memory and time of a training step against depth: ``python benchmarks/depth.py``.
 
-Pleiss et al.'s figure (https://arxiv.org/abs/1707.06990): DenseNet-BC, k = 12, images of 32x32, batches of 64,
-channels last. Stock is torchvision's, with memory_efficient=True checkpointed. At each depth the peak memory of a step
-is measured first, each in a process of its own; then whoever could run is timed, in turns. What does not run for want
-of memory is a row that says so, and so is what would need more than ``--memory-limit`` by the depths before it. Files
-are written after every depth.
+Pleiss et al.'s figure (https://arxiv.org/abs/1707.06990): DenseNet-BC, k = 12, images of 32x32, batches of 64, channels
+last. Stock is torchvision's; with memory_efficient=True it is checkpointed. At each depth the peak memory of a step is
+measured first, for each network in a process of its own. Then those that could run are timed in turns. A network that
+runs out of memory gets a row that says so. So does one that would need more than ``--memory-limit``, as the depths
+before it tell. Files are written after every depth.
 """
 
 import argparse
 import sys
 from typing import Any
 
-from densenet_fast.benchmarking.command import free_memory
 from densenet_fast.benchmarking.competitors import COMPETITORS, Entry, available
-from densenet_fast.benchmarking.memory import Job, measure
-from densenet_fast.benchmarking.plots import Line, curves, style
+from densenet_fast.benchmarking.memory import Job, free_memory, measure
+from densenet_fast.benchmarking.results import milliseconds
 from densenet_fast.benchmarking.steps import DTYPES
 from densenet_fast.benchmarking.times import measure_times
-from densenet_fast.table import table
-from figures import GIB, Figure, parser_of
+from densenet_fast.memory import GIB, MIB
+from densenet_fast.table import number, table
+from figures import Figure, parser_of
+from pictures import Line, curves, style
 
 WHO = ("torchvision", "torchvision-me", "ours", "ours-me")
 NO_FIT = "does not fit"
@@ -60,19 +61,9 @@ def memory_row(name: str, depth: int, limit: float, rows: list[Row], options: ar
         row["failure"] = f"{NO_FIT} in {limit:.1f} GiB{about}"
     else:
         say(f"depth {depth}, {name}: memory")
-        job = Job(
-            name,
-            "channels_last",
-            f"densenet_bc{depth}",
-            options.batch,
-            options.size,
-            options.dtype,
-            True,
-            str(options.device),
-            options.threads,
-        )
-        memory = measure(job)
-        row["peak_mib"] = None if memory.failure else memory.added / (1 << 20)
+        entry = Entry(name, "channels_last", f"densenet_bc{depth}")
+        memory = measure(Job.of(entry, options.batch, options.size, options))
+        row["peak_mib"] = None if memory.failure else memory.added / MIB
         row["failure"] = f"{NO_FIT}: {memory.failure}" if memory.out_of_memory else memory.failure
     say(f"depth {depth}, {name}: {row['failure'] or number(row['peak_mib'], 0) + ' MiB'}")
     return row
@@ -96,7 +87,10 @@ def say(line: str) -> None:
 
 
 def expected_gib(measured: list[Row], depth: int) -> float:
-    """By the last two depths, if memory is a L^2 + b L; by one alone, if it is b L, which is less; 0 without any."""
+    """What a step at ``depth`` will need, from the depths that were ``measured``.
+
+    The last two determine a and b of a L^2 + b L. One alone determines b of b L, which is less. Without any it is 0.
+    """
     points = [(row["depth"], row["peak_mib"] / 1024) for row in measured if row["peak_mib"] is not None]
     if len(points) < 2:
         return sum(gib / before * depth for before, gib in points)
@@ -122,7 +116,7 @@ def write(figure: Figure, options: argparse.Namespace, rows: list[Row], show: bo
             row["depth"],
             row["failure"] if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             number(row["mib_per_layer"], 1),
-            number(row["median_s"], 0, 1e3),
+            number(milliseconds(row["median_s"]), 0),
             number(row["ms_per_layer"], 1),
         )
         for row in ordered
@@ -135,10 +129,6 @@ def write(figure: Figure, options: argparse.Namespace, rows: list[Row], show: bo
     curves(figure.path("png"), f"{title}\n{figure.device}", "depth L (layers)", panels)
 
 
-def number(value: float | None, digits: int, scale: float = 1) -> str:
-    return "-" if value is None else f"{scale * value:.{digits}f}"
-
-
 def slopes(before: Row | None, row: Row) -> Row:
     """What each layer added since the depth before."""
     result: Row = {}
@@ -149,7 +139,7 @@ def slopes(before: Row | None, row: Row) -> Row:
 
 
 def lines_of(rows: list[Row], value: str, scale: float, slope: str, unit: str) -> list[Line]:
-    """A curve a competitor; in its label its last slope, and the depth from which on it does not run."""
+    """A curve for each competitor. Its label gives its last slope, and the depth from which on it does not run."""
     lines = []
     for name in WHO:
         own = [row for row in rows if row["competitor"] == name]

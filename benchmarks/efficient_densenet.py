@@ -2,20 +2,22 @@
 
 DenseNet-BC-100 (k = 12), batches of 64, images of 32x32. Published (github.com/gpleiss/efficient_densenet_pytorch, on
 an NVIDIA Pascal Titan X): 2.863 GB and 0.165 s a step for the naive implementation, 1.605 GB and 0.207 s for the
-efficient one, which shares storage and recomputes. Each is divided by its naive one; here naive is torchvision's, in
-its faster layout, and efficient torchvision's with memory_efficient=True.
+efficient one, which shares storage and recomputes. Figures are divided by those of the naive implementation. Measured
+here, the naive one is torchvision's in its faster layout. The efficient one is torchvision's with
+memory_efficient=True.
 """
 
 from typing import Any
 
 from densenet_fast.benchmarking.competitors import COMPETITORS, LAYOUTS, Entry, available
 from densenet_fast.benchmarking.memory import Job, measure_all
-from densenet_fast.benchmarking.plots import ratio_bars
 from densenet_fast.benchmarking.results import bench_rows, best_rows
 from densenet_fast.benchmarking.steps import DTYPES, agree
 from densenet_fast.benchmarking.times import measure_times
+from densenet_fast.memory import MIB
 from densenet_fast.table import table
 from figures import Figure, parser_of
+from pictures import ratio_bars
 
 NETWORK, BATCH, SIZE = "densenet_bc100", 64, 32
 WHO = ("torchvision", "torchvision-me", "ours", "ours-me")
@@ -34,16 +36,13 @@ def main() -> None:
     agree(entries, True, options.device, SIZE)
     turns = [(entry, BATCH) for entry in entries]
     timings = measure_times(turns, SIZE, DTYPES[options.dtype], True, options.device, options.repeats)
-    place = (options.dtype, True, str(options.device), options.threads)
-    memories = measure_all([Job(e.competitor, e.layout, NETWORK, BATCH, SIZE, *place) for e in entries])
+    memories = measure_all([Job.of(entry, BATCH, SIZE, options) for entry in entries])
     setting = {"network": NETWORK, "mode": "train", "batches": "given", "size": SIZE, "dtype": options.dtype}
     best = best_rows(bench_rows(timings, memories, setting, names[0], {}))
     rows: list[dict[str, Any]] = []
     for who, (gigabytes, seconds) in PUBLISHED.items():
         memory, time = (value / naive for value, naive in zip((gigabytes, seconds), PUBLISHED["naive"]))
-        rows.append(
-            {"where": "Titan X, published", "who": who, "memory": gigabytes * 1e9 / (1 << 20), "seconds": seconds}
-        )
+        rows.append({"where": "Titan X, published", "who": who, "memory": gigabytes * 1e9 / MIB, "seconds": seconds})
         rows[-1] |= {"memory_ratio": memory, "time_ratio": time}
     for row in best:
         rows.append({"where": figure.device, "who": COMPETITORS[row["competitor"]].label, "memory": row["peak_mib"]})

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from densenet_fast.benchmarking.results import best_rows
-from densenet_fast.table import table
-from gpu_tables import RESULTS, ROOT, rewritten
+from densenet_fast.table import number, table
+from figures import RESULTS, ROOT, rewritten
 
 MARK = "table of results"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -50,7 +50,7 @@ def command(path: Path) -> str:
 
 
 def measured(path: Path) -> dict[float, dict[str, Row]]:
-    """By batch and implementation: the row of the faster layout."""
+    """The row of the faster layout, by batch and implementation."""
     rows: dict[float, dict[str, Row]] = {}
     for row in best_rows(read(path)):
         rows.setdefault(row["batch"], {})[row["competitor"]] = row
@@ -60,10 +60,6 @@ def measured(path: Path) -> dict[float, dict[str, Row]]:
 def ratios(row: Row) -> tuple[str, str]:
     """Speed and memory, stock's 1."""
     return number(row.get("speed_ratio"), 2, "x"), number(row.get("memory_ratio"), 2)
-
-
-def number(figure: float | None, digits: int, unit: str = "") -> str:
-    return "-" if figure is None else f"{figure:.{digits}f}{unit}"
 
 
 def everything(results: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the scripts here share: their flags, and the files of a figure."""
+"""What the scripts here share: their flags, the files of a figure, and the places of tables in the pages."""
 
 import argparse
 import shlex
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name, sentence
-from densenet_fast.benchmarking.results import write_csv
+from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name
+from densenet_fast.benchmarking.results import write_csv, write_page
 
-RESULTS = Path(__file__).parent / "results"
-GIB = 1 << 30
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def parser_of(script: str, description: str) -> argparse.ArgumentParser:
@@ -44,4 +44,18 @@ class Figure:
         heading = f"{title}, on {self.device}"
         if show:
             print(f"{heading}\n\n{text}\n")
-        self.path("md").write_text(f"# {heading}\n\n`{command}`\n\n{sentence(self.conditions)}\n\n{text}\n")
+        write_page(self.path("md"), heading, command, self.conditions, text)
+
+
+def rewritten(text: str, between: str, mark: str) -> str:
+    """A page's ``text`` with ``between`` between the marks of that name.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"expected {begin} and {end}")
+    return f"{before}{begin}\n{between}\n{end}{after}"

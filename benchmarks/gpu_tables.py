@@ -1,7 +1,7 @@
 """The pages' tables of GPUs, from the results that ``python3 tests/gpu.py`` left: ``python benchmarks/gpu_tables.py``.
 
-A GPU's ``results.json`` is committed as ``benchmarks/results/<GPU>/results.json``; this writes what stands between the
-marks of docs/what-is-fast-where.md and docs/versions.md.
+A GPU's ``results.json`` is committed as ``benchmarks/results/<GPU>/results.json``. This script writes what stands
+between the marks of docs/what-is-fast-where.md and docs/versions.md.
 """
 
 import json
@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from densenet_fast.table import table
+from densenet_fast.table import number, table
+from figures import RESULTS, ROOT, rewritten
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
 MARK = "gpu table"
 NONE = "The kernels for GPUs have not run on one yet."
 HEADER = ("", "batch", "torchvision", "densenet_fast", "speed", "memory", "`memory_efficient=True`", "torch.compile")
@@ -50,7 +49,7 @@ def batches(rows: Sequence[Results]) -> list[float]:
 
 
 def line(results: Results, kind: str, batch: float) -> tuple[str, ...]:
-    """A batch's figures; a dash for what was not measured, and why where it failed."""
+    """The figures of a batch: a dash for what was not measured, the reason for what failed."""
     rows = {row["competitor"]: row for row in results[kind] if row["batch"] == batch}
     compiled = [r for r in results["compiled"] if r["competitor"] == "compile" and r["batch"] == batch]
     stock, ours, again = (rows.get(name, {}) for name in ("torchvision", "ours", "ours-me"))
@@ -73,7 +72,7 @@ def milliseconds(row: Results) -> str:
 
 
 def ratio(row: Results, name: str, unit: str = "") -> str:
-    return f"{row[name]:.2f}{unit}" if row.get(name) else "-"
+    return number(row.get(name) or None, 2, unit)
 
 
 def tests(all_results: Sequence[Results]) -> str:
@@ -92,26 +91,12 @@ def tests(all_results: Sequence[Results]) -> str:
 PAGES: dict[str, Callable[[Sequence[Results]], str]] = {"docs/what-is-fast-where.md": speeds, "docs/versions.md": tests}
 
 
-def rewritten(text: str, between: str, mark: str = MARK) -> str:
-    """``text`` with ``between`` between the marks of that name.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    before, found, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise ValueError(f"expected {begin} and {end}")
-    return f"{before}{begin}\n{between}\n{end}{after}"
-
-
 def main() -> None:
     """Writes the pages."""
     results = load()
     for name, render in PAGES.items():
         path = ROOT / name
-        path.write_text(rewritten(path.read_text(), render(results)))
+        path.write_text(rewritten(path.read_text(), render(results), MARK))
 
 
 if __name__ == "__main__":

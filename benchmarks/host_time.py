@@ -1,11 +1,13 @@
 """What a training step costs the host on the path for GPUs, without a GPU: ``python benchmarks/host_time.py``.
 
-A driver that launches nothing stands in for CUDA's, and CPU tensors for a GPU's: Python, dispatch, Triton's launcher
-and replays run as they do on a GPU. What torch itself computes is made small, for it would take the CPU longer than all
-else: images are of 32x32, the first convolution has a kernel of size 1, there is one class, and a convolution in
-bfloat16 for which the CPU has no instructions only allocates its results. The stock layers' arithmetic, in contiguous
-float32, which the CPU is faster in, is counted with their host time. Times are medians, also given as a multiple of the
-time of ``x + y`` on 64 floats, measured after each step, which makes machines comparable. Needs nvcc and a C compiler.
+A driver that launches nothing stands in for CUDA's, and CPU tensors stand in for a GPU's. Python, dispatch, Triton's
+launcher and replays run as they do on a GPU. What torch itself computes would take the CPU longer than all else, so it
+is made small: images are of 32x32, the first convolution has a kernel of size 1, and there is one class. A convolution
+in bfloat16 for which the CPU has no instructions only allocates its results. The stock layers run in contiguous
+float32, in which the CPU is faster, and their arithmetic is counted with their host time.
+
+Times are medians. They are also given as a multiple of the time of ``x + y`` on 64 floats, measured after each step;
+that makes machines comparable. Needs nvcc and a C compiler.
 """
 
 import argparse
@@ -75,7 +77,7 @@ def addition() -> float:
 
 @contextmanager
 def convolutions_without_arithmetic() -> Iterator[None]:
-    """Torch's own convolution of the CPU allocates its results and computes nothing; oneDNN's is as it was."""
+    """Torch's own convolution on the CPU allocates its results and computes nothing. oneDNN's stays as it was."""
 
     def forward(
         x: torch.Tensor, weight: torch.Tensor, kernel: list[int], bias: None, stride: list[int], *_: Any
@@ -99,8 +101,10 @@ def convolutions_without_arithmetic() -> Iterator[None]:
 
 
 class Step:
-    """A training step of a network from ``make``, channels last and under autocast or, ``stock``, neither; forward and
-    backward timed apart."""
+    """A training step of a network from ``make``, forward and backward timed apart.
+
+    Ours is channels last and under autocast; ``stock`` is neither.
+    """
 
     def __init__(self, make: Callable[..., nn.Module], options: argparse.Namespace, stock: bool = False) -> None:
         model, memory_format = make(num_classes=1), torch.contiguous_format if stock else torch.channels_last
@@ -114,7 +118,7 @@ class Step:
             return self.model(self.x).sum()
 
     def times(self, repeats: int, after: Callable[[], object] = lambda: None) -> Times:
-        """Of ``repeats`` steps; ``after`` each something is called that is not timed."""
+        """The medians of ``repeats`` steps. ``after`` is called after each of them and not timed."""
         forward, backward, additions = [], [], []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -151,7 +155,7 @@ class Around(nn.Module):
 
 
 def _launches(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
-    """Whether an operation launches by itself: the innermost ones do, and those on many tensors at once."""
+    """Whether an operation launches by itself. The innermost ones do, and those on many tensors at once."""
     parent = event.cpu_parent
     while parent is not None:
         if parent.name.startswith("aten::_foreach"):
@@ -177,7 +181,8 @@ def walked() -> Iterator[None]:
 
 @contextmanager
 def written_down() -> Iterator[list[int]]:
-    """Kernels in CUDA C++ that the walk launches are written down, not run; their number."""
+    """Writes down the kernels in CUDA C++ that a walk launches, instead of running them. Yields a list that will hold
+    their number."""
     kernels, found = torch.ops.densenet_fast, []
     kernels.cuda_start_recording()
     try:

@@ -3,12 +3,11 @@
 python benchmarks/kernel_bandwidth.py              on a GPU
 python benchmarks/kernel_bandwidth.py --dry-run    every call at small sizes, no times; on CPU tensors if emulated
 
-Bytes are what a kernel must move: each matrix read and written once. A time is the median of --repeats runs, the cache
-flushed before each. The aim is 85 % of the copy for matrices of 64 MB and more.
+Bytes are what a kernel must move: it reads and writes each matrix once. A time is the median of --repeats runs; the
+cache is flushed before each. The aim is 85 % of the copy for matrices of 64 MB and more.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from densenet_fast.backends import cuda_kernels as kernels
 from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
+from densenet_fast.benchmarking.ceilings import median_seconds
+from densenet_fast.benchmarking.steps import DTYPES
 from densenet_fast.table import table
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {
     # DenseNet-121, 64 images of 224x224: images, side, columns of the buffer, new columns
     "block 1": (64, 56, 256, 32),
@@ -88,22 +88,6 @@ def work(dtype: torch.dtype, dry: bool) -> Iterator[Work]:
     yield Work("bn_relu_global_avgpool_backward", "head", run, size(mean, x, x))
 
 
-def seconds(run: Callable[[], object], repeats: int, flush: Tensor) -> float:
-    """The median time of ``run`` on the device, the cache emptied before each."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times)
-
-
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,9 +107,8 @@ def main() -> None:
                 item.run()
                 rows.append((item.name, item.shape, "", "", "", ""))
         else:
-            flush = torch.empty(256 << 20, dtype=torch.uint8)
             for item in work(DTYPES[arguments.dtype], dry=False):
-                time = seconds(item.run, arguments.repeats, flush)
+                time = median_seconds(item.run, torch.device(device), arguments.repeats)
                 rate = item.bytes / time / 1e9
                 copy = rate if item.name == "copy" else copy
                 share = f"{rate / copy:.0%}"

@@ -1,23 +1,24 @@
 """The largest batch of each DenseNet that fits a memory budget: ``python benchmarks/largest_batch.py --budget 2``.
 
-A training step at 224x224 in channels_last, without the optimizer; parameters, gradients and buffers count, the
-libraries do not. On a CPU memory is the peak resident set, measured. Every batch given here ran within the budget; one
-image more did not, or would not by what each adds (``densenet_fast/benchmarking/largest.py``). Files are written after
-every network.
+Measured is a training step at 224x224 in channels_last, without the optimizer. Parameters, gradients and buffers count,
+the libraries do not. On a CPU memory is the peak resident set. Every batch given here ran within the budget. With one
+image more it did not, or would not by what each image adds (``densenet_fast/benchmarking/largest.py``). Files are
+written after every network.
 """
 
 import argparse
 from typing import Any
 
-from densenet_fast.benchmarking.competitors import COMPETITORS, available
+from densenet_fast.benchmarking.competitors import COMPETITORS, Entry, available
 from densenet_fast.benchmarking.largest import largest_batch
 from densenet_fast.benchmarking.memory import Job
-from densenet_fast.benchmarking.plots import grouped_bars
 from densenet_fast.benchmarking.steps import DTYPES
+from densenet_fast.memory import GIB, MIB
 from densenet_fast.progress import progress
 from densenet_fast.reference import ARCHITECTURES
 from densenet_fast.table import table
-from figures import GIB, Figure, parser_of
+from figures import Figure, parser_of
+from pictures import grouped_bars
 
 EAGER = [name for name, competitor in COMPETITORS.items() if not competitor.compiled]
 DEFAULT = [name for name in EAGER if name != "reference"]
@@ -36,17 +37,7 @@ def main() -> None:
     for network in progress(options.models, "networks"):
         names = available(options.against, network, True, DTYPES[options.dtype], options.device)[0]
         for name in progress(names, network):
-            job = Job(
-                name,
-                "channels_last",
-                network,
-                1,
-                options.size,
-                options.dtype,
-                True,
-                str(options.device),
-                options.threads,
-            )
+            job = Job.of(Entry(name, "channels_last", network), 1, options.size, options)
             found = largest_batch(job, options.budget * GIB)
             rows.append(
                 {
@@ -58,7 +49,7 @@ def main() -> None:
                     "batch": None if found.failure else found.batch,
                     "gib": found.bytes / GIB,
                     "gib_of_next": found.bytes_of_next / GIB,
-                    "mib_per_image": found.per_image / (1 << 20),
+                    "mib_per_image": found.per_image / MIB,
                     "failure": found.failure,
                 }
             )

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import densenet_fast
+from densenet_fast.benchmarking.networks import bc
 from densenet_fast.benchmarking.results import write_csv
 from densenet_fast.reference import ARCHITECTURES
 from densenet_fast.table import table
+from figures import RESULTS
 
 TORCHVISION = "torchvision 0.28, DenseNet*_Weights.IMAGENET1K_V1.meta: num_params, _ops"
 OTHERS = (
@@ -47,12 +49,6 @@ def plain(depth: int, k: int) -> dict[str, Any]:
     """The paper's DenseNet for CIFAR without bottlenecks and compression."""
     sizes = {"growth_rate": k, "block_config": ((depth - 4) // 3,) * 3, "num_init_features": 16}
     return {**sizes, "bn_size": None, "compression": 1.0, "num_classes": 10, "small_inputs": True}
-
-
-def bc(depth: int, k: int) -> dict[str, Any]:
-    """The paper's DenseNet-BC for CIFAR."""
-    sizes = {"growth_rate": k, "block_config": ((depth - 4) // 6,) * 3, "num_init_features": 2 * k}
-    return {**sizes, "num_classes": 10, "small_inputs": True}
 
 
 CIFAR = {
@@ -112,7 +108,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files")
     out = parser.parse_args().out
     counted = rows()
     sources = list(dict.fromkeys(row["source"] for row in counted))

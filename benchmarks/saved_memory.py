@@ -5,22 +5,29 @@ timed: they are the same on every machine.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import densenet_fast
 from densenet_fast import reference
+from densenet_fast.benchmarking.results import write_csv
+from densenet_fast.memory import MIB
+from densenet_fast.progress import progress
 from densenet_fast.table import table
+from figures import RESULTS
+from pictures import grouped_bars
 
 IMPLEMENTATIONS = {
-    "stock": lambda name: getattr(reference, name)(),
-    "densenet_fast": lambda name: getattr(densenet_fast, name)(),
-    "densenet_fast, memory_efficient": lambda name: getattr(densenet_fast, name)(memory_efficient=True),
+    "reference": ("stock", lambda name: getattr(reference, name)()),
+    "ours": ("densenet_fast", lambda name: getattr(densenet_fast, name)()),
+    "ours-me": (
+        "densenet_fast, memory_efficient",
+        lambda name: getattr(densenet_fast, name)(memory_efficient=True),
+    ),
 }
+"""By competitor: what the table calls it, and what makes a network of a name."""
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -47,46 +54,22 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(storages.values())
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Bars in MiB per image, one group a network."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = sorted({row["model"] for row in rows})
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    colours = dict(zip(IMPLEMENTATIONS, ("#bbbbbb", "#0072b2", "#1a1a1a")))
-    for i, (implementation, colour) in enumerate(colours.items()):
-        values = [r["MiB per image"] for n in names for r in rows if (r["model"], r["blocks"]) == (n, implementation)]
-        bars = axes.bar([j + (i - 1) * 0.27 for j in range(len(names))], values, 0.25, color=colour)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-        axes.annotate(implementation, (0.01, 0.95 - 0.08 * i), xycoords="axes fraction", color=colour, weight="bold")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(top=1.4 * max(row["MiB per image"] for row in rows))
-    axes.set_ylabel("kept for the backward pass (MiB per image)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of CSV and PNG")
-    arguments = parser.parse_args()
-    x = torch.randn(2, 3, arguments.size, arguments.size)
-    rows = []
-    for name in tqdm(reference.ARCHITECTURES, unit="network"):
-        kept = {key: saved_bytes(make(name), x) / len(x) for key, make in IMPLEMENTATIONS.items()}
-        for key, value in kept.items():
-            ratio = value / kept["stock"]
-            rows.append({"model": name, "blocks": key, "MiB per image": value / 2**20, "ratio": ratio})
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "saved_memory.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, arguments.out / "saved_memory.png")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of CSV and PNG")
+    options = parser.parse_args()
+    x, rows, pictured = torch.randn(2, 3, options.size, options.size), [], {who: [] for who in IMPLEMENTATIONS}
+    for network in progress(reference.ARCHITECTURES, "networks"):
+        kept = {who: saved_bytes(make(network), x) / len(x) for who, (_, make) in IMPLEMENTATIONS.items()}
+        for who, (label, _) in IMPLEMENTATIONS.items():
+            mib, ratio = kept[who] / MIB, kept[who] / kept["reference"]
+            rows.append({"model": network, "blocks": label, "MiB per image": mib, "ratio": ratio})
+            pictured[who].append(mib)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_csv(options.out / "saved_memory.csv", rows)
+    title, unit = "What dense blocks keep for the backward pass", "MiB per image"
+    grouped_bars(options.out / "saved_memory.png", title, unit, list(reference.ARCHITECTURES), pictured)
     cells = [(r["model"], r["blocks"], f"{r['MiB per image']:.1f}", f"{r['ratio']:.3f}") for r in rows]
     print(table(list(rows[0]), cells))
 

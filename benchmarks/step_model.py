@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from densenet_fast.backends.triton.tune import DTYPES
-from densenet_fast.benchmarking.audit import audited
 from densenet_fast.benchmarking.competitors import Entry
-from densenet_fast.benchmarking.kernel_times import Time, by_function, measure, read_page
 from densenet_fast.benchmarking.networks import KNOWN, architecture
-from densenet_fast.benchmarking.roofline import GPUS, Row, assumptions, by_kernel, model_table
-from densenet_fast.benchmarking.step_plan import counted_step, meta_network, torch_counts
 from densenet_fast.benchmarking.steps import step
 from densenet_fast.table import table
+from launches.audit import audited
+from launches.kernel_times import Time, by_function, measure, read_page
+from launches.roofline import GPUS, Row, assumptions, by_kernel, model_table
+from launches.step_plan import counted_step, meta_network, torch_counts
 
 RUN = Path(__file__).parent / "results/nvidia_h200/run_3/kernels.txt"
 """Of the step that RUN_ARGUMENTS say, and of a batch that the page says."""

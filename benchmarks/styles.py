@@ -1,18 +1,14 @@
-"""Time and memory of a training step in each style that people write DenseNets in, stock beside converted:
-``python benchmarks/styles.py``.
+"""A training step in each style that DenseNets are written in, stock beside converted: ``python benchmarks/styles.py``.
 
-The networks are those of ``tests/conversion/styles.py``, in float32 on the sizes below. Times are of steps in turns, in
-one process; each of the two has its faster memory layout, and stock the memory of the layout that needs less. Peak
-memory is what the first step adds, in a process of its own. Files are written after every network.
+The networks are those of ``tests/conversion/styles.py``, in float32 on the sizes below; ``beside_stock.py`` says how
+they are measured. Files are written after every network.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import densenet_fast
+from beside_stock import HEADER, cells, in_layout, measured, peak_here, shape, told
+from beside_stock import peak as peak_by
 from densenet_fast.benchmarking.steps import Disagreement, enqueue
-from densenet_fast.benchmarking.times import Timing, measure_times
-from densenet_fast.memory import PeakMemory
 from densenet_fast.table import table
 from figures import Figure, parser_of
 
@@ -32,7 +28,7 @@ from conversion.styles import STYLES  # noqa: E402
 
 MARGIN = 1e-2
 """Relative error of the converted network's logits against stock's, in float32."""
-MIB = 1 << 20
+peak = partial(peak_by, __file__)
 
 
 class Setting(NamedTuple):
@@ -78,13 +74,22 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Entry:
-    """A network in one style, stock or converted, in one memory layout; as ``measure_times`` takes it."""
+    """A network in one style, stock or converted, in one memory layout."""
 
     style: str
     setting: Setting
     converted: bool
     channels_last: bool
+    dtype = "fp32"
     compiled = False
+
+    @property
+    def size(self) -> int:
+        return self.setting.size
+
+    @property
+    def batch(self) -> int:
+        return self.setting.batch
 
     @property
     def layout(self) -> str:
@@ -105,10 +110,7 @@ class Entry:
         return self._placed(images)
 
     def _placed(self, thing: Any) -> Any:
-        if not self.channels_last:
-            return thing
-        volumes = STYLES[self.style].dims == 3
-        return thing.to(memory_format=torch.channels_last_3d if volumes else torch.channels_last)
+        return in_layout(thing, self.channels_last, STYLES[self.style].dims)
 
 
 def entry_of(fields: dict[str, Any]) -> Entry:
@@ -123,8 +125,7 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        torch.set_num_threads(options.threads)
-        print(peak_here(entry_of(json.loads(options.peak)), options.device))
+        print(peak_here(entry_of(json.loads(options.peak)), options))
         return
     figure, rows = Figure("styles", options), []
     for style in options.styles:
@@ -135,22 +136,11 @@ def main() -> None:
 
 def row_of(style: str, options: argparse.Namespace) -> dict[str, Any]:
     """What was measured of ``style``."""
-    setting, device = setting_of(style), options.device
+    setting = setting_of(style)
     entries = [Entry(style, setting, converted, last) for converted in (False, True) for last in (False, True)]
-    fused, left = parts(entries[0], entries[2], device)
-    turns = [(entry, setting.batch) for entry in entries]
-    timings = measure_times(turns, setting.size, torch.float32, True, device, options.repeats)
-    stock, ours = (min(timings[i : i + 2], key=median) for i in (0, 2))
+    fused, left = parts(entries[0], entries[2], options.device)
     row = {"style": style, **setting._asdict(), "layers": " ".join(map(str, setting.layers))}
-    row |= {"stock_layout": stock.entry.layout, "stock_s": median(stock)}
-    row |= {"ours_layout": ours.entry.layout, "ours_s": median(ours), "speed_ratio": median(stock) / median(ours)}
-    row["stock_mib"] = min(peak(entry, options) for entry in entries[:2]) / MIB
-    row["ours_mib"] = peak(ours.entry, options) / MIB
-    return row | {"memory_ratio": row["ours_mib"] / row["stock_mib"], "fused": fused, "left": left}
-
-
-def median(timing: Timing) -> float:
-    return timing.quantile(0.5)
+    return row | measured(entries, options, peak)[0] | {"fused": fused, "left": left}
 
 
 def parts(stock: Entry, converted: Entry, device: torch.device) -> tuple[str, str]:
@@ -172,46 +162,14 @@ def parts(stock: Entry, converted: Entry, device: torch.device) -> tuple[str, st
     return told(row.kind for row in report if row.fused), told(row.kind for row in report if not row.fused)
 
 
-def told(kinds: Any) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
-
-
-def peak(entry: Entry, options: argparse.Namespace) -> int:
-    """Bytes that the first training step adds, in a new process that returns what it frees to the system at once."""
-    command = [sys.executable, __file__, "--peak", json.dumps(asdict(entry))]
-    command += ["--device", str(options.device), "--threads", str(options.threads)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(process.stdout)
-
-
-def peak_here(entry: Entry, device: torch.device) -> int:
-    """:func:`peak` in this process, which should have done nothing else."""
-    model, images = entry.model(device, True), entry.images(entry.setting.batch, entry.setting.size, device)
-    memory = PeakMemory(device)
-    enqueue(model, images, torch.float32, True)
-    return memory.read().added
-
-
 def write(figure: Figure, rows: list[dict[str, Any]], show: bool) -> None:
     """The table and the files of what has been measured."""
-    header = ("style", "input", "stock ms", "ours ms", "speed", "stock MiB", "ours MiB", "memory", "fused", "left")
-    cells = [
-        (
-            row["style"],
-            f"{row['batch']} of {'x'.join([str(row['size'])] * STYLES[row['style']].dims)}",
-            f"{1e3 * row['stock_s']:.0f} ({row['stock_layout']})",
-            f"{1e3 * row['ours_s']:.0f} ({row['ours_layout']})",
-            f"{row['speed_ratio']:.2f}x",
-            f"{row['stock_mib']:.0f}",
-            f"{row['ours_mib']:.0f}",
-            f"{row['memory_ratio']:.2f}",
-            row["fused"],
-            row["left"] or "-",
-        )
+    header = ("style", "input", *HEADER, "fused", "left")
+    lines = [
+        (row["style"], shape(row, STYLES[row["style"]].dims), *cells(row), row["fused"], row["left"] or "-")
         for row in rows
     ]
-    figure.write("A training step in each style, stock and converted, float32", rows, table(header, cells), show)
+    figure.write("A training step in each style, stock and converted, float32", rows, table(header, lines), show)
 
 
 if __name__ == "__main__":

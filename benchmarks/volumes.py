@@ -1,18 +1,15 @@
-"""A training step of MONAI's DenseNet-121 on volumes, stock beside converted: its time, its memory and its errors:
-``python benchmarks/volumes.py``.
+"""A training step of MONAI's DenseNet-121 on volumes, stock beside converted: ``python benchmarks/volumes.py``.
 
-Times are of steps in turns, in one process; each of the two has its faster memory layout, and stock the memory of the
-layout that needs less. Peak memory is what the first step adds, in a process of its own. Errors are against a step in
-float64: of the logits, of the gradient of the volumes and of those of all weights, each norm relative to stock's error.
-Files are written after every setting.
+``beside_stock.py`` says how time and memory are measured. Errors are against a step in float64: of the logits, of the
+gradient of the volumes and of those of all weights, each norm relative to stock's error. Files are written after every
+setting.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 import densenet_fast
+from beside_stock import HEADER, cells, in_layout, measured, peak_here, shape, told
+from beside_stock import peak as peak_by
 from densenet_fast.benchmarking.steps import DTYPES, enqueue
-from densenet_fast.benchmarking.times import measure_times
-from densenet_fast.memory import PeakMemory
 from densenet_fast.table import table
 from figures import Figure, parser_of
-from styles import MIB, median, told
 
 LAYERS = (6, 12, 24, 16)
 """Of each block."""
 ERRORS = ("logits", "input", "weights")
+peak = partial(peak_by, __file__)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The network, stock or converted, in one dtype and one memory layout; as ``measure_times`` takes it."""
+    """The network, stock or converted, in one dtype and one memory layout."""
 
     size: int
     batch: int
@@ -71,7 +68,7 @@ class Entry:
         return model, [t.detach().double() for t in (logits, images.grad, torch.cat(weights))]
 
     def _placed(self, thing: Any) -> Any:
-        return thing.to(memory_format=torch.channels_last_3d) if self.channels_last else thing
+        return in_layout(thing, self.channels_last, 3)
 
 
 def main() -> None:
@@ -83,8 +80,7 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        torch.set_num_threads(options.threads)
-        print(peak_here(Entry(**json.loads(options.peak)), options.device))
+        print(peak_here(Entry(**json.loads(options.peak)), options))
         return
     figure, rows = Figure("volumes", options), []
     settings = list(product(options.sizes, options.dtypes))
@@ -97,16 +93,8 @@ def main() -> None:
 def row_of(size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """What was measured of volumes of ``size``."""
     entries = [Entry(size, options.batch, dtype, *kind) for kind in product((False, True), (False, True))]
-    turns = [(entry, options.batch) for entry in entries]
-    timings = measure_times(turns, size, DTYPES[dtype], True, options.device, options.repeats)
-    stock, ours = (min(timings[i : i + 2], key=median) for i in (0, 2))
-    row = {"batch": options.batch, "size": size, "dtype": dtype}
-    row |= {"stock_layout": stock.entry.layout, "stock_s": median(stock)}
-    row |= {"ours_layout": ours.entry.layout, "ours_s": median(ours), "speed_ratio": median(stock) / median(ours)}
-    row["stock_mib"] = min(peak(entry, options) for entry in entries[:2]) / MIB
-    row["ours_mib"] = peak(ours.entry, options) / MIB
-    row["memory_ratio"] = row["ours_mib"] / row["stock_mib"]
-    return row | compared(stock.entry, ours.entry, options.device)
+    row, stock, ours = measured(entries, options, peak)
+    return {"batch": options.batch, "size": size, "dtype": dtype} | row | compared(stock, ours, options.device)
 
 
 def compared(stock: Entry, ours: Entry, device: torch.device) -> dict[str, Any]:
@@ -122,44 +110,14 @@ def compared(stock: Entry, ours: Entry, device: torch.device) -> dict[str, Any]:
     return row | {"fused": told(fused), "left": told(part.kind for part in parts if part.last_call != "fused")}
 
 
-def peak(entry: Entry, options: argparse.Namespace) -> int:
-    """Bytes that the first training step adds, in a new process that returns what it frees to the system at once."""
-    command = [sys.executable, __file__, "--peak", json.dumps(asdict(entry))]
-    command += ["--device", str(options.device), "--threads", str(options.threads)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return int(process.stdout)
-
-
-def peak_here(entry: Entry, device: torch.device) -> int:
-    """:func:`peak` in this process, which should have done nothing else."""
-    model, images = entry.model(device, True), entry.images(entry.batch, entry.size, device)
-    memory = PeakMemory(device)
-    enqueue(model, images, DTYPES[entry.dtype], True)
-    return memory.read().added
-
-
 def write(figure: Figure, rows: list[dict[str, Any]], show: bool) -> None:
     """The table and the files of what has been measured."""
-    header = ("input", "dtype", "stock ms", "ours ms", "speed", "stock MiB", "ours MiB", "memory")
-    header += (*(f"error, {what}" for what in ERRORS), "fused", "left")
-    cells = [
-        (
-            f"{row['batch']} of {'x'.join([str(row['size'])] * 3)}",
-            row["dtype"],
-            f"{1e3 * row['stock_s']:.0f} ({row['stock_layout']})",
-            f"{1e3 * row['ours_s']:.0f} ({row['ours_layout']})",
-            f"{row['speed_ratio']:.2f}x",
-            f"{row['stock_mib']:.0f}",
-            f"{row['ours_mib']:.0f}",
-            f"{row['memory_ratio']:.2f}",
-            *(f"{row[f'ours_error_{what}'] / row[f'stock_error_{what}']:.2f}" for what in ERRORS),
-            row["fused"],
-            row["left"] or "-",
-        )
-        for row in rows
-    ]
-    figure.write("A training step of MONAI's DenseNet-121 on volumes", rows, table(header, cells), show)
+    header = ("input", "dtype", *HEADER, *(f"error, {what}" for what in ERRORS), "fused", "left")
+    lines = []
+    for row in rows:
+        errors = [f"{row[f'ours_error_{what}'] / row[f'stock_error_{what}']:.2f}" for what in ERRORS]
+        lines.append((shape(row, 3), row["dtype"], *cells(row), *errors, row["fused"], row["left"] or "-"))
+    figure.write("A training step of MONAI's DenseNet-121 on volumes", rows, table(header, lines), show)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Parts in inference: each is one call of a compiled kernel, which normalises by running statistics.
+"""Inference of a part by one call of a compiled kernel, which normalises by running statistics.
 
-They serve where autograd follows nothing, on the devices whose backend has such kernels. A part before a dense block
-writes its result among the block's features, so that nothing is copied between the two.
+These kernels run where no gradient is needed, on devices whose backend has them. A part in front of a dense block
+writes its result into the block's feature buffer, so nothing is copied between the two.
 """
 
 import functools
@@ -23,12 +23,15 @@ from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 Grid = tuple[int, ...]
 
 MOST_IMAGE_CHANNELS = 16
-"""Of the stem's own convolution, which copies the patches that it multiplies."""
+"""The most channels that the stem's own convolution takes; it copies the patches that it multiplies."""
 
 
 class Frozen:
-    """What the kernels take of stages: of each its normalisation's four tensors and its convolution's weight, if it has
-    one; an empty tensor for one that is absent."""
+    """The tensors of some stages as the kernels take them.
+
+    For each stage they are its normalisation's four tensors and its convolution's weight, if it has one. An empty
+    tensor stands for an absent one.
+    """
 
     def __init__(self, stages: Stages) -> None:
         self.eps = stages.eps
@@ -40,7 +43,7 @@ class Frozen:
         self.tensors = [empty if t is None else t for stage in stages for t in stage[:taken]]
 
     def fit(self, x: Tensor) -> bool:
-        """Whether the kernels take them beside x."""
+        """Whether the kernels take these tensors with x."""
         return (
             self._dtypes <= {x.dtype, torch.float32}
             and all(map(Tensor.is_contiguous, self._vectors))
@@ -49,15 +52,18 @@ class Frozen:
 
 
 class Room:
-    """What the parts of a chain know of each other: the dense block that reads what is made next, if it is one, and the
-    features among which that was made."""
+    """What consecutive parts know of each other.
+
+    ``reader`` is the dense block that reads what is made next, if it is one. The features are the buffer that this was
+    made in.
+    """
 
     def __init__(self) -> None:
         self.reader: BlockOperands | None = None
         self._made: tuple[Tensor, Tensor] | None = None
 
     def image(self, like: Tensor, grid: Grid, channels: int) -> Tensor:
-        """An uninitialised [N, channels, *spatial] with adjacent channels, among its reader's features."""
+        """An uninitialised [N, channels, *spatial] with a channel stride of 1, in the feature buffer of its reader."""
         if self.reader is None or _frozen(self.reader) is None or self.reader.channels != channels:
             return empty_image(like, grid, channels)
         features = empty_image(like, grid, self.reader.columns)
@@ -66,13 +72,13 @@ class Room:
         return own
 
     def features_of(self, x: Tensor) -> Tensor | None:
-        """Those among which x was made, for its one reader."""
+        """The feature buffer that x was made in, for the one block that reads x."""
         made, self._made = self._made, None
         return made[1] if made is not None and made[0] is x else None
 
 
 def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor | None:
-    """The block's features [N, C_total, H, W] from x [N, C0, H, W], or None where it is not for these kernels."""
+    """The block's features [N, C_total, H, W] from x [N, C0, H, W]. None where these kernels do not take it."""
     features = None if room is None else room.features_of(x)
     served = _served(x, operands)
     if served is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
@@ -89,8 +95,8 @@ def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor
 
 
 def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor | None:
-    """BN-ReLU, a mean over windows of 2 and a 1x1 convolution of x [N, C, H, W], or None where it is not for these
-    kernels."""
+    """BN-ReLU, a mean over windows of 2 and a 1x1 convolution of x [N, C, H, W]. None where these kernels do not take
+    it."""
     served = _served(x, operands)
     if served is None:
         return None
@@ -103,7 +109,7 @@ def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor |
 
 
 def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
-    """BN-ReLU and the mean over all pixels of x [N, C, H, W], or None where it is not for these kernels."""
+    """BN-ReLU and the mean over all pixels of x [N, C, H, W]. None where these kernels do not take it."""
     served = _served(x, operands)
     if served is None:
         return None
@@ -113,8 +119,8 @@ def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
 
 
 def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: Room | None) -> Tensor | None:
-    """The convolution, BN-ReLU and the maximum over windows of 3 of images [N, C, H, W], or None where they are not for
-    these kernels."""
+    """The convolution, BN-ReLU and the maximum over windows of 3 of images [N, C, H, W]. None where these kernels do
+    not take them."""
     if torch.compiler.is_compiling():
         return None
     dtype = autocast_dtype(images.device)
@@ -140,7 +146,7 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
 
 
 def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether it is a convolution of few channels, without a bias, on plain squares."""
+    """Whether it is a convolution with few channels, without a bias, over plain squares."""
     weight = convolution.weight
     squares = (weight.shape[2:], convolution.stride, convolution.padding)
     return (
@@ -157,8 +163,8 @@ def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.d
 
 
 def _served(x: Tensor, operands: Operands, *others: Tensor) -> tuple[Backend, Frozen] | None:
-    """The backend that has these kernels and what they take of the operands, or None where x, the operands and
-    ``others`` are not for them."""
+    """The backend that has these kernels, and the operands' tensors as it takes them. None where it does not take x,
+    the operands or ``others``."""
     if torch.compiler.is_compiling():
         return None
     frozen = _frozen(operands)
@@ -173,7 +179,8 @@ def _served(x: Tensor, operands: Operands, *others: Tensor) -> tuple[Backend, Fr
 
 
 def _frozen(operands: Operands) -> Frozen | None:
-    """What the kernels take of the operands; None where they are not all plain and normalised by running statistics."""
+    """The operands' tensors as the kernels take them. None unless all are plain and normalised by running
+    statistics."""
     return operands.remembered(_examined)
 
 
@@ -188,7 +195,7 @@ def _is_plain(stage: Stage) -> bool:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """[N, C, H, W] as [M, C] with adjacent columns: a view in one call where all rows are at one distance."""
+    """[N, C, H, W] as [M, C] with a column stride of 1: a view, made in one call, where all rows have one stride."""
     n, channels, height, width = x.shape
     image, column, line, row = x.stride()
     if column == 1 and line == width * row and image == height * line:

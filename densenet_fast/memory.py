@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["MemoryUse", "PeakMemory"]
+__all__ = ["GIB", "MIB", "MemoryUse", "PeakMemory"]
+
+MIB, GIB = 1 << 20, 1 << 30
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")

@@ -1,8 +1,8 @@
 """What an op takes beside its feature map: batch normalisations and convolutions, gathered once for many calls.
 
-Gathering and checking them is Python for each of a block's hundreds of tensors. So operands are objects: whoever knows
-that no tensor among them was exchanged, and that none changed its dtype, shape or device, may use them again, and they
-remember what kinds of input they have been checked beside.
+Gathering and checking them is Python work for each of a block's hundreds of tensors. So operands are objects. A caller
+may use them again if no tensor among them was exchanged, and none changed its dtype, shape or device. They remember the
+kinds of input with which they have been checked.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ class BatchNorm(NamedTuple):
         return not self.training and self.running_mean is not None
 
     def stage(self, weight: Tensor | None = None, bias: Tensor | None = None) -> Stage:
-        """This, ReLU and, if given, a convolution, as the ops take it."""
+        """The stage of this normalisation, ReLU and, if given, a convolution."""
         running = (self.running_mean, self.running_var) if self.frozen else (None, None)
         return Stage(self.weight, self.bias, *running, weight, bias, self.eps)
 
@@ -63,31 +63,34 @@ class BNReLUConv(NamedTuple):
 
 
 class Outcome:
-    """Of the last call of an op: ``walked`` is why it was not planned, None if it was."""
+    """What the last call of an op did. ``walked`` is why it had no launch plan, None if it had one."""
 
     walked: str | None = "it was not called yet"
 
 
 class Operands:
-    """The normalisations of one op, those of them that ``read`` its input, their stages, and where each one's
-    statistics stand in the op's packed vectors."""
+    """The normalisations of one op.
+
+    ``read`` are those that normalise its input. Beside them stand the stages, and where the statistics of each
+    normalisation stand in the op's packed vectors.
+    """
 
     def __init__(self, norms: list[BatchNorm], read: list[BatchNorm], stages: list[Stage], ranges: list[slice]) -> None:
         self.norms, self.stages, self.ranges = norms, Stages(stages), ranges
         self.reads_statistics = any(not norm.frozen for norm in read)
-        """Whether it normalises its input by the batch's statistics."""
+        """Whether it normalises its input by the batch statistics."""
         self.reader = next((norm for norm in read if not norm.frozen), norms[0])
-        """What normalises its input, by the batch's statistics if any normalisation does."""
+        """The normalisation of its input: one that uses the batch statistics, if there is one."""
         training = [(norm, columns.start or 0) for norm, columns in zip(norms, ranges) if norm.training]
         self.running = RunningStatistics(
             Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, start)
             for norm, start in training
             if norm.running_mean is not None
         )
-        """What a call updates, by columns of the packed vectors."""
+        """The running statistics that a call updates, by columns of the packed vectors."""
         alone = [norm.num_batches_tracked for norm, _ in training if norm.running_mean is None]
         self.counters = [batches for batches in alone if batches is not None]
-        """Numbers of batches without averages over them, which a call counts up."""
+        """The counters of batches that a call increments where there are no running averages."""
         self.outcome = Outcome()
         self._by_batch = any(not norm.frozen for norm in norms)
         self._groups = {norm.group for norm in norms if not norm.frozen}
@@ -95,25 +98,27 @@ class Operands:
         self._remembered: dict[Callable[..., object], object] = {}
 
     def group(self) -> str | None:
-        """The name of the process group over which the batches are normalised; None if there is but this process."""
+        """The name of the process group over which batches are normalised; None if there is only this process."""
         check(len(self._groups) <= 1, ValueError, "layers", "one process group for all normalisations", self._groups)
         group = next(iter(self._groups), None)
         return None if group is None or dist.get_world_size(group) == 1 else group.group_name
 
     def differentiable(self, x: Tensor) -> bool:
-        """Whether autograd follows an op on x."""
-        return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.followed().places))
+        """Whether autograd records an op on x."""
+        return torch.is_grad_enabled() and (x.requires_grad or bool(self.stages.requiring_grad().places))
 
     def remembered(self, examine: Callable[["Operands"], Made]) -> Made:
-        """What ``examine`` makes of these, which is asked once."""
+        """The result of ``examine`` on these operands, which is computed once."""
         if examine not in self._remembered:
             self._remembered[examine] = examine(self)
         return self._remembered[examine]
 
     def admit(self, x: Tensor, channels: int | None = None) -> None:
-        """As :meth:`check`, but for inputs of a kind that was admitted before only what is not of the kind; for callers
-        who know that nothing else has changed, and that no transform is active. With ``channels``, of an input like x
-        that has so many."""
+        """As :meth:`check`, but faster for inputs of a kind that was admitted before.
+
+        Only what is not of the kind is checked again. The caller knows that nothing else has changed, and that no
+        transform is active. ``channels``, if given, stands for the number of channels of x.
+        """
         if torch.compiler.is_compiling():
             return self.check(x)
         kind = channels or x.shape[1], x.dim(), x.dtype, x.device, autocast_dtype(x.device)
@@ -123,7 +128,7 @@ class Operands:
         self._admitted.add(kind)
 
     def check(self, x: Tensor) -> None:
-        """Raises an error that says what of x, and of these beside it, does not fit."""
+        """Raises an error that says what does not fit, of x or of these operands with x."""
         raise NotImplementedError
 
     def _check_input(self, x: Tensor) -> None:
@@ -160,7 +165,7 @@ class NormOperands(Operands):
 
 
 class ConvOperands(Operands):
-    """One normalisation and a 1x1 convolution behind it."""
+    """One normalisation and the 1x1 convolution behind it."""
 
     def __init__(self, unit: BNReLUConv) -> None:
         _check_kinds([unit])
@@ -174,7 +179,7 @@ class ConvOperands(Operands):
 
 
 class BlockOperands(Operands):
-    """The layers of a dense block; arguments as of :func:`densenet_fast.functional.dense_block`."""
+    """The layers of a dense block; the arguments are those of :func:`densenet_fast.functional.dense_block`."""
 
     def __init__(
         self,
@@ -195,7 +200,7 @@ class BlockOperands(Operands):
         self.drop_rates = Fixed([0.0] * len(layers) if drop_rates is None else map(float, drop_rates))
         self.drops = any(self.drop_rates)
         self.dropped_channels = [unit.weight.shape[0] for unit in units]
-        """How many channels each drop rate is of."""
+        """The number of channels of each drop rate."""
         if len(self.drop_rates) != len(units):
             self.dropped_channels = self.growths
         whole = isinstance(memory_efficient, bool)
@@ -208,10 +213,10 @@ class BlockOperands(Operands):
         super().__init__(norms, read, [unit.stage() for unit in units], packed_ranges(layers, prepend))
 
     def saved(self, x: Tensor, differentiable: bool) -> list[bool]:
-        """Of which layers the bottleneck is kept for a backward pass.
+        """Says of each layer whether its bottleneck is kept for a backward pass.
 
-        A layer that reads fewer channels than its bottleneck has is the cheapest to recompute, and keeps as much as any
-        other. Some backends recompute such bottlenecks always.
+        If a layer reads fewer channels than its bottleneck has, the bottleneck is the cheapest to recompute and as
+        large as any other. Some backends always recompute such bottlenecks.
         """
         if not differentiable:
             return self._none
@@ -222,7 +227,7 @@ class BlockOperands(Operands):
         return self._worth_it if recomputes else self._asked
 
     def own(self, features: Tensor) -> Tensor:
-        """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
+        """The block's input, as a view of its ``features`` [N, C_total, *spatial]."""
         return own_features(features, self.channels, self.prepend)
 
     def check(self, x: Tensor) -> None:
@@ -243,7 +248,7 @@ class BlockOperands(Operands):
 
 
 def packed_ranges(layers: Sequence[Sequence[BNReLUConv]], prepend: bool) -> list[slice]:
-    """Where each normalisation's statistics stand in the op's packed vectors, in the order of the units."""
+    """Where the statistics of each normalisation stand in the op's packed vectors, in the order of the units."""
     channels = layers[0][0].weight.shape[1]
     columns = bottleneck = channels + sum(layer[-1].weight.shape[0] for layer in layers)
     ranges = []
@@ -257,16 +262,21 @@ def packed_ranges(layers: Sequence[Sequence[BNReLUConv]], prepend: bool) -> list
 
 
 def active_transform() -> str | None:
-    """The transform that the fused ops cannot run inside, if one is active."""
+    """The active transform inside which the fused ops cannot run, or None."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform"
     return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 def check(condition: bool, error: type[Exception], argument: str, expected: str, got: object) -> None:
-    """Raises an error of that type, which says what was expected and got, where the condition does not hold."""
+    """Raises an error of this type unless the condition holds. It says what was expected and what came."""
     if not condition:
         raise error(f"{argument}: expected {expected}, got {got}")
+
+
+def check_poolable(x: Tensor) -> None:
+    """Raises an error if x has no window of two pixels in each of its spatial dimensions."""
+    check(x.dim() < 3 or min(x.shape[2:]) >= 2, RuntimeError, "x", "spatial sizes of at least 2", tuple(x.shape))
 
 
 def _check_kinds(units: Sequence[BNReLUConv]) -> None:

@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Plain-text tables and the numbers in them."""
 
 from collections.abc import Sequence
 
@@ -10,3 +10,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    """A cell of a table: ``value`` with so many digits behind the point; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}f}{unit}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from densenet_fast.backends.affine import Statistics, accumulation_dtype
 from densenet_fast.functional import BatchNorm
-from densenet_fast.ops.stage import Stage, Stages, present
+from densenet_fast.ops.stage import Stage, Stages, none_as_empty
 
 EPS = 1e-3
 """Of statistics that kernels are asked for."""
@@ -64,7 +64,7 @@ def make_norm(channels, *, affine=True, tracked=True, training=True, momentum=0.
 def pack(stages: Sequence[Stage], like: Tensor) -> tuple[list[Tensor], list[float]]:
     """Stages as ``torch.ops.densenet_fast`` takes them: an empty tensor for each that is absent, no two the same."""
     flat = Stages(stages)
-    return [present([t], like)[0] for t in flat.tensors], flat.eps
+    return [none_as_empty([t], like)[0] for t in flat.tensors], flat.eps
 
 
 def twin(model: nn.Module, other: nn.Module) -> nn.Module:

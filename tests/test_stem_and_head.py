@@ -11,6 +11,7 @@ from torch import nn
 
 import densenet_fast
 from densenet_fast import functional, ops
+from densenet_fast.functional import chain
 from densenet_fast.nn.features import Features
 from densenet_fast.nn.memory_format import is_channels_last
 from helpers import assert_same, error, randomise, step, twin
@@ -33,8 +34,8 @@ def calls(monkeypatch):
     for name in ("bn_relu_maxpool", "bn_relu_global_avgpool"):
         op = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, n=name, op=op: (seen.append(n), op(*args))[1])
-    head = functional.HEAD
-    monkeypatch.setattr(functional, "HEAD", lambda *args: (seen.append("bn_relu_global_avgpool"), head(*args))[1])
+    head = chain.HEAD
+    monkeypatch.setattr(chain, "HEAD", lambda *args: (seen.append("bn_relu_global_avgpool"), head(*args))[1])
     return seen
 
 

@@ -251,7 +251,7 @@ class Cpu(Aten):
             else:
                 aten.update_running_statistics([update])
 
-    def walks(self, grid: tuple[int, ...]) -> bool:
+    def runs_whole_blocks(self, grid: tuple[int, ...]) -> bool:
         return convolves(grid)
 
     def dense_block(

@@ -35,9 +35,9 @@ class Fixed(list[Any]):
         return holds_others([*self])
 
     @functools.cached_property
-    def parted(self) -> tuple[Sequence[Tensor], Constants]:
-        """What :func:`parted` returns for this list."""
-        tensors, constants = _parted(self)
+    def split(self) -> tuple[Sequence[Tensor], Constants]:
+        """What :func:`split_tensors` returns for this list."""
+        tensors, constants = _split(self)
         return tensors, Constants(constants)
 
     @functools.cached_property
@@ -54,7 +54,7 @@ class Fixed(list[Any]):
 
     def saved(self) -> Sequence[Tensor]:
         """Its tensors, to be kept for a backward pass."""
-        return self.parted[0]
+        return self.split[0]
 
     def restored(self, tensors: Sequence[Tensor]) -> list[Any]:
         """This list with ``tensors`` in the places of those that were :meth:`saved`; they may be others by now."""
@@ -78,7 +78,7 @@ def holds_others(values: Sequence[Any]) -> bool:
     )
 
 
-def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+def split_tensors(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     """Returns the tensors among ``inputs``, in order, and all else as a tuple that can be hashed, where 1, 1.0 and True
     differ. An op has hundreds of inputs."""
     tensors: list[Tensor] = []
@@ -89,7 +89,7 @@ def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
             tensors.append(value)
             constants.append(Ellipsis)
         elif kind in LISTS:
-            inner, others = value.parted if kind is Fixed else _parted(value)
+            inner, others = value.split if kind is Fixed else _split(value)
             tensors += inner
             constants.append(others)
         else:
@@ -97,11 +97,11 @@ def parted(inputs: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     return tensors, tuple(constants)
 
 
-def _parted(values: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
+def _split(values: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
     kinds = {*map(type, values)}
     if kinds <= TENSORS:
         given = tuple(map(operator.is_not, values, itertools.repeat(None)))
         return [*itertools.compress(values, given)], given
     if not kinds.isdisjoint({*PLAIN, *LISTS}):
-        return parted(values)
+        return split_tensors(values)
     return (), (tuple(map(type, values)), tuple(values))

@@ -35,7 +35,7 @@ class OptionalFunctions:
     """Whether the backward pass recomputes a bottleneck that has more channels than its layer reads, instead of keeping
     it. That costs a product of little depth, and the bottleneck is as large as any other."""
 
-    def walks(self, grid: tuple[int, ...]) -> bool:
+    def runs_whole_blocks(self, grid: tuple[int, ...]) -> bool:
         """Whether :meth:`dense_block` and :meth:`dense_block_backward` take blocks on this grid."""
         return False
 
@@ -128,5 +128,7 @@ class OptionalFunctions:
         raise NotImplementedError
 
 
-OPTIONAL = tuple(name for name, member in vars(OptionalFunctions).items() if callable(member) and name != "walks")
+OPTIONAL = tuple(
+    name for name, member in vars(OptionalFunctions).items() if callable(member) and name != "runs_whole_blocks"
+)
 """The names of the functions that a backend may have."""

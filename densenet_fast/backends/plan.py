@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.backends import extension, nvidia
-from densenet_fast.backends.inputs import parted
+from densenet_fast.backends.inputs import split_tensors
 from densenet_fast.backends.recording import Native, Recording, View, replaced, tensors_in
 from densenet_fast.backends.symbolic import Allocation, Unplannable
 from densenet_fast.backends.triton import config, launch
@@ -169,7 +169,7 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any | Unp
     Inputs of a kind that comes for the first time get no plan: to make one takes longer than a walk, and for images of
     ever new sizes that would not pay.
     """
-    tensors, constants = parted(inputs)
+    tensors, constants = split_tensors(inputs)
     kind = name, constants, settings(tensors[0])
     alike = *kind, tensors[0].shape
     latest = _latest.get(alike)
@@ -199,7 +199,7 @@ def cached(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Plan |
     """
     if unavailable() is not None:
         return Unplannable(unavailable())
-    tensors, constants = parted(inputs)
+    tensors, constants = split_tensors(inputs)
     return _find((name, constants, settings(tensors[0]), kernels.cuda_signature(tensors)), body, inputs, tensors)
 
 

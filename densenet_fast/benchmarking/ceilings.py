@@ -1,4 +1,4 @@
-"""What the device can do at best, measured: bytes copied a second, multiply-adds of a matrix product a second."""
+"""What the device can do at best, measured: how many bytes it copies a second, how many multiply-adds it makes."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,8 @@ PRODUCTS = {
     "cpu": ((1024, 1024, 1024), (8192, 128, 512), (4096, 512, 512)),
     "cuda": ((8192, 8192, 8192), (1 << 18, 128, 1024), (1 << 16, 512, 512)),
 }
-"""Rows, columns and terms of the products tried; the best counts. The long ones are shaped as a dense block's."""
+"""Rows, columns and terms of the products that are tried; the best counts. The long ones are shaped as a dense
+block's."""
 HEAD_START = 4_000_000
 """Cycles, about two milliseconds, that a GPU waits before it begins a run, until all of its launches have arrived."""
 
@@ -32,7 +33,8 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> Ceilings:
-    """Both, the best of ``repeats``; products in ``dtype``, as torch's settings have them (TF32 if allowed)."""
+    """Measures both, the best of ``repeats``. Products are in ``dtype``, as torch's settings have them (TF32 if
+    allowed)."""
     source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = min(seconds_of(lambda: target.copy_(source), device, repeats, flush=False))
@@ -45,8 +47,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int, flush: bool = True) -> list[float]:
-    """Of each of ``repeats`` runs after one of warming up; on a GPU its own clock's, without what the host needs to
-    enqueue them, its cache emptied before each if ``flush``."""
+    """Seconds of each of ``repeats`` runs, after one of warming up.
+
+    On a GPU they are by its own clock, without what the host needs to enqueue the runs. With ``flush`` its cache is
+    emptied before each.
+    """
     run()
     if device.type != "cuda":
         times = []

@@ -1,4 +1,4 @@
-"""``python -m densenet_fast bench``: time and peak memory of ours beside its peers; where the time goes; the floor."""
+"""``python -m densenet_fast bench``: time and peak memory of ours beside its peers, its profile, its floor."""
 
 import argparse
 import shlex
@@ -11,30 +11,30 @@ import torch
 
 from densenet_fast.benchmarking import floor, plots, profile
 from densenet_fast.benchmarking.competitors import COMPETITORS, LAYOUTS, Entry, available, layouts_of
-from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name, sentence
+from densenet_fast.benchmarking.conditions import conditions, device_name, folder_name
 from densenet_fast.benchmarking.largest import largest_batch
-from densenet_fast.benchmarking.memory import Job, Memory, compile_ahead, measure, measure_all
+from densenet_fast.benchmarking.memory import Job, Memory, compile_ahead, free_memory, measure, measure_all
 from densenet_fast.benchmarking.networks import KNOWN, architecture
-from densenet_fast.benchmarking.results import bench_rows, bench_table, best_rows, write_csv
+from densenet_fast.benchmarking.results import bench_rows, bench_table, best_rows, write_csv, write_page
 from densenet_fast.benchmarking.steps import DTYPES, agree
 from densenet_fast.benchmarking.times import Timing, measure_times
+from densenet_fast.memory import GIB
 
 __all__ = ["add_arguments", "execute"]
 
-GIB = 1 << 30
 AGAINST = {
     "cpu": ("reference", "torchvision", "torchvision-me", "timm"),
     "cuda": ("reference", "torchvision", "torchvision-me", "timm", "compile"),
 }
 WITH_OURS = {"cpu": ("ours", "ours-me"), "cuda": ("ours", "ours-me", "ours-compile")}
 ENGINES = {"cpu": ("openvino", "onnxruntime"), "cuda": ()}
-"""By default in inference."""
+"""Who is also compared by default in inference."""
 DEFAULTS = {
     "cpu": {"batch": [16], "dtype": "fp32", "repeats": 5},
     "cuda": {"batch": [64], "dtype": "bf16", "repeats": 20},
 }
 TIMED_SHARE = 0.6
-"""Of ``--minutes``, where memory is to be measured too."""
+"""The share of ``--minutes`` that times take where memory is measured too."""
 DESCRIPTION = """\
 Runs every competitor from the same weights on the same images, checks that they compute the same, times their steps in
 turn, measures the peak memory of each in a process of its own, and prints one table: one row a competitor, of the
@@ -164,7 +164,7 @@ def execute(parser: argparse.ArgumentParser, options: argparse.Namespace, argume
 
 
 class Files:
-    """Where the results go, under which conditions they are made."""
+    """Where the results go, and the conditions that they are made in."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.options, self.command = options, command
@@ -187,8 +187,7 @@ class Files:
         """Prints ``body`` and writes it, with its title and conditions."""
         heading = f"{self.title()}, on {device_name(self.options.device)}"
         print(f"{heading}\n\n{body}\n")
-        text = f"# {heading}\n\n`{self.command}`\n\n{sentence(self.conditions)}\n\n{body}\n"
-        self.path(what, "md").write_text(text)
+        write_page(self.path(what, "md"), heading, self.command, self.conditions, body)
 
 
 def run_bench(options: argparse.Namespace, files: Files) -> int:
@@ -239,12 +238,13 @@ def run_bench(options: argparse.Namespace, files: Files) -> int:
 
 
 def compared(entries: list[Entry]) -> list[Entry]:
-    """Those that are compared beforehand, all but the compiled ones; one that runs in float64 first."""
+    """The entries whose results are compared beforehand: all but the compiled ones. One that runs in float64 is
+    first."""
     return sorted((entry for entry in entries if not entry.compiled), key=lambda entry: entry.by_engine)
 
 
 def chosen_batches(options: argparse.Namespace, entries: list[Entry]) -> tuple[list[tuple[Entry, int]], dict[str, str]]:
-    """Each entry with each batch that it is to run, compiled if it is one to be; and why others will not run."""
+    """Each entry with each batch that it is to run, and why others will not run. What needs it is compiled now."""
     if options.batch != "max":
         turns = [(entry, batch) for batch in options.batch for entry in entries]
         ahead = {job(options, *turn): turn for turn in turns if turn[0].compiled}
@@ -265,7 +265,7 @@ def chosen_batches(options: argparse.Namespace, entries: list[Entry]) -> tuple[l
 
 
 def measured_memories(options: argparse.Namespace, timings: list[Timing], until: float) -> list[Memory | None]:
-    """Of each timing that succeeded, as far as ``--memory`` asks for it and the time goes; in faster layouts first."""
+    """The memory of each timing that succeeded, faster layouts first, as far as ``--memory`` asks and the time goes."""
 
     def faster(timing: Timing) -> bool:
         peers = [t for t in timings if (t.entry.competitor, t.batch) == (timing.entry.competitor, timing.batch)]
@@ -287,27 +287,7 @@ def measured_memories(options: argparse.Namespace, timings: list[Timing], until:
 
 def job(options: argparse.Namespace, entry: Entry, batch: int) -> Job:
     """The measurement of one entry's memory."""
-    return Job(
-        entry.competitor,
-        entry.layout,
-        entry.network,
-        batch,
-        options.size,
-        options.dtype,
-        not options.infer,
-        str(options.device),
-        options.threads,
-    )
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes: a GPU's whole memory, of the system's what is available."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say how much memory is free: give a limit")
+    return Job.of(entry, batch, options.size, options, train=not options.infer)
 
 
 def run_floor(options: argparse.Namespace, files: Files) -> int:

@@ -53,8 +53,14 @@ def _with_small_stem(model: nn.Module, arguments: Arguments) -> nn.Module:
 
 @dataclass(frozen=True)
 class Competitor:
-    """An implementation: how it is built, what readers call it, whether ``torch.compile`` runs it, and the engine that
-    does, if it is one."""
+    """An implementation.
+
+    Attributes:
+        build: makes the network.
+        label: what readers call it.
+        compiled: whether ``torch.compile`` runs it.
+        engine: the inference engine that runs it, if one does.
+    """
 
     build: Callable[[Arguments], nn.Module]
     label: str
@@ -127,15 +133,18 @@ class Entry:
 
 
 def layouts_of(competitor: str) -> list[str]:
-    """In which it is measured: what ``torch.compile`` makes in channels_last alone, for the compiler takes minutes, and
-    chooses the layouts of convolutions itself; so do engines, whose images are contiguous."""
+    """The layouts in which it is measured.
+
+    What ``torch.compile`` makes is measured in channels_last alone: the compiler takes minutes, and chooses the layouts
+    of convolutions itself. Engines choose them too; their images are contiguous.
+    """
     if COMPETITORS[competitor].engine is not None:
         return ["contiguous"]
     return ["channels_last"] if COMPETITORS[competitor].compiled else list(LAYOUTS)
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """``torch.compile`` of it, for one size of images; the same in every process, which share its cache."""
+    """``torch.compile`` of it, for one size of images: the same in all processes, which share its cache."""
     return torch.compile(model, dynamic=False)
 
 

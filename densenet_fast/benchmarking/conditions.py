@@ -1,4 +1,4 @@
-"""Under which conditions a figure was measured: device, driver, versions, commit, date. They stand beside every row."""
+"""The conditions that a figure was measured in: device, driver, versions, commit, date. They stand beside every row."""
 
 import datetime
 import importlib.metadata
@@ -60,7 +60,7 @@ def sentence(found: dict[str, str]) -> str:
 
 
 def commit() -> str:
-    """Of the checkout this package runs from, with ``+`` behind it where files differ from it; else empty."""
+    """The commit of the checkout that this package runs from, else empty. A ``+`` says that files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Inference engines for CPUs: what they make of torchvision's network, exported to ONNX, for one size of images."""
+"""Inference engines for CPUs. They run torchvision's network, exported to ONNX for one size of images."""
 
 import io
 import warnings
@@ -14,7 +14,7 @@ Run = Callable[[Any], Any]
 
 
 class Engine(nn.Module):
-    """A network that an engine runs, in the dtype of autocast; it has as many threads as torch."""
+    """A network that an engine runs, in the dtype of autocast, with as many threads as torch has."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Engine(nn.Module):
         return self.network.load_state_dict(state_dict, *args, **kwargs)
 
     def prepare(self, images: Tensor) -> Run:
-        """What runs ``images``, made anew where they are of another size than those before."""
+        """What runs ``images``. It is made anew for another size than before."""
         dtype = autocast_dtype(images.device) or torch.float32
         kind = tuple(images.shape), dtype, torch.get_num_threads()
         if self._made is None or self._made[0] != kind:

@@ -19,14 +19,22 @@ __all__ = ["Line", "as_row", "floor_lines", "floor_table", "largest_gap", "measu
 
 OUTSIDE = "outside the kernels"
 MINIMAL_FILTERING = {torch.float32: 24 / 72, torch.bfloat16: 16 / 36}
-"""Products that F(2x4, 3x3) and F(2x2, 3x3) need of those by the definition: the floor on a CPU, whose kernels use the
-first in float32 and the second in bfloat16."""
+"""The share of the definition's products that F(2x4, 3x3) and F(2x2, 3x3) need. They are the floor on a CPU, whose
+kernels use the first in float32 and the second in bfloat16."""
 
 
 @dataclass
 class Line:
-    """Seconds of all calls of a kernel in a step, measured and at least, the part of the latter in calls that memory
-    bounds; and what they move and multiply."""
+    """All calls of a kernel in a step.
+
+    Attributes:
+        kernel: its name.
+        calls: how many.
+        measured: seconds that they took.
+        floor: seconds that they take at least.
+        floor_by_memory: the part of ``floor`` in calls that memory bounds.
+        bytes, products: what they move and multiply.
+    """
 
     kernel: str
     calls: int = 0
@@ -47,7 +55,7 @@ class Line:
 
 
 def measure_calls(calls: Sequence[Call], device: torch.device, dtype: torch.dtype, repeats: int) -> list[float]:
-    """Seconds of each; equal calls are measured once."""
+    """Seconds of each call. Equal calls are measured once."""
     kernels = Kernels(device, dtype)
     known: dict[tuple[object, ...], float] = {}
     seconds, part = [], None
@@ -65,7 +73,7 @@ def measure_calls(calls: Sequence[Call], device: torch.device, dtype: torch.dtyp
 def floor_lines(
     network: str, batch: int, size: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> tuple[list[Line], Line, Ceilings]:
-    """Per kernel in order of its gap, with what the step spends outside them; the whole step; the ceilings."""
+    """A line for each kernel and for what the step spends outside them, by its gap; the whole step; the ceilings."""
     ceilings = measure_ceilings(device, dtype)
     calls = training_step(architecture(network), batch, size, dtype.itemsize)
     seconds = measure_calls(calls, device, dtype, repeats)
@@ -85,7 +93,7 @@ def floor_lines(
 
 
 def summarise(calls: Sequence[Call], seconds: Sequence[float], ceilings: Ceilings, filtering: float) -> list[Line]:
-    """The calls of each kernel added up. ``filtering``: the part of their products that 3x3 convolutions need."""
+    """The calls of each kernel added up. ``filtering`` is the share of their products that 3x3 convolutions need."""
     lines: dict[str, Line] = {}
     for call, measured in zip(calls, seconds, strict=True):
         line = lines.setdefault(call.kernel, Line(call.kernel))

@@ -1,4 +1,4 @@
-"""The backends' functions on scratch tensors of a call's shape. Nothing else here calls the table."""
+"""The backends' functions on scratch tensors of a call's shape."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ class Kernels:
         self._matrices.clear()
 
     def _matrix(self, role: str, rows: int, columns: int) -> Tensor:
-        """[rows, columns], one for each role and shape."""
+        """A matrix [rows, columns] for each role and shape."""
         key = role, rows, columns
         if key not in self._matrices:
             self._matrices[key] = torch.randn(rows, columns, device=self.device, dtype=self.dtype)

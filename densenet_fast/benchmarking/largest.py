@@ -1,10 +1,12 @@
 """The largest batch that fits a memory budget, for each competitor.
 
-Every batch that is tried runs in a process of its own. The search keeps the largest batch that was measured to fit and
-the smallest above it that was measured not to. It tries what a line through the measured needs predicts, and ends when
-the two are neighbours, or when one image more, at what each was measured to add, would not fit. Where the line misses
-too often, the interval is halved. Need is everything but the libraries: parameters, gradients, buffers, and the
-measured peak above them (the resident set on a CPU, torch's allocations on a GPU).
+Every batch that is tried runs in a process of its own. The search keeps the largest batch that was measured to fit, and
+the smallest above it that was measured not to fit. It tries the batch that a line through the measured needs predicts.
+Where the line misses too often, it halves the interval. It ends when the two batches are neighbours, or when one image
+more would not fit by what each image was measured to add.
+
+A batch needs everything but the libraries: parameters, gradients, buffers, and the measured peak above them. On a CPU
+that is the resident set, on a GPU it is torch's allocations.
 """
 
 from collections.abc import Callable
@@ -18,9 +20,10 @@ __all__ = ["Largest", "largest_batch"]
 FIRST = 4
 """The first batch tried."""
 SHARE = 0.85
-"""Of the first batch's need above the model's, what grows with the batch; a guess, which the second batch replaces."""
+"""The share of the first batch's need above the model's that grows with the batch. The second batch replaces the
+guess."""
 GROWTH = 4
-"""At most so many times the largest batch known to fit is tried next: a line through noise may be flat."""
+"""The next batch is at most so many times the largest that is known to fit: a line through noise may be flat."""
 PREDICTIONS = 5
 """Batches that the line chooses before the interval is halved."""
 
@@ -30,9 +33,9 @@ class Largest:
     """The result, in bytes.
 
     Attributes:
-        batch: fits, and one more does not; 0 where one image was measured not to fit.
+        batch: the largest that fits; 0 where one image was measured not to fit.
         bytes: the measured need of ``batch``.
-        bytes_of_next: that of one image more, measured or by ``per_image``; infinite where it did not run.
+        bytes_of_next: the need of one image more, measured or by ``per_image``; infinite where it did not run.
         per_image: what each image adds, between the smallest and the largest batch measured.
         failure: why there is no result, or empty.
     """
@@ -45,7 +48,8 @@ class Largest:
 
 
 def largest_batch(job: Job, budget: float, run: Callable[[Job], Memory] = measure) -> Largest:
-    """For the competitor, network and mode of ``job``, whose own batch does not matter, within ``budget`` bytes."""
+    """The largest batch within ``budget`` bytes, of the competitor, network and mode of ``job``. The job's own batch
+    does not matter."""
     needs: dict[int, float] = {}
     batch, model = FIRST, 0.0
     while True:
@@ -66,8 +70,10 @@ def largest_batch(job: Job, budget: float, run: Callable[[Job], Memory] = measur
 
 
 def next_batch(needs: dict[int, float], model: float, budget: float, fits: int, exceeds: float) -> int:
-    """What to try after ``needs``, the measured need by batch, of a model of ``model`` bytes: more than ``fits``, less
-    than ``exceeds``."""
+    """The batch to try next: more than ``fits``, less than ``exceeds``.
+
+    ``needs`` is the measured need by batch, of a model of ``model`` bytes.
+    """
     known = sorted(batch for batch, need in needs.items() if isfinite(need))
     if fits and exceeds in known:
         per_image = (needs[int(exceeds)] - needs[fits]) / (exceeds - fits)
@@ -83,7 +89,7 @@ def next_batch(needs: dict[int, float], model: float, budget: float, fits: int, 
 
 
 def slope(needs: dict[int, float]) -> float:
-    """Bytes an image adds, between the smallest and the largest batch measured; 0 where these do not tell."""
+    """Bytes that an image adds, between the smallest and the largest batch measured; 0 where these do not tell."""
     known = sorted(batch for batch, need in needs.items() if isfinite(need))
     if len(known) < 2:
         return 0.0

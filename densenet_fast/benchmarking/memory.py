@@ -3,6 +3,7 @@
 ``python -m densenet_fast.benchmarking.memory JSON`` is that process: it prints the result as JSON.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import inf
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,14 +25,14 @@ from densenet_fast.benchmarking.steps import DTYPES, Run, step
 from densenet_fast.memory import PeakMemory
 from densenet_fast.progress import progress
 
-__all__ = ["Job", "Memory", "compile_ahead", "measure", "measure_all"]
+__all__ = ["Job", "Memory", "compile_ahead", "free_memory", "measure", "measure_all"]
 
 WARM_UP = (2, 64)
 """Batch and size of the step that comes before the baseline."""
 OUT_OF_MEMORY = "out of memory"
 KILLED = f"{OUT_OF_MEMORY} (killed)"
 NO_MEMORY = "can't allocate memory"
-"""What torch's allocator on CPUs says."""
+"""What torch's allocator on CPUs says where it gets none."""
 SIGKILL = 9
 GRACE = 30
 """Seconds."""
@@ -49,6 +51,13 @@ class Job:
     train: bool
     device: str
     threads: int
+
+    @classmethod
+    def of(cls, entry: Entry, batch: int, size: int, options: argparse.Namespace, train: bool = True) -> "Job":
+        """A step of ``entry`` on ``batch`` images of ``size``. The command's ``options`` say the dtype, the device and
+        the number of threads."""
+        place = options.dtype, train, str(options.device), options.threads
+        return cls(entry.competitor, entry.layout, entry.network, batch, size, *place)
 
     @property
     def entry(self) -> Entry:
@@ -77,12 +86,12 @@ class Memory:
 
     @property
     def killed(self) -> bool:
-        """By the system, as it does when its memory runs out, whoever took it."""
+        """Whether the system ended the process, as it does when its memory runs out, whoever took it."""
         return self.failure == KILLED
 
 
 def measure(job: Job, limit: float | None = None) -> Memory:
-    """In a new process, which may take ``limit`` seconds."""
+    """Measures in a new process, which may take ``limit`` seconds."""
     command = [sys.executable, "-m", "densenet_fast.benchmarking.memory", json.dumps(asdict(job))]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -105,8 +114,11 @@ def measure(job: Job, limit: float | None = None) -> Memory:
 
 
 def measure_all(jobs: Sequence[Job], workers: int = 1, until: float = inf) -> list[Memory | None]:
-    """Each in a new process, ``workers`` at a time; None where its turn came after ``until``, a time of
-    ``time.perf_counter``, which none outlasts by more than ``GRACE``."""
+    """Measures each job in a new process, ``workers`` at a time.
+
+    ``until`` is a time of ``time.perf_counter``. A job whose turn comes later gives None. No job outlasts it by more
+    than ``GRACE``.
+    """
 
     def in_time(job: Job) -> Memory | None:
         left = until - time.perf_counter()
@@ -117,8 +129,10 @@ def measure_all(jobs: Sequence[Job], workers: int = 1, until: float = inf) -> li
 
 
 def compile_ahead(jobs: Sequence[Job], limit: float) -> dict[Job, str]:
-    """Has ``torch.compile`` fill its cache on disk, from which every later process takes its kernels: each job in a new
-    process, which may take ``limit`` seconds. Those that failed, and why."""
+    """Has ``torch.compile`` fill its cache on disk, from which every later process takes its kernels.
+
+    Each job runs in a new process, which may take ``limit`` seconds. Returns those that failed, and why.
+    """
     failures = {}
     for job in progress(jobs, f"torch.compile, at most {limit:.0f} s each"):
         failure = measure(job, limit).failure
@@ -128,7 +142,7 @@ def compile_ahead(jobs: Sequence[Job], limit: float) -> dict[Job, str]:
 
 
 def measure_here(job: Job) -> Memory:
-    """In this process, which should have done nothing else."""
+    """Measures in this process, which should have done nothing else."""
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     model = job.entry.model(device, job.train)
@@ -153,6 +167,20 @@ def held_by(model: nn.Module, train: bool) -> int:
     """Bytes of the parameters, their gradients if ``train``, and the buffers."""
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return (1 + train) * parameters + sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes: a GPU's whole memory, of the system's what is available.
+
+    Raises:
+        RuntimeError: the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not say how much memory is free: give a limit")
 
 
 def release_free_memory(device: torch.device) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from densenet_fast.reference import ARCHITECTURES
 
-__all__ = ["KNOWN", "architecture"]
+__all__ = ["KNOWN", "architecture", "bc"]
 
 KNOWN = f"{', '.join(ARCHITECTURES)} or densenet_bc<L>, the paper's DenseNet-BC of depth L = 40, 46, 52, ... for CIFAR"
 
@@ -25,11 +25,16 @@ def architecture(name: str) -> dict[str, Any]:
     depth = int(match[1]) if match else 0
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"model: expected {KNOWN}, got {name}")
-    layers = (depth - 4) // 6  # of two convolutions each, in three blocks; the stem, two transitions and the head are 4
+    return bc(depth)
+
+
+def bc(depth: int, growth_rate: int = 12) -> dict[str, Any]:
+    """The paper's DenseNet-BC of L = ``depth`` for CIFAR: L - 4 convolutions in layers of two, in three blocks. The
+    stem, two transitions and the head are the other four."""
     return {
-        "growth_rate": 12,
-        "block_config": (layers,) * 3,
-        "num_init_features": 24,
+        "growth_rate": growth_rate,
+        "block_config": ((depth - 4) // 6,) * 3,
+        "num_init_features": 2 * growth_rate,
         "num_classes": 10,
         "small_inputs": True,
     }

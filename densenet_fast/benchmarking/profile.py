@@ -30,14 +30,14 @@ OPS = {
     "aten::mm": "head",
     "aten::cross_entropy_loss": "head",
 }
-"""The part of the network that an op outside every other is; with or without ``_backward`` behind its name."""
+"""The part of the network that an outermost op belongs to, with or without ``_backward`` behind its name."""
 REST = "rest"
 
 
 def profile_step(
     network: str, batch: int, size: int, dtype: torch.dtype, device: torch.device, memory_efficient: bool, trace: Path
 ) -> dict[str, float]:
-    """Milliseconds of a training step with SGD's, by part of the network; the trace goes to ``trace`` (.json.gz, for
+    """Milliseconds of a training step and SGD's, by part of the network. The trace goes to ``trace`` (.json.gz, for
     https://ui.perfetto.dev)."""
     entry = Entry("ours-me" if memory_efficient else "ours", "channels_last", network)
     model, images = entry.model(device, True), entry.images(batch, size, device)
@@ -63,16 +63,16 @@ def profile_step(
 
 @contextmanager
 def kernel_by_kernel() -> Iterator[None]:
-    """On CPUs too, a block's op calls its kernels itself, so that the profiler sees each."""
-    walks, cpu.walks = cpu.walks, lambda grid: False
+    """Makes a block's op call its kernels itself on CPUs too, so that the profiler sees each."""
+    runs_whole_blocks, cpu.runs_whole_blocks = cpu.runs_whole_blocks, lambda grid: False
     try:
         yield
     finally:
-        cpu.walks = walks
+        cpu.runs_whole_blocks = runs_whole_blocks
 
 
 def by_part(events: Iterable[Any], on_device: bool) -> dict[str, float]:
-    """Milliseconds a step of the profiler's ``events``: of the GPU's kernels, or of the CPU itself."""
+    """Milliseconds of a step by part, from the profiler's ``events``: of the GPU's kernels, or of the CPU itself."""
     parts: dict[str, float] = {}
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
@@ -108,7 +108,7 @@ def part_of(names: list[str], kernel: str) -> str:
 
 
 def _kernel_of(inner: list[str], kernel: str) -> str:
-    """The kernel within a block: the outermost of the backend's own ops, else what was launched, else the torch op."""
+    """The kernel within a block: the outermost of the backend's own ops, else what was launched, else torch's op."""
     own = [name.removeprefix("densenet_fast::") for name in inner if name.startswith("densenet_fast::")]
     if own:
         return own[-1].removeprefix("cpu_").removeprefix("cuda_")

@@ -1,17 +1,17 @@
-"""The rows of a benchmark: ratios, CSV, the table in Markdown."""
+"""The rows of a benchmark and their ratios; the files that they go to, CSV and Markdown."""
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from densenet_fast.benchmarking.competitors import COMPETITORS
+from densenet_fast.benchmarking.conditions import sentence
 from densenet_fast.benchmarking.memory import Memory
 from densenet_fast.benchmarking.times import Timing
-from densenet_fast.table import table
+from densenet_fast.memory import MIB
+from densenet_fast.table import number, table
 
-__all__ = ["best_rows", "bench_rows", "bench_table", "write_csv"]
-
-MIB = 1 << 20
+__all__ = ["best_rows", "bench_rows", "bench_table", "milliseconds", "write_csv", "write_page"]
 
 Row = dict[str, object]
 
@@ -19,8 +19,8 @@ Row = dict[str, object]
 def bench_rows(
     timings: Sequence[Timing], memories: Sequence[Memory | None], setting: Row, baseline: str, conditions: Row
 ) -> list[Row]:
-    """One row an entry and batch: its figures, their ratios to the baseline's best layout, its conditions. Where steps
-    are enqueued, on a GPU, also the time that takes.
+    """A row for each entry and batch: its figures, their ratios to the baseline's best layout, its conditions. On a GPU
+    it also has the time until a step is enqueued.
 
     Args:
         timings: of every entry and batch.
@@ -68,7 +68,7 @@ def bench_rows(
 
 
 def best_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row a competitor and batch: that of its faster layout, with the memory of the layout that needs less."""
+    """A row for each competitor and batch: of its faster layout, with the memory of the layout that needs less."""
     groups: dict[tuple[object, object], list[Row]] = {}
     for row in rows:
         group = row["competitor"] if row.get("batches") == "max" else row["batch"]
@@ -93,7 +93,7 @@ def bench_table(rows: Sequence[Row], baseline: str) -> str:
     cells = []
     for row in rows:
         times = [row["median_s"], row["p20_s"], row["p80_s"]]
-        median, low, high = (_number(_milliseconds(t), 1) for t in times)
+        median, low, high = (number(milliseconds(t), 1) for t in times)
         cells.append(
             (
                 COMPETITORS[row["competitor"]].label,
@@ -101,18 +101,18 @@ def bench_table(rows: Sequence[Row], baseline: str) -> str:
                 row["batch"],
                 row["failure"] if row["median_s"] is None else median,
                 f"{low} - {high}",
-                *([_number(_milliseconds(row["enqueue_s"]), 1)] if on_gpu else []),
-                _number(row["images_per_s"], 1),
-                _number(row["speed_ratio"], 2, "x"),
-                _number(row["peak_mib"], 0),
-                _number(row["memory_ratio"], 2),
+                *([number(milliseconds(row["enqueue_s"]), 1)] if on_gpu else []),
+                number(row["images_per_s"], 1),
+                number(row["speed_ratio"], 2, "x"),
+                number(row["peak_mib"], 0),
+                number(row["memory_ratio"], 2),
             )
         )
     return table(header, cells)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Columns in the order of the first row; a missing value is empty."""
+    """Writes columns in the order of the first row. A missing value is empty."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -120,9 +120,11 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _milliseconds(seconds: float | None) -> float | None:
+def write_page(path: Path, heading: str, command: str, conditions: dict[str, str], body: str) -> None:
+    """Writes ``body`` in Markdown under its heading, the command that made it and the conditions that it was made
+    in."""
+    path.write_text(f"# {heading}\n\n`{command}`\n\n{sentence(conditions)}\n\n{body}\n")
+
+
+def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else 1e3 * seconds
-
-
-def _number(value: object, digits: int, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.{digits}f}{unit}"

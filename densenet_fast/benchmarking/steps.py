@@ -15,10 +15,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCHES = (4, 5, 6, 7)
 """Of images, on which implementations are compared until they agree."""
 MARGIN = 1e-3
-"""Relative error in float32 that any implementation may have; the last block's normalisations, over few pixels, magnify
-rounding, by which all err more."""
+"""Relative error in float32 that any implementation may have. The last block's normalisations are over few pixels. They
+magnify rounding, so all err more."""
 TOLERANCE = 1e-2
-"""The same of what is compiled, in any dtype."""
+"""The same for compiled networks, in any dtype."""
 
 Run = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class Disagreement(RuntimeError):
 
 
 def step(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: Sequence[Tensor] = ()) -> Tensor:
-    """:func:`enqueue`; returns the logits when the device is done."""
+    """Does what :func:`enqueue` does, and returns the logits when the device is done."""
     logits = enqueue(run, images, dtype, train, parameters)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
@@ -36,14 +36,14 @@ def step(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: 
 
 
 def enqueue(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameters: Sequence[Tensor] = ()) -> Tensor:
-    """A training step without the optimizer's, or inference; returns the logits, which the device may still be at.
+    """Runs a training step without the optimizer, or inference. Returns the logits, which the device may still compute.
 
     Args:
         run: the model, or what ``torch.compile`` made of it.
         images: [N, 3, H, W].
         dtype: autocast's, float32 for none.
         train: whether to run the backward pass.
-        parameters: whose gradients are dropped before.
+        parameters: the gradients of these are dropped before the backward pass.
     """
     with torch.set_grad_enabled(train), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         logits = run(images)
@@ -57,7 +57,7 @@ def enqueue(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameter
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """float32 products and convolutions in full float32: TF32 alone makes errors that look like disagreement."""
+    """Products and convolutions are in full float32 meanwhile: TF32 makes errors that look like disagreement."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
@@ -70,8 +70,10 @@ def without_tf32() -> Iterator[None]:
 
 
 def agree(entries: Sequence[Entry], train: bool, device: torch.device, size: int = 64) -> None:
-    """Compares logits and gradients of the eager ``entries`` on small batches in float32 with the first one's in
-    float64. To agree on one batch is enough: where a ReLU's input is next to zero, rounding decides on a gradient.
+    """Compares logits and gradients of the eager ``entries`` in float32 with those of the first one in float64.
+
+    The batches are small. To agree on one of them is enough: where a ReLU's input is next to zero, rounding decides on
+    a gradient.
 
     Raises:
         Disagreement: on each batch, the error of one of them is above twice the first one's, plus ``MARGIN``.

@@ -1,4 +1,4 @@
-"""Times of steps, interleaved: every competitor has its turn in every round, and a drift of the machine hits all."""
+"""Times of steps, interleaved: every competitor has its turn in every round, so a drift of the machine hits all."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ LEAST_REPEATS = 2
 PAUSE = 0.05
 """Seconds."""
 WARM_UPS = {"cpu": 1, "cuda": 3}
-"""Steps before the first that counts, by the type of device; the last of them tells how long one takes."""
+"""Steps before the first that counts, by the type of device. The last of them tells how long one takes."""
 
 
 @dataclass
 class Timing:
-    """Seconds of each step of an entry on ``batch`` images, and on a GPU those until it was enqueued; ``failure`` says
-    why there are none."""
+    """Seconds of each step of an entry on ``batch`` images, and on a GPU the seconds until it was enqueued. ``failure``
+    says why there are none."""
 
     entry: Entry
     batch: int
@@ -79,8 +79,11 @@ class _Contestant:
             torch.cuda.synchronize(self.device)
 
     def take_turn(self) -> None:
-        """A step that counts. In inference on a CPU, after a pause and a step that does not: the threads of who was
-        before still look for work for a while."""
+        """Takes a step that counts.
+
+        In inference on a CPU a pause and a step that does not count come first: the threads of the competitor before
+        still look for work for a while.
+        """
         if self.device.type == "cpu" and not self.train:
             time.sleep(PAUSE)
             self.turn()
@@ -99,8 +102,10 @@ def measure_times(
     repeats: int,
     until: float = inf,
 ) -> list[Timing]:
-    """Times ``repeats`` steps of each (entry, batch) after warming up; one that would need more than its share of what
-    is left until ``until``, a time of ``time.perf_counter``, gets fewer, though never below two.
+    """Times ``repeats`` steps of each (entry, batch) after warming up.
+
+    ``until`` is a time of ``time.perf_counter``. A contestant that would need more than its share of what is left until
+    then gets fewer steps, though never fewer than two.
 
     Raises:
         Disagreement: what ``torch.compile`` made computes something else.

@@ -1,7 +1,8 @@
 """What one training step has to move and to multiply: every kernel's bytes and multiply-adds, from the shapes alone.
 
-A feature map is a matrix of M = N * H * W rows; F is a dense block's, of C_total columns, G its gradient, Z a layer's
-bottleneck of B columns, k the columns it adds. Each kernel reads its operands and writes its results once:
+A feature map is a matrix of M = N * H * W rows. F is a dense block's, of C_total columns, and G is its gradient. Z is a
+layer's bottleneck of B columns; k is the number of columns that the layer adds. Each kernel reads its operands and
+writes its results once:
 
     kernel               reads                                 writes
     append               C0 M                                  C0 M
@@ -53,8 +54,8 @@ def training_step(
 ) -> list[Call]:
     """Every kernel call of a training step of ``densenet_fast.DenseNet(**arguments)``, without loss and optimizer.
 
-    The statistics of a transition's and the head's input are known from the block that made it: what is spent on them
-    there has a floor of zero.
+    The block that made a transition's or the head's input knows its statistics. So what is spent on them there has a
+    floor of zero.
 
     Args:
         arguments: of a network with bottlenecks; growth_rate, block_config and num_init_features are needed.

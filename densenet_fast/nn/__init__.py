@@ -1,4 +1,4 @@
-"""Modules for use in any network; each runs fused where it can and on stock torch ops where it cannot."""
+"""Modules for any network. Each runs fused where it can, and on stock torch ops elsewhere."""
 
 from densenet_fast.nn.bn_relu_conv1x1 import BNReLUConv1x1, Transition
 from densenet_fast.nn.dense_block import DenseBlock, DenseLayer

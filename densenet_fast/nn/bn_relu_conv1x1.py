@@ -12,14 +12,14 @@ from densenet_fast.operands import ConvOperands
 
 
 class _Fusible(nn.Sequential):
-    """A Sequential around one 1x1 convolution, ``conv``, that runs as one op where it has no obstacle."""
+    """A Sequential around one 1x1 convolution, ``conv``, that runs as one op unless there is an obstacle."""
 
     def obstacle(self) -> str | None:
         """Why its children cannot run as one op, or None."""
         raise NotImplementedError
 
     def found(self) -> Found:
-        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        """Its obstacle now, or its operands. They are searched for again only after a change."""
         raise NotImplementedError
 
     def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
@@ -69,7 +69,7 @@ class BNReLUConv1x1(_Fusible):
         return fusion.structural_obstacle(self, "norm", "relu", "conv", 1)
 
     def found(self) -> Found:
-        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        """Its obstacle now, or its operands. They are searched for again only after a change."""
         return _alone_memory(self)
 
     def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
@@ -106,7 +106,7 @@ class Transition(_Fusible, reference.Transition):
         )
 
     def found(self) -> Found:
-        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        """Its obstacle now, or its operands. They are searched for again only after a change."""
         return _transition_memory(self)
 
     def run(
@@ -117,8 +117,10 @@ class Transition(_Fusible, reference.Transition):
         describe: bool,
         updates: Updates | None = None,
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
-        last in memory, and its statistics, if asked to describe it."""
+        """Runs as one op, which must be possible. ``statistics`` are the batch statistics of x, or None.
+
+        Returns the result, channels last in memory, and with ``describe`` its statistics.
+        """
         return functional.run_bn_relu_conv1x1_avgpool(x, operands, statistics, describe, updates)
 
     def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:

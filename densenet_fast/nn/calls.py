@@ -1,4 +1,4 @@
-"""What the last call of a part did, for :func:`densenet_fast.explain`."""
+"""Records what the last call of a part did, for :func:`densenet_fast.explain`."""
 
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,17 +13,17 @@ class Call(NamedTuple):
     """One call of a part."""
 
     reason: str | None
-    """Why it ran on stock layers; None if it ran fused."""
+    """Why the part ran on stock layers; None if it ran fused."""
     outcome: Outcome | None
-    """Whether its op was planned; None if it ran on stock layers."""
+    """Whether its op had a launch plan; None if it ran on stock layers."""
 
 
 _last: WeakKeyDictionary[nn.Module, dict[str, Call]] = WeakKeyDictionary()
 
 
 def note(module: nn.Module, reason: str | None, operands: Operands | None, part: str = "") -> None:
-    """Remembers that ``module``, or the ``part`` of it so named, ran fused with ``operands`` or, for a ``reason``, on
-    stock layers."""
+    """Records that ``module``, or the ``part`` of it, ran fused with ``operands`` or, for a ``reason``, on stock
+    layers."""
     if not torch.compiler.is_compiling():
         _last.setdefault(module, {})[part] = Call(reason, None if operands is None else operands.outcome)
 

@@ -124,7 +124,7 @@ class DenseBlock(reference.DenseBlock):
         return None
 
     def operands(self) -> BlockOperands:
-        """What its op takes beside the input; asked only where :meth:`obstacle` has none."""
+        """What its op takes beside the input. Ask only where :meth:`obstacle` finds none."""
         layers = list(self.values())
         return BlockOperands(
             [layer.units() for layer in layers],
@@ -134,7 +134,7 @@ class DenseBlock(reference.DenseBlock):
         )
 
     def found(self) -> Found:
-        """Its obstacle now or its operands, which are looked for again only if something has changed."""
+        """Its obstacle now, or its operands. They are searched for again only after a change."""
         return _memory(self)
 
     def run(
@@ -145,8 +145,11 @@ class DenseBlock(reference.DenseBlock):
         describe: bool,
         updates: Updates | None = None,
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """As one op, which must be possible: from x and its statistics, where they are known, to the result, channels
-        last in memory and kept for the backward pass, and its statistics, if asked to describe it."""
+        """Runs as one op, which must be possible. ``statistics`` are the batch statistics of x, or None.
+
+        Returns the result, channels last in memory, and with ``describe`` its statistics. The backward pass needs the
+        result unchanged.
+        """
         return functional.run_dense_block(x, operands, statistics, describe, updates)
 
     def forward(self, init_features: Tensor) -> Tensor:

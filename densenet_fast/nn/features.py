@@ -1,8 +1,8 @@
-"""The convolutional part of the network: how its parts are chained, fused where they can be.
+"""The convolutional part of the network: it chains the parts, fused where they can be.
 
-Between fused parts a feature map is channels last and its batch statistics are handed on. Every other part (one with a
-hook, a foreign one) gets and returns what it would within torchvision's network: the memory format that stock layers
-make there, and memory that it may change in place.
+Between fused parts a feature map is channels last, and its batch statistics are passed on. Every other part (one with a
+hook, one of another class) gets and returns what it would in torchvision's network: the same memory format, and memory
+that it may change in place.
 """
 
 import weakref
@@ -26,7 +26,7 @@ STEM = ["norm0", "relu0", "pool0"]
 
 
 class Step:
-    """One part of the network, or several that follow each other and run as one op."""
+    """One part of the network, or several consecutive parts that run as one op."""
 
     keeps_output = False
     """Whether its backward pass needs the output unchanged."""
@@ -36,18 +36,18 @@ class Step:
 
     @property
     def changes_others(self) -> bool:
-        """Whether it may run code that changes other parts: where it is anything but a layer of torch's."""
+        """Whether it may run code that changes other parts. That is so of everything but torch's own layers."""
         return any(
             fusion.has_hooks(m) or m._modules or not type(m).__module__.startswith("torch.nn.") for m in self.modules
         )
 
     @property
     def settled(self) -> bool:
-        """Whether it is the same step as long as its modules and those below have not changed."""
+        """Whether it stays the same step as long as its modules and those below have not changed."""
         return not self.changes_others
 
     def now(self) -> "Step":
-        """This with what may have changed since it was made."""
+        """This step, with whatever may have changed since it was made."""
         return self
 
     def obstacle(self, x: Tensor) -> str | None:
@@ -55,25 +55,28 @@ class Step:
         return "it is a part of its own"
 
     def reads_statistics(self) -> bool:
-        """Whether the statistics of its input spare it work when it runs fused."""
+        """Whether the fused step profits from the statistics of its input."""
         return False
 
     def channels_last(self, before: bool) -> bool:
-        """Whether stock's output would be channels last, if its input is so ``before``."""
+        """Whether stock's output would be channels last. ``before`` says so of its input."""
         return before
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """Fused, from ``x`` and its statistics to the result and, if asked to describe it, its statistics if known.
-        Running statistics are updated, or wait for that in ``updates``."""
+        """Runs fused. ``statistics`` are those of ``x``, or None.
+
+        Returns the result and, with ``describe``, its statistics where they are computed. Running statistics are
+        updated now, or later by ``updates``.
+        """
         raise NotImplementedError
 
     def run_with(
         self, reader: "Step", x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates
     ) -> tuple[Tensor, BatchStatistics | None] | None:
-        """As :meth:`run`, together with the ``reader`` of its result, which is then described if asked for; None where
-        they cannot run as one."""
+        """As :meth:`run`, together with the ``reader`` of its result, in one call. The statistics returned are then
+        those of the reader's result. None where the two cannot run as one."""
         return None
 
     def block(self) -> BlockOperands | None:
@@ -81,17 +84,17 @@ class Step:
         return None
 
     def reads_block(self) -> ConvOperands | NormOperands | None:
-        """Its operands, if it can run as one with the dense block before it."""
+        """Its operands, if it can run in one call with the dense block before it."""
         return None
 
     def stock(self, x: Tensor) -> Tensor:
-        """Its modules in turn."""
+        """Runs its modules one after the other."""
         for module in self.modules:
             x = module(x)
         return x
 
     def note(self, reason: str | None) -> None:
-        """Remembers that it ran fused, or why not."""
+        """Records that it ran fused, or why not."""
 
 
 class Part(Step):
@@ -143,8 +146,10 @@ class Part(Step):
 
 
 class Stem(Step):
-    """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if it is a plain one, whose
-    result is ``recomputed`` in the backward pass or kept."""
+    """``norm0``, ``relu0`` and ``pool0`` of ``features``, with the convolution before them if that is a plain one.
+
+    The convolution's result is kept for the backward pass, or ``recomputed`` in it.
+    """
 
     settled = True
 
@@ -179,7 +184,7 @@ class Stem(Step):
 
 
 class Head(Step):
-    """``norm5`` of ``model.features`` with the ReLU and the average behind it."""
+    """``norm5`` of ``model.features``, with the ReLU and the average behind it."""
 
     def __init__(self, model: nn.Module, operands: NormOperands) -> None:
         super().__init__(model.features.norm5)
@@ -207,8 +212,11 @@ class Head(Step):
 
 
 class Features(nn.Sequential):
-    """The convolutional part. ``norm0``, ``relu0`` and ``pool0``, the stem, run as one op, as every dense block and
-    every transition does. The result has the memory format that torchvision's would have."""
+    """The convolutional part of the network.
+
+    The stem (``norm0``, ``relu0`` and ``pool0``) runs as one op, as do every dense block and every transition. The
+    result has the memory format that torchvision's would have.
+    """
 
     def stem_obstacle(self) -> str | None:
         """Why ``norm0``, ``relu0`` and ``pool0`` cannot run as one op, or None."""
@@ -225,11 +233,11 @@ class Features(nn.Sequential):
         )
 
     def steps(self) -> list[Step]:
-        """Its children in order, the stem as one step if it can run as one."""
+        """Its children in order. The stem is one step if it can run as one."""
         return _steps_memory(self).operands
 
     def through(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
-        """``x`` through ``steps``, which begin with the first."""
+        """Runs ``x`` through ``steps``, the first steps of the network."""
         if torch.compiler.is_compiling():
             return self._through(x, steps, None)
         updates = Updates()
@@ -285,14 +293,14 @@ class Features(nn.Sequential):
 
 
 def _is_described(left: Sequence[Step]) -> bool:
-    """Whether what comes next, the last of those that are ``left``, reads the statistics of its input."""
+    """Whether the next step, the last of ``left``, reads the statistics of its input."""
     return bool(left) and left[-1].reads_statistics()
 
 
 def _run_with_reader(
     step: Step, left: Sequence[Step], x: Tensor, statistics: BatchStatistics | None, updates: Updates
 ) -> tuple[Tensor, BatchStatistics | None] | None:
-    """``step`` and what comes next in one call, if there is one for the two."""
+    """Runs ``step`` and the one behind it in one call. None if there is no such call."""
     return step.run_with(left[-1], x, statistics, _is_described(left[:-1]), updates) if left else None
 
 
@@ -332,8 +340,10 @@ _steps_memory = Memory(_examined, all_below, (Features, DenseBlock, DenseLayer, 
 
 
 def rectified(x: Tensor) -> Tensor:
-    """relu(x) in place, as torchvision has it: who keeps the features sees them rectified. Where autograd forbids it
-    (behind a full backward hook), in memory of its own."""
+    """relu(x) in place, as in torchvision: whoever keeps the features sees them rectified.
+
+    Where autograd forbids that (behind a full backward hook), the result has memory of its own.
+    """
     if not torch.jit.is_scripting():
         return _rectified(x)
     return F.relu(x, inplace=True)
@@ -359,7 +369,7 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 
 
 def _is_plain_part(module: nn.Module) -> bool:
-    """Whether calling ``module`` is nothing but its ``forward``, as a block's or a transition's class has it."""
+    """Whether a call of ``module`` only runs ``forward`` as the class of blocks or transitions defines it."""
     kind = next((kind for kind in (DenseBlock, Transition) if isinstance(module, kind)), None)
     return kind is not None and type(module).forward is kind.forward and not fusion.has_hooks(module)
 

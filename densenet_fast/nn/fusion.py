@@ -60,8 +60,8 @@ def _switch(enabled: bool) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class's ``forward``: hooks, or a ``forward`` of its own, which
-    ``module.compile()`` makes too."""
+    """Whether a call of ``module`` does more than its class's ``forward``: it has hooks, or a ``forward`` of its own.
+    ``module.compile()`` makes such a one too."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -115,7 +115,8 @@ def convolution_obstacle(module: nn.Module, conv: str, kernel: int) -> str | Non
 
 
 def _other_settings(module: nn.Module, wanted: dict[str, Any]) -> str:
-    """The attributes of ``module`` that are not as ``wanted``, in each dimension alike, with their values."""
+    """The attributes of ``module`` that differ from ``wanted``, with their values. Each is wanted alike in all
+    dimensions."""
     other = []
     for name, value in wanted.items():
         found = getattr(module, name)
@@ -173,7 +174,7 @@ def call_obstacle(x: Any, dims: int) -> str | None:
 
 
 def environment_obstacle(x: Any) -> str | None:
-    """Why no call can run fused here and now, with ``x`` that may be a stand-in for a tensor, or None."""
+    """Why no call can run fused here and now, or None. ``x`` may be a stand-in for a tensor."""
     if not _enabled:
         return "switched off by set_fused(False)"
     if not isinstance(x, Tensor):
@@ -202,8 +203,8 @@ def input_obstacle(x: Tensor, dims: int) -> str | None:
 
 
 def _foreign_mode() -> str | None:
-    """The class of an active dispatch mode that is neither torch's nor this package's, by name, or None: it may count
-    what stock layers run, and know no other operations."""
+    """The name of an active dispatch mode that is neither torch's nor this package's, or None. Such a mode may count
+    what stock layers run, and would not recognise other operations."""
     kinds = (type(torch._C._get_dispatch_stack_at(i)) for i in range(torch._C._len_torch_dispatch_stack()))
     foreign = (kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "densenet_fast"))
     return next((kind.__qualname__ for kind in foreign), None)
@@ -212,7 +213,8 @@ def _foreign_mode() -> str | None:
 _owners: list[Any] = []
 _names: list[str] = []
 _originals: list[Any] = []
-"""What stock layers run: of each function its owner, its name there, and what stood there when this was imported."""
+"""The functions that stock layers run: the owner of each, its name there, and the function at the time of the
+import."""
 
 
 def watch(owner: Any, *names: str) -> None:
@@ -222,15 +224,18 @@ def watch(owner: Any, *names: str) -> None:
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a compiler take the result of ``function`` for a constant: ``torch.compiler.assume_constant_result``, which
-    imports the compiler, 140 MiB."""
+    """Lets a compiler take the result of ``function`` for a constant.
+
+    This is ``torch.compiler.assume_constant_result``, without importing the compiler (140 MiB).
+    """
     function._dynamo_marked_constant = True
     return function
 
 
 @constant
 def patched() -> str | None:
-    """Which function that stock layers run was replaced on its class or module since this was imported, or None."""
+    """The name of a function that stock layers run and that was replaced since the import, on its class or module; or
+    None."""
     if all(map(operator.is_, map(getattr, _owners, _names), _originals)):
         return None
     changed = (i for i, original in enumerate(_originals) if getattr(_owners[i], _names[i]) is not original)
@@ -257,19 +262,19 @@ watch(torch, "cat", "relu", "relu_", "batch_norm", "flatten")
 
 
 def overrides_functions(x: Tensor) -> bool:
-    """Whether ``x`` is of a subclass that wants to see what is called on it (``__torch_function__``)."""
+    """Whether the class of ``x`` wants to see what is called on it (``__torch_function__``)."""
     return not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter) and has_torch_function_unary(x)
 
 
 def chain_obstacle(x: Any) -> str | None:
-    """Why fused parts cannot be chained here and now, or None; a subclass of Tensor sees each part's call."""
+    """Why fused parts cannot be chained here and now, or None. A subclass of Tensor has to see each part's call."""
     reason = environment_obstacle(x)
     return f"the input is a {type(x).__name__}" if reason is None and overrides_functions(x) else reason
 
 
 def run(part: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """``part(x, *arguments)``, which a subclass of Tensor with a ``__torch_function__`` sees as one call; the result is
-    of that class, as that of any of torch's functions."""
+    """Runs ``part(x, *arguments)``. A subclass of Tensor with a ``__torch_function__`` sees it as one call, and the
+    result is of that class, as with torch's own functions."""
     if overrides_functions(x):
         return handle_torch_function(_run_plain, (x,), part, x, *arguments)
     return part(x, *arguments)
@@ -292,12 +297,12 @@ def normalises_by_batch(normalise: nn.Module) -> bool:
 
 FROZEN = ("weight", "bias", "running_mean", "running_var")
 FROZEN_EPS = 1e-5
-"""Of frozen normalisations without an attribute for it."""
+"""The eps of frozen normalisations that have no attribute for it."""
 
 
 def is_frozen_norm(module: nn.Module | None) -> bool:
-    """Whether ``module`` has the tensors of a batch normalisation by running statistics alone, as torchvision's
-    FrozenBatchNorm2d has them: what it computes, they do not tell."""
+    """Whether ``module`` has the tensors of a batch normalisation that uses running statistics alone, such as
+    torchvision's FrozenBatchNorm2d. What it computes the tensors do not tell."""
     if module is None or isinstance(module, (_NormBase, LazyModuleMixin)):
         return False
     tensors = {n: t for n, t in (module._parameters | module._buffers).items() if t is not None}

@@ -1,6 +1,7 @@
-"""Memory formats at the border: inside, feature maps are channels last; outside, what torchvision's parts would return.
+"""Memory formats at the border of fused parts.
 
-A part returns the format of its input. A convolution whose weight is channels last makes its output so too.
+Inside, feature maps are channels last. Outside, they have the format that torchvision's parts would return: that of the
+part's input. A convolution whose weight is channels last makes its output channels last too.
 """
 
 from typing import Any
@@ -14,8 +15,10 @@ __all__ = ["contiguous_gradient", "convolved", "copied", "handed_out", "is_chann
 
 
 def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
-    """``x``, whose memory is channels last, for a reader who may change it in place: in the memory format asked for,
-    and a copy if it is ``kept`` for the backward pass."""
+    """Returns ``x``, which is channels last, for a reader that may change it in place.
+
+    It gets the memory format that is asked for. It is copied if it is ``kept`` for the backward pass.
+    """
     layout = CHANNELS_LAST.get(x.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
     if not x.is_contiguous(memory_format=layout) and (x.dim() in CHANNELS_LAST or not channels_last):
         return x.contiguous(memory_format=layout)
@@ -23,7 +26,7 @@ def handed_out(x: Tensor, channels_last: bool, kept: bool) -> Tensor:
 
 
 def copied(x: Tensor, channels_last: bool) -> Tensor:
-    """A copy of ``x``, channels last in memory if asked, where there is such a format, or else contiguous."""
+    """Returns a copy of ``x``: channels last if that is asked for and such a format exists, else contiguous."""
     return x.clone(memory_format=CHANNELS_LAST.get(x.dim() if channels_last else 0, torch.contiguous_format))
 
 
@@ -38,8 +41,8 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def contiguous_gradient(x: Tensor, channels_last: bool = False) -> Tensor:
-    """``x``, made ``channels_last`` if asked; the gradient that comes back is contiguous, if ``x`` is not channels last
-    itself."""
+    """Returns ``x``, made ``channels_last`` if asked. The gradient that comes back is contiguous if ``x`` is not
+    channels last itself."""
     if is_channels_last(x):
         return x
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -52,7 +55,9 @@ def _converted(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def convolved(convolution: nn.Module, images: Tensor) -> Tensor:
-    """What a plain ``convolution`` makes of ``images``, channels last in memory where there is such a format: they are
-    made so, instead of the larger maps made from them."""
+    """Returns the result of a plain ``convolution`` of ``images``, channels last where there is such a format.
+
+    The images are made channels last, because the maps made from them are larger.
+    """
     images = contiguous_gradient(images, images.dim() in CHANNELS_LAST)
     return convolution._conv_forward(images, contiguous_gradient(convolution.weight), convolution.bias)

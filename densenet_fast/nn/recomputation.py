@@ -1,5 +1,5 @@
-"""Recomputation on stock layers: what torchvision's ``memory_efficient`` does, with running statistics updated once.
-And recomputation of the stem's convolution."""
+"""Recomputation on stock layers, as torchvision's ``memory_efficient`` does it, but with running statistics updated
+once. Also recomputation of the stem's convolution."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,8 +15,8 @@ from densenet_fast.ops.stage import autocast_dtype
 
 
 def recomputable(inputs: Sequence[Tensor]) -> bool:
-    """Whether a backward pass through what is made of ``inputs`` may compute it again: where nothing is traced,
-    compiled or transformed."""
+    """Whether a backward pass may recompute what is made of ``inputs``: where nothing is traced, compiled or
+    transformed."""
     return (
         all(isinstance(x, Tensor) for x in inputs)
         and torch.is_grad_enabled()
@@ -27,8 +27,8 @@ def recomputable(inputs: Sequence[Tensor]) -> bool:
 
 
 def recomputed(function: Callable[..., Tensor], inputs: Sequence[Tensor], modules: Sequence[nn.Module]) -> Tensor:
-    """``function(*inputs)``, which saves ``inputs`` alone and runs again in the backward pass; the buffers of
-    ``modules`` stay then as they are."""
+    """Returns ``function(*inputs)``. It saves ``inputs`` alone and runs again in the backward pass, which leaves the
+    buffers of ``modules`` as they are."""
     return checkpoint(
         function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_unchanged(modules))
     )
@@ -48,11 +48,13 @@ def _buffers_unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def convolution_recomputed(convolution: nn.Module, images: Tensor, made: Tensor) -> Iterator[None]:
-    """Meanwhile no op keeps ``made`` for its backward pass, which the plain ``convolution`` made of ``images``. The
-    backward pass makes it again, differentiably if it is differentiated itself.
+    """A context in which no op keeps ``made`` for its backward pass. The plain ``convolution`` made it of ``images``.
 
-    Raises, there:
-        RuntimeError: the images or the convolution's parameters have been exchanged or changed in place.
+    The backward pass makes it again, differentiably if it is differentiated itself.
+
+    Raises:
+        RuntimeError: in the backward pass, if the images or the convolution's parameters were exchanged or changed in
+            place.
     """
     if saved_tensors_are_looked_at() or images.is_inference() or not (recomputable([made]) and type(images) is Tensor):
         yield

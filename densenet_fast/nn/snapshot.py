@@ -1,17 +1,18 @@
-"""What was found out about a module, kept for as long as nothing that decides it has changed.
+"""Keeps what was found out about a module for as long as nothing that decides it has changed.
 
-Before each call, whether a part may run fused depends on hundreds of modules, and so do the tensors that it runs on. To
-look at all of them in Python takes longer than to launch the kernels. So they are looked at once; from then on a call
-compares them with what they were, in a few comparisons of whole lists that Python makes in C.
+Whether a part may run fused depends on hundreds of modules, and so do the tensors that it runs on. To look at all of
+them in Python takes longer than to launch the kernels. So a first call looks at them. Each later call compares them
+with what they were then, in a few comparisons of whole lists, which Python makes in C.
 
-Compared are the attributes of every module (and with them its mode, options and own ``forward``), its class, that it
-has no hooks, its children, parameters and buffers by identity, and what a tensor may change in place: dtype, device and
-shape. Everything else about a tensor is for the call to look at, as are global switches and patched functions.
+Of every module these are compared: its attributes (with them its mode, its options and a ``forward`` of its own), its
+class, the absence of hooks, and its children, parameters and buffers by identity. Of a tensor these are compared,
+because they may change in place: dtype, device and shape. A call looks at everything else about a tensor itself, and at
+global switches and patched functions.
 
-What is kept stands outside the modules, so that copies, pickles and state dicts know nothing of it. It refers to what
-is below a module, not to the module, whose end is its end. Where something below refers to the module (a parameter's
-hook, say), Python's garbage collector has to find that nobody else does; so all is forgotten before it looks
-everywhere, and found out anew.
+What is kept stands outside the modules, so copies, pickles and state dicts do not contain it. It does not keep the
+module alive. If something below refers to the module (a parameter's hook, for example), only Python's garbage collector
+can find that the module is not used any more. So before each full collection all snapshots are dropped, and later taken
+anew.
 """
 
 import gc
@@ -32,7 +33,7 @@ PACKAGE = __name__.partition(".")[0]
 CONTENTS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TORCHS_OWN = {*vars(nn.Module()), "_reversed_padding_repeated_twice"}
-"""Attributes with tables of torch's; the last one is a list, which no convolution that may run fused reads."""
+"""Attributes in which torch keeps tables. The last one is a list, which no convolution that may run fused reads."""
 TABLES = (dict, OrderedDict)
 TENSORS = (Tensor, nn.Parameter)
 CONSTANTS = {bool, int, float, str, type(None)}
@@ -43,7 +44,7 @@ _dtype, _device, _is_cpu, _shape = map(operator.attrgetter, ("dtype", "device", 
 
 
 class Found(NamedTuple):
-    """Why a module cannot run fused, or what its op takes."""
+    """Why a module cannot run fused, or the operands of its op."""
 
     obstacle: str | None
     operands: Any
@@ -82,15 +83,19 @@ class Snapshot:
 
     @classmethod
     def of(cls, module: nn.Module, below: Sequence[nn.Module], known: Collection[str]) -> "Snapshot | None":
-        """One that holds all that decides, or None if there can be none: below the module are hooks, or a module has an
-        attribute, not of a ``known`` name, that may change in place or refer to the module, or a tensor that is not a
-        plain leaf, or is normalised together with other processes' batches."""
+        """Takes a snapshot of all that decides whether ``module`` may run fused, or returns None where that is
+        impossible.
+
+        It is impossible if a module below has hooks; if a module has an attribute that may change in place or refers to
+        the module (``known`` names are exempt); if a tensor is not a plain leaf; or if batches of several processes are
+        normalised together.
+        """
         if not all(_is_plain(part, known) for part in (module, *below)) or any(map(_has_hooks, below)):
             return None
         return cls(module, below)
 
     def unchanged(self, module: nn.Module) -> bool:
-        """Whether ``module``, of which this was made, and those below are as they were."""
+        """Whether ``module``, whose snapshot this is, and the modules below it are as they were."""
         if vars(module) is not self._attributes[0]:
             return False
         try:
@@ -115,15 +120,17 @@ class Snapshot:
 
 
 class Memory:
-    """What ``examine`` finds out about a module, examined anew only if the module or one of those ``below`` it has
-    changed since, or if there was an obstacle.
+    """Keeps what ``examine`` finds out about a module.
+
+    The module is examined again only if it or one of the modules ``below`` has changed since, or if there was an
+    obstacle.
 
     Args:
         examine: finds out what decides whether the module may run fused, and its operands.
-        below: the modules that ``examine`` looks at, beside the one it is given.
-        kinds: the class that this is for, and those of ours that ``below`` holds. A module of a subclass, which may
-            redefine anything, is examined every time. None for any class, if functions on classes are looked at
-            elsewhere.
+        below: returns the modules that ``examine`` looks at, besides the one it is given.
+        kinds: the class of the modules, and those of our own classes that may stand ``below``. A module of a subclass,
+            which may redefine anything, is examined every time. Empty for any class, if functions on classes are
+            checked elsewhere.
         known: names of attributes that do not change in place.
     """
 
@@ -142,7 +149,7 @@ class Memory:
         self.forget()
 
     def forget(self) -> None:
-        """Lets go of all that was found out."""
+        """Forgets all that was found out."""
         self._functions = [dict(attributes) for attributes in self._classes]
         self._remembered: WeakKeyDictionary[nn.Module, tuple[Snapshot, Found]] = WeakKeyDictionary()
 
@@ -169,7 +176,7 @@ _memories: list[Memory] = []
 
 
 def _forget_all(phase: str, info: dict[str, int]) -> None:
-    """Called by the garbage collector before and after it looks."""
+    """The garbage collector calls this before and after it runs."""
     if phase == "start" and info["generation"] == 2:
         for memory in _memories:
             memory.forget()
@@ -179,7 +186,7 @@ gc.callbacks.append(_forget_all)
 
 
 def all_below(module: nn.Module) -> list[nn.Module]:
-    """The children of ``module`` and theirs."""
+    """All modules below ``module``."""
     return [*module.modules()][1:]
 
 

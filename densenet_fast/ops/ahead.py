@@ -1,8 +1,8 @@
-"""The kernels that a call of an op on a GPU and its backward pass will launch, compiled together before the first runs.
+"""Compiles, together, all kernels that an op and its backward pass will launch on a GPU.
 
-What a call launches is found by running it, and its backward pass, on the meta device, where tensors have shapes and no
-values; in a thread of its own, so that no hook and no mode of the caller sees it. Without this every kernel would be
-compiled when it is first launched, one after the other.
+Otherwise each kernel would be compiled at its first launch, one after the other. To find all launches beforehand, the
+op and its backward pass run once on the meta device, where tensors have shapes and no values. This happens in a thread
+of its own, so that the caller's hooks and modes do not see it.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from densenet_fast.backends import triton
 from densenet_fast.ops.stage import Stage
 
 DEVICE = "cuda"
-"""The type of the devices whose kernels are compiled when they are needed."""
+"""The type of the devices whose kernels are compiled at the first launch."""
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -27,7 +27,8 @@ _known: set[tuple[Any, ...]] = set()
 def compile_ahead(
     call: Call, x: Tensor, mean: Tensor | None, var: Tensor | None, stages: Sequence[Stage], *constants: Any
 ) -> None:
-    """Compiles what ``call(x, mean, var, stages, *constants)`` will launch on a GPU, if it is the first of its kind."""
+    """Compiles the kernels that ``call(x, mean, var, stages, *constants)`` will launch on a GPU, at the first call of
+    its kind."""
     if x.device.type != DEVICE or torch.is_anomaly_enabled():  # which looks at values
         return
     layer = tuple((s.frozen, None if s.conv_weight is None else s.conv_weight.shape[0]) for s in stages[:2])
@@ -56,8 +57,8 @@ def _each(constant: Any) -> tuple[Any, ...]:
 
 
 def plan(call: Call, device: Any, train: bool, *arguments: Any) -> list[Any]:
-    """What ``call(*arguments)`` on the meta device and, if ``train``, its backward pass launch on ``device``, a
-    ``triton.config.Device``."""
+    """Returns the launches of ``call(*arguments)`` on ``device``, a ``triton.config.Device``, and with ``train`` those
+    of its backward pass."""
     from densenet_fast.backends.triton import config, launch
 
     with config.assume(device), launch.planning() as launches, torch.set_grad_enabled(train):
@@ -68,7 +69,8 @@ def plan(call: Call, device: Any, train: bool, *arguments: Any) -> list[Any]:
 
 
 def on_meta(value: Any) -> Any:
-    """An argument of an op with its tensors on the meta device. A process group becomes None: a plan meets nobody."""
+    """Returns an argument of an op with its tensors moved to the meta device. A process group becomes None: no other
+    process takes part."""
     if isinstance(value, Tensor):
         made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         return made.requires_grad_(value.requires_grad)

@@ -1,4 +1,4 @@
-"""The layers of a dense block as its op walks over them: where their columns, statistics and bottlenecks stand."""
+"""Where the columns, the statistics and the bottlenecks of a block's layers stand."""
 
 import functools
 
@@ -11,10 +11,12 @@ from densenet_fast.backends.layout import are_dense
 from densenet_fast.ops.stage import STAGE_TENSORS, Stage, by_stage, unflatten
 
 
-class Walk:
-    """What a backend that walks over a whole block takes of its stages: their ``tensors``, an empty one for one that is
-    absent. ``trained`` are the places of those that have gradients there, ``is_trained`` says of each whether it is one
-    of them."""
+class BlockTensors:
+    """The tensors of a block's stages, for a backend that runs whole blocks.
+
+    ``tensors`` are those of all stages; an empty tensor stands for an absent one. ``is_trained`` says of each whether
+    it has a gradient, and ``trained`` lists the places of those that have.
+    """
 
     def __init__(self, stages: list[Stage]) -> None:
         empty = torch.empty(0)
@@ -29,7 +31,7 @@ class Walk:
         )
 
     def fits(self, dtype: torch.dtype) -> bool:
-        """Whether it takes them beside features of ``dtype``."""
+        """Whether the backend takes these tensors with features of ``dtype``."""
         return (
             self._plain
             and self._dtypes <= {dtype, torch.float32}
@@ -41,8 +43,8 @@ class Walk:
 class Plan:
     """The layers of a block and where their columns stand.
 
-    Statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn. With ``described``,
-    those of F have a reader behind the block.
+    All statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn. ``described``
+    says that something behind the block reads the statistics of F.
     """
 
     def __init__(
@@ -63,12 +65,12 @@ class Plan:
         self.drop_rates = by_stage(drop_rates, len(self.stages), 0.0)
         self.keep_scales = [1 / (1 - p) if p < 1 else 0.0 for p in self.drop_rates]
         self.widths = [x.shape[1]]
-        """How many columns layer l reads; behind those of all layers, how many there are."""
+        """How many columns layer l reads. The last entry is the number of all columns."""
         for layer in self.layers:
             self.widths.append(self.widths[-1] + layer[-1].conv_weight.shape[0])
         self.columns = self.widths[-1]
         self.bottlenecks = []
-        """The packed range of each layer's bottleneck."""
+        """The range of each layer's bottleneck in the packed statistics."""
         packed = self.columns
         for layer in self.layers if bottleneck else ():
             self.bottlenecks.append(slice(packed, packed + layer[0].conv_weight.shape[0]))
@@ -77,27 +79,28 @@ class Plan:
         self.ranges = [
             columns for i in range(len(self.layers)) for columns in (self.read(i), *self.bottlenecks[i : i + 1])
         ]
-        """The packed range that each stage normalises."""
+        """The range of each stage's input in the packed statistics."""
         self.eps = next((stage.eps for stage in self.stages if not stage.frozen), 0.0)
-        """Of the batch normalisations, whose r is computed with the statistics; a stage of another has its own."""
+        """The eps with which rstd is computed together with the statistics. A stage with another eps computes its
+        own."""
 
     @functools.cached_property
-    def walk(self) -> Walk:
-        """What a backend that :meth:`walked_by` asks for takes."""
-        return Walk(self.stages)
+    def tensors(self) -> BlockTensors:
+        """The tensors for a backend that runs the whole block."""
+        return BlockTensors(self.stages)
 
-    def walked_by(self, backend: Backend, dtype: torch.dtype, group: str | None) -> bool:
-        """Whether the backend walks over the whole block by itself, faster than it is done here."""
+    def runs_whole_on(self, backend: Backend, dtype: torch.dtype, group: str | None) -> bool:
+        """Whether the backend runs the whole block in one call."""
         return (
-            backend.walks(self.grid)
+            backend.runs_whole_blocks(self.grid)
             and self.bottleneck
             and group is None
             and not any(self.drop_rates)
-            and self.walk.fits(dtype)
+            and self.tensors.fits(dtype)
         )
 
     def read(self, i: int) -> slice:
-        """The columns that layer i reads; the block's input for the first."""
+        """The columns that layer i reads. Layer 0 reads the block's input."""
         return slice(self.columns - self.widths[i], self.columns) if self.prepend else slice(0, self.widths[i])
 
     def new(self, i: int) -> slice:
@@ -107,31 +110,31 @@ class Plan:
         return slice(self.widths[i], self.widths[i + 1])
 
     def last_read(self, i: int) -> slice:
-        """Of the columns that layer i reads, from 0, those that no earlier layer reads."""
+        """The part of layer i's input that no earlier layer reads, counted from the input's first column."""
         new = self.widths[i] - (self.widths[i - 1] if i else 0)
         return slice(0, new) if self.prepend else slice(self.widths[i] - new, self.widths[i])
 
     def masks(self, masks: list[Tensor]) -> list[Tensor | None]:
-        """Of each stage the dropout mask, None where nothing is dropped, from an op's."""
+        """The dropout mask of each stage, from the masks that the op was given; None where nothing is dropped."""
         return [m if p > 0 else None for m, p in zip(by_stage(masks, len(self.stages), None), self.drop_rates)]
 
     def bottleneck_buffer(self, features: Tensor) -> Tensor:
-        """Room for any layer's bottleneck, for one at a time."""
+        """A buffer for the largest of the bottlenecks."""
         return features.new_empty(features.shape[0] * max((c.stop - c.start for c in self.bottlenecks), default=0))
 
     def bottleneck_in(self, buffer: Tensor | None, i: int, features: Tensor) -> Tensor:
-        """An uninitialised [M, B] for layer i's bottleneck, in ``buffer`` or newly allocated."""
+        """An uninitialised matrix [M, B] for layer i's bottleneck, in ``buffer`` or newly allocated."""
         shape = features.shape[0], self.bottlenecks[i].stop - self.bottlenecks[i].start
         return features.new_empty(shape) if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
 
     def without_statistics(self) -> list[slice]:
-        """The packed ranges of whose columns no statistics are made."""
+        """The packed ranges for which no statistics are computed."""
         columns = (self.read(0), *map(self.new, range(len(self.layers))))
         unread = [c for i, c in enumerate(columns) if not self.normalised_by_batch(i)]
         return unread + [c for c, layer in zip(self.bottlenecks, self.layers) if layer[1].frozen]
 
     def normalised_by_batch(self, i: int) -> bool:
-        """Whether layer i or a later one, or a reader behind the block, normalises its input by batch statistics."""
+        """Whether layer i, a later layer or a reader behind the block normalises its input by batch statistics."""
         return self.described or any(not layer[0].frozen for layer in self.layers[i:])
 
 
@@ -144,23 +147,23 @@ def plan_of(
     described: bool,
     prepend: bool,
 ) -> Plan:
-    """The :class:`Plan`, which is kept with tensors that nobody exchanges."""
+    """The :class:`Plan` of a block. It is kept with ``tensors`` if that is a list that nobody changes."""
 
     def make() -> Plan:
         return Plan(x, tensors, eps, bottleneck, drop_rates, described, prepend)
 
     if not (type(tensors) is type(eps) is type(drop_rates) is Fixed):
         return make()
-    kind = (tuple(x.shape), bottleneck, eps.parted[1], drop_rates.parted[1], described, prepend)
+    kind = (tuple(x.shape), bottleneck, eps.split[1], drop_rates.split[1], described, prepend)
     return tensors.made(kind, make)
 
 
 def own_features(features: Tensor, in_channels: int, prepend: bool) -> Tensor:
-    """The block's input among its ``features`` [N, C_total, *spatial]; a view."""
+    """The block's input, as a view of its ``features`` [N, C_total, *spatial]."""
     return features[:, features.shape[1] - in_channels :] if prepend else features[:, :in_channels]
 
 
 def for_each_layer(bottlenecks: list[Tensor], saved: list[bool], like: Tensor) -> list[Tensor]:
-    """Of each layer its bottleneck, empty where it was not ``saved``, from those that were."""
+    """One bottleneck per layer, empty where it was not ``saved``, from the list of saved ones."""
     kept, empty = iter(bottlenecks), like.new_empty(0)
     return [next(kept) if flag else empty for flag in saved]

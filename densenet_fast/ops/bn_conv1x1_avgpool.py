@@ -1,6 +1,8 @@
-"""The transition without ReLU: batch normalisation, a 1x1 convolution and a 2x2 mean, all of them linear but for the
-statistics, so that the mean comes first, and everything else is done on a quarter of the pixels. On stock torch
-functions; saved are x and its centred mean.
+"""The transition without ReLU: batch normalisation, a 1x1 convolution and a 2x2 mean.
+
+Without ReLU all three are linear in x, given its statistics. So the mean is computed first, and all else runs on a
+quarter of the pixels. This is written with differentiable torch functions; the backward pass keeps x and its centred
+mean.
 
     out = mean2x2(bn(x) @ W^T) = (mean2x2(x) - mu) @ (W * s)^T + b @ W^T
     dx = the mean's own + (dmu + 2 * dv * (x - mu)) / M
@@ -19,7 +21,7 @@ from densenet_fast.ops.stage import Stage, without_autocast
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """Mean and biased variance of x [N, C, *spatial], [C] each, saving x alone."""
+    """The mean and the biased variance [C] of x [N, C, *spatial]; keeps x alone for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +44,10 @@ class _BatchStatistics(torch.autograd.Function):
 def bn_conv1x1_avgpool(
     x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From x [N, C, *spatial] and its statistics [C], where they are known: out [N, C', *spatial // 2], and the mean
-    and variance [C] that x was normalised by."""
+    """Returns out [N, C', *spatial // 2] and the mean and variance [C] that x [N, C, *spatial] was normalised by.
+
+    ``mean`` and ``var`` are the batch statistics of x, or None to compute them.
+    """
     if stage.frozen:
         mean, var = stage.running_mean, stage.running_var
     elif mean is None:

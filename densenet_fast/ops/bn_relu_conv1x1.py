@@ -1,5 +1,7 @@
-"""densenet_fast::bn_relu_conv1x1 and, with ``pool``, the transition: batch normalisation, ReLU, for the transition a
-2x2 mean, and a 1x1 convolution in one op that saves its input alone.
+"""densenet_fast::bn_relu_conv1x1: batch normalisation, ReLU and a 1x1 convolution in one op.
+
+With ``pool`` it is the transition, which takes 2x2 means before it convolves. The op keeps its input alone for the
+backward pass.
 
     out = relu(bn(x)) @ W^T   or   mean2x2(relu(bn(x))) @ W^T
     D = (grad @ W  or its unpooling) * (bn(x) > 0);  dW = grad^T @ relu(bn(x))  or its pooled form
@@ -32,10 +34,10 @@ class Inputs(NamedTuple):
 
     Args:
         x: [N, C, *spatial].
-        mean, var: the batch statistics [C] of x if they are known, else None.
+        mean, var: the batch statistics [C] of x, or None to compute them.
         tensors, eps: one stage, flattened.
-        pool: whether the spatial sizes are halved, rounding down.
-        describe: whether the mean and variance of out are wanted.
+        pool: whether to halve the spatial sizes, rounding down.
+        describe: whether to return the mean and variance of out.
         group: name of the process group whose batches are normalised together, None for this process's alone.
     """
 
@@ -51,11 +53,11 @@ class Inputs(NamedTuple):
 
 @define("bn_relu_conv1x1", Inputs)
 def _forward(given: Inputs) -> Outputs:
-    """From x [N, C, *spatial] and one stage: out [N, C', *spatial'], mean [C], var [C], count [], and with ``describe``
-    the mean and variance [C'] of out, else empty.
+    """Returns out [N, C', *spatial'], mean [C], var [C], count [], and the mean and variance of out [C'].
 
-    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known; ``count`` is
-    the number of rows they are over, empty without a group.
+    ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
+    number of rows they are computed over, and empty without a group. Without ``describe`` the mean and variance of out
+    are empty.
     """
     ready = Input(given)
     grid = ready.grid
@@ -79,8 +81,10 @@ def _(given: Inputs) -> Outputs:
 
 
 class BackwardInputs(NamedTuple):
-    """The arguments of the op of the backward pass: the gradient of out, what the forward op took and returned, and
-    of what a gradient is needed."""
+    """The arguments of the backward op: the gradient of out, the forward op's arguments and results, and ``needs``.
+
+    ``needs`` says whether a gradient is needed: of x, of its statistics, and then of each tensor of the stage.
+    """
 
     grad: Tensor
     x: Tensor
@@ -97,8 +101,11 @@ class BackwardInputs(NamedTuple):
 
 @define("bn_relu_conv1x1_backward", BackwardInputs)
 def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
-    says so, and, if needed, those of mean and var, which x's then leaves out."""
+    """Returns the gradient of x and those of the stage's tensors, empty where they are not needed.
+
+    If the gradients of mean and var are needed, they follow those of the tensors, and the gradient of x leaves them
+    out.
+    """
     ready = Input(given, again=True)
     gradients = StageGradients(ready.stage, given.needs[2:])
     grad_out, need_weight, like = to_matrix(given.grad), gradients.needs_conv_weight, ready.stage.conv_weight

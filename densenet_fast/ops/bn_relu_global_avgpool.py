@@ -1,5 +1,7 @@
-"""densenet_fast::bn_relu_global_avgpool (the head): batch normalisation, ReLU and the mean over all pixels of an image
-in one op that saves its input alone.
+"""densenet_fast::bn_relu_global_avgpool, the head: batch normalisation, ReLU and the mean over an image's pixels in one
+op.
+
+The op keeps its input alone for the backward pass.
 
     out = mean over pixels of relu(bn(x))
     D = grad / pixels * (bn(x) > 0)
@@ -25,7 +27,7 @@ class Inputs(NamedTuple):
 
     Args:
         x: [N, C, *spatial].
-        mean, var: the batch statistics [C] of x if they are known, else None.
+        mean, var: the batch statistics [C] of x, or None to compute them.
         tensors, eps: one stage without convolution, flattened.
         group: name of the process group whose batches are normalised together, None for this process's alone.
     """
@@ -40,10 +42,10 @@ class Inputs(NamedTuple):
 
 @define("bn_relu_global_avgpool", Inputs)
 def _forward(given: Inputs) -> Outputs:
-    """From x [N, C, *spatial] and one stage without convolution: out [N, C], mean [C], var [C], count [].
+    """Returns out [N, C], mean [C], var [C] and count [].
 
-    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known; ``count`` is
-    the number of rows they are over, empty without a group.
+    ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
+    number of rows they are computed over, and empty without a group.
     """
     ready = Input(given)
     out = ready.backend.bn_relu_global_avgpool(ready.matrix, ready.affine, ready.grid)
@@ -56,8 +58,10 @@ def _(given: Inputs) -> Outputs:
 
 
 class BackwardInputs(NamedTuple):
-    """The arguments of the op of the backward pass: the gradient of out, what the forward op took and returned, and
-    of what a gradient is needed."""
+    """The arguments of the backward op: the gradient of out, the forward op's arguments and results, and ``needs``.
+
+    ``needs`` says whether a gradient is needed: of x, of its statistics, and then of each tensor of the stage.
+    """
 
     grad: Tensor
     x: Tensor
@@ -72,8 +76,11 @@ class BackwardInputs(NamedTuple):
 
 @define("bn_relu_global_avgpool_backward", BackwardInputs)
 def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
-    says so, and, if needed, those of mean and var, which x's then leaves out."""
+    """Returns the gradient of x and those of the stage's tensors, empty where they are not needed.
+
+    If the gradients of mean and var are needed, they follow those of the tensors, and the gradient of x leaves them
+    out.
+    """
     ready = Input(given, again=True)
     gradients = StageGradients(ready.stage, given.needs[2:])
     reader = ready.reader(gradients, given.needs)

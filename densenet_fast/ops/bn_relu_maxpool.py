@@ -1,5 +1,7 @@
-"""densenet_fast::bn_relu_maxpool (the stem): batch normalisation, ReLU and the maximum over windows of 3 at distance 2,
-padded by 1, in one op that saves its input and, in a byte each, where the maxima were.
+"""densenet_fast::bn_relu_maxpool, the stem: batch normalisation, ReLU and max pooling in one op.
+
+The windows are 3 wide, 2 apart and padded by 1. For the backward pass the op keeps its input and, in a byte each, the
+positions of the maxima.
 
     out = maxpool(relu(bn(x)))
     D = (the gradients of the outputs whose maximum it is) * (bn(x) > 0)
@@ -28,9 +30,9 @@ class Inputs(NamedTuple):
 
     Args:
         x: [N, C, *spatial].
-        mean, var: the batch statistics [C] of x if they are known, else None.
+        mean, var: the batch statistics [C] of x, or None to compute them.
         tensors, eps: one stage without convolution, flattened.
-        describe: whether the mean and variance of out are wanted.
+        describe: whether to return the mean and variance of out.
         group: name of the process group whose batches are normalised together, None for this process's alone.
     """
 
@@ -45,12 +47,11 @@ class Inputs(NamedTuple):
 
 @define("bn_relu_maxpool", Inputs)
 def _forward(given: Inputs) -> Outputs:
-    """From x [N, C, *spatial] and one stage without convolution: out [N, C, *spatial'], mean [C], var [C], count [],
-    argmax [M', C], and with ``describe`` the mean and variance [C] of out, else empty.
+    """Returns out [N, C, *spatial'], mean [C], var [C], count [], argmax [M', C], and the mean and variance of out [C].
 
-    ``mean`` and ``var`` are the batch's (zeros if the stage is frozen), the given ones if they are known; ``count`` is
-    the number of rows they are over, empty without a group.
-    ``argmax`` holds the positions of the maxima in their windows.
+    ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
+    number of rows they are computed over, and empty without a group. ``argmax`` holds the position of each maximum in
+    its window. Without ``describe`` the mean and variance of out are empty.
     """
     ready = Input(given)
     made, out_mean, out_var = statistics_of_output(given.x, given.x.shape[1], given.describe)
@@ -69,8 +70,10 @@ def _(given: Inputs) -> Outputs:
 
 
 class BackwardInputs(NamedTuple):
-    """The arguments of the op of the backward pass: the gradient of out, what the forward op took and returned, and
-    of what a gradient is needed."""
+    """The arguments of the backward op: the gradient of out, the forward op's arguments and results, and ``needs``.
+
+    ``needs`` says whether a gradient is needed: of x, of its statistics, and then of each tensor of the stage.
+    """
 
     grad: Tensor
     x: Tensor
@@ -87,8 +90,11 @@ class BackwardInputs(NamedTuple):
 
 @define("bn_relu_maxpool_backward", BackwardInputs)
 def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stage's tensors, empty where ``needs`` (x's, the statistics', then one per tensor)
-    says so, and, if needed, those of mean and var, which x's then leaves out."""
+    """Returns the gradient of x and those of the stage's tensors, empty where they are not needed.
+
+    If the gradients of mean and var are needed, they follow those of the tensors, and the gradient of x leaves them
+    out.
+    """
     ready = Input(given, again=True)
     gradients = StageGradients(ready.stage, given.needs[2:])
     reader = ready.reader(gradients, given.needs)

@@ -1,8 +1,8 @@
 """A dense block and the transition or the head behind it as one node of autograd and one launch plan.
 
-On a GPU the host spends as much on calling an op as on dozens of launches. Computed is what the two ops compute; their
-bodies run one after the other, forward and backward, and the block's features stay between them. So does the gradient
-of the features, whose memory the block's backward pass uses for G.
+The bodies of the two ops run one after the other, forward and backward, so the results are theirs. The block's features
+stay between them. The gradient of the features does too, and the block's backward pass uses its memory for G. On a GPU
+the host spends as much time on the call of an op as on dozens of launches; a chain spares half of the calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.dense_block_backward import consuming_backward
 from densenet_fast.ops.flops import of_stages
-from densenet_fast.ops.op import Parts, channels_adjacent, direct_call, in_format, named, seen_by_dispatcher
-from densenet_fast.ops.stage import Followed, Stage, Stages, save_stages, saved_stages, unflatten
+from densenet_fast.ops.op import Parts, direct_call, in_format, named, seen_by_dispatcher, with_unit_channel_stride
+from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, save_stages, saved_stages, unflatten
 
 __all__ = ["HEAD", "TRANSITION", "Call"]
 
 
 class Inputs(NamedTuple):
-    """The arguments of a chain's forward pass: what the block's op takes, without masks and group, and what the
-    reader's op takes beside the features.
+    """The arguments of a chain's forward pass.
 
-    ``described`` says whether the reader gets the features' statistics. ``options`` are the reader's own.
+    They are those of the block's op without masks and group, then those of the reader's op without the features.
+    ``described`` says whether the reader gets the statistics of the features. ``options`` are the reader's own.
     """
 
     x: Tensor
@@ -50,8 +50,11 @@ class Inputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """The arguments of a chain's backward pass: the gradient of the reader's result; what the block's op returned and
-    took, and what gradients it ``needs`` (of x, of its statistics, of each tensor); then the same of the reader."""
+    """The arguments of a chain's backward pass.
+
+    They are the gradient of the reader's result; what the block's op returned and took, with the gradients that it
+    ``needs`` (of x, of its statistics, of each tensor); and the same for the reader.
+    """
 
     grad: Tensor
     features: Tensor
@@ -77,7 +80,8 @@ class BackwardInputs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments of a chain: those of :class:`Inputs`, with both ops' stages as they are, and the ``link``."""
+    """The arguments of a chain: those of :class:`Inputs`, but with both ops' stages as they are, and with the
+    ``link``."""
 
     x: Tensor
     mean: Tensor | None
@@ -94,7 +98,7 @@ class Call(NamedTuple):
 
 
 class Chain:
-    """A dense block with the op of the ``reader`` behind it, of one stage."""
+    """A dense block and the op of its ``reader``, which has one stage."""
 
     def __init__(self, reader: Parts) -> None:
         self.name = f"{block_parts.forward.name}, {reader.forward.name.partition('::')[2]}"
@@ -102,20 +106,21 @@ class Chain:
         self.apply = direct_call(_Node, self.name)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """From the fields of a :class:`Call`: the reader's result; the block's packed mean and variance, and its count;
-        and all else that the reader's op returns."""
+        """Takes the fields of a :class:`Call`. Returns the reader's result, the block's packed mean and variance and
+        its count, and then all else that the reader's op returns."""
         compile_ahead(self, *arguments)
         call = Call(*arguments)
         stages, read_stages = (s if isinstance(s, Stages) else Stages(s) for s in (call.stages, call.read_stages))
         block = (call.drop_rates, call.bottleneck, call.saved, call.described, call.prepend)
         read = (read_stages.tensors, read_stages.eps, call.options)
         inputs = Inputs(call.x, call.mean, call.var, stages.tensors, stages.eps, *block, *read)
-        followed = stages.followed(), read_stages.followed()
-        seen = (call.x, call.mean, call.var, *followed[0].tensors, *followed[1].tensors)
-        return self.apply(self, inputs, (*followed, call.link), *seen)
+        required = stages.requiring_grad(), read_stages.requiring_grad()
+        seen = (call.x, call.mean, call.var, *required[0].tensors, *required[1].tensors)
+        return self.apply(self, inputs, (*required, call.link), *seen)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        """From the fields of :class:`Inputs`, what the block returns and what the reader does."""
+        """Takes the fields of :class:`Inputs`. Returns what the block's op returns, then what the reader's op
+        returns."""
         given = Inputs(*inputs)
         x, tensors, described = given.x, given.tensors, given.described
         block = (tensors, given.eps, [], given.drop_rates, given.bottleneck, given.saved, described, None, None)
@@ -131,8 +136,8 @@ class Chain:
         return features, mean, var, count, bottlenecks, *made
 
     def backward(self, *inputs: Any, seen: bool = False) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """From the fields of :class:`BackwardInputs`, the gradients of x, of the block's tensors and of the reader's.
-        Both ops are ``seen`` by the dispatcher or not."""
+        """Takes the fields of :class:`BackwardInputs`. Returns the gradients of x, of the block's tensors and of the
+        reader's. ``seen`` says whether the dispatcher has to see the two ops."""
         given = BackwardInputs(*inputs)
         features, read_tensors, needs = given.features, given.read_tensors, given.needs
         known = (features, given.read_mean, given.read_var, given.read_count, read_tensors, given.read_eps)
@@ -150,8 +155,9 @@ class Chain:
         return grad_x, grads, own
 
     def on_stock(self, given: Inputs, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
-        """The reader's result from x, or where it is ``linked`` what is added to its ``value``, and from the tensors of
-        both, the block's ``size`` first."""
+        """Returns a function of x and of both ops' tensors that computes the reader's result with stock torch
+        functions. The block's tensors come first; there are ``size`` of them. If x is ``linked``, it is added to its
+        ``value``."""
 
         def run(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
             x = value + x if linked else value
@@ -165,19 +171,19 @@ class Chain:
 class _Node(torch.autograd.Function):
     """A chain with autograd.
 
-    ``given`` are the inputs of its forward pass. Of these x, mean, var and the tensors that autograd follows come
-    again, for autograd to see. What is ``hidden`` it does not see.
+    ``given`` are the inputs of its forward pass. Autograd does not look into a tuple, so x, mean, var and the tensors
+    that require a gradient are passed once more by themselves. What is ``hidden`` autograd does not see.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, given: Inputs, hidden: tuple[Followed, Followed, Tensor | None], *_: Any
+        ctx: Any, chain: Chain, given: Inputs, hidden: tuple[RequiringGrad, RequiringGrad, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
         x, tensors, read_tensors = given.x, given.tensors, given.read_tensors
         with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
             made = planned.run(chain.name, chain.forward, given)
         features, mean, var, count, bottlenecks, out, *read = made
-        *ctx.followed, link = hidden
+        *ctx.required, link = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
         ctx.given = given._replace(x=None, mean=None, var=None, tensors=None, read_tensors=None)
         ctx.block, ctx.reader = SimpleNamespace(), SimpleNamespace()
@@ -198,7 +204,7 @@ class _Node(torch.autograd.Function):
         first, second = ctx.sizes[0], sum(ctx.sizes)
         tensors, bottlenecks = saved_stages(ctx.block, rest[:first]), rest[first:second]
         read_tensors = saved_stages(ctx.reader, rest[second:])
-        followed, behind = ctx.followed
+        required, behind = ctx.required
         if stock.needed_in_backward(grad):
             value = own_features(features.detach(), ctx.in_channels, given.prepend)
             run = ctx.chain.on_stock(given, value, link is not None, len(tensors))
@@ -207,11 +213,12 @@ class _Node(torch.autograd.Function):
             grads, read_grads = grads[: len(tensors)], grads[len(tensors) :]
         else:
             flags = ctx.needs_input_grad[3:]
-            middle = 3 + len(followed.tensors)
-            needs = followed.needs(flags[:middle])
+            middle = 3 + len(required.tensors)
+            needs = required.needs(flags[:middle])
             needed = any(flags[:middle])
             read_needs = behind.needs((needed, needed and given.described, False, *flags[middle:]))
-            block = (
+            inputs = BackwardInputs(
+                with_unit_channel_stride(grad),
                 features,
                 mean,
                 var,
@@ -221,16 +228,15 @@ class _Node(torch.autograd.Function):
                 tensors,
                 given.eps,
                 given.drop_rates,
-            )
-            block += (given.bottleneck, ctx.in_channels, needs, given.prepend)
-            inputs = (
-                channels_adjacent(grad),
-                *block,
+                given.bottleneck,
+                ctx.in_channels,
+                needs,
+                given.prepend,
                 *read,
-                read_tensors,
-                given.read_eps,
-                given.options,
-                read_needs,
+                read_tensors=read_tensors,
+                read_eps=given.read_eps,
+                options=given.options,
+                read_needs=read_needs,
             )
             name = f"{ctx.chain.name}_backward"
             with named(name, grad):
@@ -240,7 +246,8 @@ class _Node(torch.autograd.Function):
                     grad_x, grads, read_grads = planned.run(name, ctx.chain.backward, inputs)
             if not needs[0]:
                 grad_x = None
-        return None, None, None, in_format(grad_x, ctx), None, None, *followed.chosen(grads), *behind.chosen(read_grads)
+        chosen = (*required.of_those(grads), *behind.of_those(read_grads))
+        return None, None, None, in_format(grad_x, ctx), None, None, *chosen
 
 
 TRANSITION, HEAD = Chain(transition_parts), Chain(head_parts)

@@ -1,12 +1,12 @@
 """densenet_fast::dense_block: a whole dense block as one op that never concatenates.
 
-The block owns one matrix F of M x C_total. Layer l reads its first C columns and writes its k new ones behind them; the
-statistics of a column are computed once, when it is written. To prepend new features, F is filled from its end: layer l
-reads the last C columns and writes its new ones before them.
+The block owns one matrix F [M, C_total]. Layer l reads its first C columns and writes k new columns behind them. The
+statistics of a column are computed once, when the column is written. To prepend new features, F is filled from its end:
+layer l reads the last C columns and writes its new columns before them.
 
     Z = relu(bn1(F[:, :C])) @ W1^T;  Y = conv3x3(relu(bn2(Z)), W2) -> F[:, C:C+k]
 
-Backward, layers in reverse; G starts as the incoming gradient, P and Q at zero:
+The backward pass goes through the layers in reverse. G starts as the incoming gradient, P and Q as zero:
 
     dY = finalise(columns C..C+k)                                              G + (P + 2Q(F - mu)) / M      (1)
     D' = conv3x3_input_grad(dY, W2) * (bn2(Z) > 0);   dZ = finalise(s' * D')
@@ -47,17 +47,19 @@ class Inputs(NamedTuple):
     """The arguments of the op.
 
     Args:
-        x: the block's input, any memory format.
-        x_mean, x_var: its batch statistics [C0], if they are known; the gradient of x is whole all the same.
-        tensors, eps: the flattened stages, two a layer with a bottleneck (1x1, 3x3), else one (3x3).
-        masks: one [N, channels, *spatial] bool per drop rate, empty where that is 0; none where all are.
-        drop_rates: one per layer, of its new features, or one per stage, of what its convolution makes.
-        bottleneck: whether the layers have one.
-        saved: of each layer, whether to return its Z [M, B] for the backward pass, which else recomputes it.
-        describe: whether the statistics of all features are wanted, and not of those alone that a layer normalises.
+        x: the block's input [N, C0, *spatial], in any memory format.
+        x_mean, x_var: its batch statistics [C0], or None to compute them. The gradient of x is complete in either case.
+        tensors, eps: the flattened stages. A layer with a bottleneck has two (1x1, 3x3), one without has one (3x3).
+        masks: one [N, channels, *spatial] bool per drop rate, empty where the rate is 0. The list is empty if all are
+            0.
+        drop_rates: one per layer, for its new features, or one per stage, for what its convolution makes.
+        bottleneck: whether the layers have a bottleneck.
+        saved: for each layer, whether to return its Z [M, B] for the backward pass, which otherwise recomputes it.
+        describe: whether to return the statistics of all features, and not only of those that a layer normalises.
         group: name of the process group whose batches are normalised together, None for this process's alone.
-        link: a tensor of x's shape and gradient but without its memory, through which second derivatives reach x.
-        prepend: whether new features come before those that are read, instead of behind them.
+        link: a tensor with the shape and the gradient of x, but without its memory. Second derivatives reach x through
+            it.
+        prepend: whether new features come before those that a layer reads, instead of behind them.
     """
 
     x: Tensor
@@ -77,10 +79,11 @@ class Inputs(NamedTuple):
 
 @define("dense_block", Inputs)
 def _forward(given: Inputs) -> Outputs:
-    """From x [N, C0, *spatial] to (features [N, C_total, *spatial], mean, var, count, bottlenecks).
+    """Returns features [N, C_total, *spatial], mean, var, count and the saved bottlenecks.
 
-    ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, zero where they are not wanted; those of
-    the features are differentiable. ``count`` is the number of rows they are over, empty without a group.
+    ``mean`` and ``var`` hold the batch statistics as :class:`Plan` packs them, and zeros where none are computed. The
+    statistics of the features are differentiable. ``count`` is the number of rows they are computed over, and empty
+    without a group.
     """
     x, saved, group = given.x, given.saved, given.group
     plan = plan_of(x, given.tensors, given.eps, given.bottleneck, given.drop_rates, given.describe, given.prepend)
@@ -88,11 +91,11 @@ def _forward(given: Inputs) -> Outputs:
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
     rows = features.shape[0]
-    if plan.walked_by(backend, x.dtype, group):
+    if plan.runs_whole_on(backend, x.dtype, group):
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
         kept = for_each_layer(bottlenecks, saved, features)
-        block = Block(features, plan.walk.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
+        block = Block(features, plan.tensors.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
         own = {"x": to_matrix(x), "x_mean": given.x_mean, "x_var": given.x_var}
         backend.dense_block(block, plan.widths[0], describe=given.describe, **own)
         return image, mean, var, global_count(rows, x, group), bottlenecks
@@ -216,4 +219,4 @@ def _differentiable_gradients(
 
 parts = Parts(_forward, backward, stock.dense_block)
 dense_block = with_autograd(_forward, _save, _gradients, _shown)
-"""Returns (features, their mean and variance, count, mean, var), the last two as :class:`Plan` packs them."""
+"""Returns (features, their mean and variance, count, mean, var). The last two are packed as in :class:`Plan`."""

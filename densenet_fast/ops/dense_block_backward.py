@@ -1,4 +1,5 @@
-"""densenet_fast::dense_block_backward: the backward pass of :mod:`densenet_fast.ops.dense_block`, in its letters."""
+"""densenet_fast::dense_block_backward: the backward pass of :mod:`densenet_fast.ops.dense_block`, whose letters it
+uses."""
 
 from itertools import compress
 from typing import Any, NamedTuple
@@ -17,16 +18,15 @@ from densenet_fast.ops.stage import STAGE_TENSORS, Pair, Prepared, StageGradient
 
 
 class BackwardInputs(NamedTuple):
-    """The arguments of the op.
+    """The arguments of the op. Those not listed are what the forward op took and returned.
 
     Args:
         grad: the gradient of the features [N, C_total, *spatial].
-        grad_mean, grad_var: those of the features' statistics, [C_total] or packed, None where nobody read them.
-        bottlenecks: those of the layers of which they were ``saved``.
+        grad_mean, grad_var: the gradients of their statistics, [C_total] or packed; None where nobody read the
+            statistics.
+        bottlenecks: those of the layers that ``saved`` theirs.
         in_channels: C0.
-        needs: whether a gradient is needed of x, and then of each of the stages' tensors.
-
-    All else is what the forward pass took and returned.
+        needs: whether a gradient is needed: of x, and then of each of the stages' tensors.
     """
 
     grad: Tensor
@@ -50,8 +50,10 @@ class BackwardInputs(NamedTuple):
 
 
 class BlockGradients:
-    """The backward pass: G, P and Q, and the gradients of the stages. ``behind`` are P and Q of the packed statistics
-    as they came from behind the block, if they did."""
+    """The backward pass of a block: it computes G, P and Q and the gradients of the stages.
+
+    ``behind`` are P and Q of the packed statistics that readers behind the block contributed, or None.
+    """
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class BlockGradients:
         self.affines = [prepared.affine(j, packed.of(columns)) for j, columns in enumerate(plan.ranges)]
         prepared.done()
         self.pair = behind
-        """P and Q of F's columns so far; None for zero."""
+        """P and Q of the columns of F so far; None stands for zero."""
         self.spare = [mean.new_empty(2, plan.columns).unbind() for _ in range(2)]
         self.bottleneck_pair = mean.new_empty(2, plan.packed - plan.columns).unbind()
 
@@ -87,8 +89,8 @@ class BlockGradients:
         masks: list[Tensor],
         needs: list[bool],
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The gradients of x [N, C0, *spatial] and of the stages' tensors, as far as ``needs`` says so. Where grad is
-        ``consumed``, its memory becomes G's."""
+        """Returns the gradients of x [N, C0, *spatial] and of the stages' tensors that ``needs`` asks for. With
+        ``consumed``, G takes the memory of grad."""
         plan, need_x = self.plan, needs[0]
         self.gradients = [
             StageGradients(stage, needs[1 + j * STAGE_TENSORS : 1 + (j + 1) * STAGE_TENSORS])
@@ -99,7 +101,7 @@ class BlockGradients:
         asked = [any(g.needs_any for g in layer) for layer in by_layer]
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
         self.source = to_matrix(grad)
-        """Where the gradient of F stands: the incoming one until the last layer has written G, then G."""
+        """The gradient of F: the incoming one until the last layer has written G, then G."""
         self.grad = self.source if consumed else self.features.new_empty(self.features.shape)
         self.z = None if all(saved) else plan.bottleneck_buffer(self.features)
         self.dz = plan.bottleneck_buffer(self.features)
@@ -122,8 +124,11 @@ class BlockGradients:
         return image, [t for g in self.gradients for t in g.tensors()]
 
     def finalise(self, columns: slice, reader: int, out: Tensor | None = None) -> Tensor:
-        """(1) on columns of F that layer ``reader`` is the first to read, in G or into ``out``; nothing to add where no
-        reader normalises by the batch."""
+        """Completes, by (1), the gradient of columns of F, in G or in ``out``, which is returned.
+
+        ``reader`` is the first layer that reads the columns. If neither it nor a later one normalises by the batch,
+        there is nothing to add.
+        """
         grad = self.source[:, columns]
         target = self.grad[:, columns] if out is None else out
         if self.plan.normalised_by_batch(reader) and self.pair is not None:
@@ -134,20 +139,23 @@ class BlockGradients:
         return target
 
     def drop(self, matrix: Tensor, j: int) -> None:
-        """Stage j's dropout, if it has one, of what its convolution made or of its gradient, in place."""
+        """Applies stage j's dropout, if it has one, in place, to what its convolution made or to the gradient of
+        that."""
         mask = self.masks[j]
         if mask is not None:
             image = to_image(matrix, self.plan.grid)
             self.backend.append_features(image, matrix, None, mask, self.plan.keep_scales[j])
 
     def through(self, columns: slice, p: Tensor, q: Tensor) -> ThroughStatistics:
-        """What completes the gradient of columns of F."""
+        """What (1) adds to the gradient of columns of F."""
         return ThroughStatistics(self.features[:, columns], self.mean[columns], p, q, self.count)
 
     def layer(self, i: int, dy: Tensor, z: Tensor | None, target: Tensor | None) -> Tensor | None:
-        """One layer's backward: its stages' gradients, and (2) on the columns it read, unless their gradients are not
-        needed: no ``target``. On those of them that nobody before it reads (1), into the target, which is returned if
-        that was done."""
+        """One layer's backward pass: the gradients of its stages, and (2) on the columns that it read.
+
+        Without a ``target`` the gradients of these columns are not needed. With one, (1) may be done here on those of
+        the columns that no earlier layer reads: their complete gradient then stands in the target, which is returned.
+        """
         plan = self.plan
         j, columns = i * len(plan.layers[i]), plan.read(i)
         inputs, affine, gradients = self.features[:, columns], self.affines[j], self.gradients[j]
@@ -207,7 +215,8 @@ class BlockGradients:
         return None if completion is None else target
 
     def bottleneck(self, i: int, dy: Tensor, z: Tensor | None, need_dz: bool) -> tuple[Tensor | None, Unfinished]:
-        """From dY to dZ, through the 3x3 convolution and the second normalisation: s' * D', and what is unfinished."""
+        """From dY to dZ, through the 3x3 convolution and the second normalisation. Returns s' * D' and what is left to
+        add to it."""
         plan, columns, j = self.plan, self.plan.bottlenecks[i], 2 * i + 1
         gradients = self.gradients[j]
         if z is None:
@@ -240,18 +249,18 @@ class BlockGradients:
 
 
 def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-    """G stands in the memory of ``total``, which may be grad, or in its own."""
+    """Computes the op's results. G takes the memory of ``total``, which may be grad; for None it gets its own."""
     features, tensors, saved, needs = given.features, given.tensors, given.saved, given.needs
     mean, group, described = given.mean, given.group, given.grad_mean is not None
     own = own_features(features, given.in_channels, given.prepend)
     plan = plan_of(own, tensors, given.eps, given.bottleneck, given.drop_rates, described, given.prepend)
     backend = select(features.device, features.dtype)
-    if plan.walked_by(backend, features.dtype, group) and all(compress(needs, (True, *plan.walk.is_trained))):
-        walk = plan.walk
+    if plan.runs_whole_on(backend, features.dtype, group) and all(compress(needs, (True, *plan.tensors.is_trained))):
+        trained, like = plan.tensors.trained, plan.tensors.tensors
         image = empty_image(features, plan.grid, given.in_channels)
         gradients: list[Tensor] = [features.new_empty(0)] * len(tensors)
-        for i in walk.trained:
-            gradients[i] = torch.empty_like(walk.tensors[i], dtype=torch.float32)
+        for i in trained:
+            gradients[i] = torch.empty_like(like[i], dtype=torch.float32)
         p, q = mean.new_zeros(2, *mean.shape).unbind()
         if described:
             p[: plan.columns].copy_(given.grad_mean[: plan.columns])
@@ -259,12 +268,12 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
         incoming, f = to_matrix(given.grad), to_matrix(features)
         g = torch.empty_like(f) if total is None else incoming
         kept, rows = for_each_layer(given.bottlenecks, saved, features), rows_of(given.count, f.shape[0])
-        block = Block(f, walk.tensors, given.eps, plan.grid, kept, mean, given.var, given.prepend)
+        block = Block(f, like, given.eps, plan.grid, kept, mean, given.var, given.prepend)
         out = (to_matrix(image), gradients, p, q)
         backend.dense_block_backward(incoming, g, block, rows, *out, described=described)
         made: list[Tensor | None] = [None] * len(tensors)
-        for i in walk.trained:
-            made[i] = gradients[i] if walk.tensors[i].dtype == torch.float32 else gradients[i].to(walk.tensors[i].dtype)
+        for i in trained:
+            made[i] = gradients[i] if like[i].dtype == torch.float32 else gradients[i].to(like[i].dtype)
         return image, made
     behind = (given.grad_mean.contiguous(), given.grad_var.contiguous()) if described else None
     gradients = BlockGradients(plan, features, mean, given.var, given.count, behind, group)
@@ -273,7 +282,7 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
 
 @define("dense_block_backward", BackwardInputs)
 def backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the stages' tensors, empty where ``needs`` says so."""
+    """Returns the gradients of x and of the stages' tensors, empty where ``needs`` is False."""
     return _run(given, total=None)
 
 
@@ -292,5 +301,5 @@ register_vmap(backward.custom_op)
 
 @without_autocast
 def consuming_backward(*inputs: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """What the op computes, with G in the memory of the incoming gradient, which nobody else may need."""
+    """Computes the op's results with G in the memory of the incoming gradient. Nobody else may need that gradient."""
     return _run(BackwardInputs(*inputs), total=inputs[0])

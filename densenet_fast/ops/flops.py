@@ -1,7 +1,7 @@
 """The floating-point operations of the ops, for torch's counters.
 
-Counted are the convolutions by their definition, two operations a product, as torch counts its own: not what pooling
-first or minimal filtering leaves of them. Recomputed bottlenecks count again.
+As torch does for its own ops, a convolution is counted by its definition, with two operations per product. What minimal
+filtering or pooling first saves is not subtracted. Recomputed bottlenecks count again.
 """
 
 import sys
@@ -23,12 +23,12 @@ CONV_WEIGHT = 4
 
 
 def of_convolutions(positions: int, weights: Iterable[Tensor | None]) -> int:
-    """Of convolutions of ``weights`` at so many positions of their outputs."""
+    """The operations of convolutions with these ``weights``, at so many positions of their outputs."""
     return 2 * positions * sum(weight.numel() for weight in weights if weight is not None)
 
 
 def of_stages(x: Tensor, tensors: Sequence[Tensor | None]) -> int:
-    """Of the convolutions of flattened stages, all at the positions of x [N, C, *spatial]."""
+    """The operations of flattened stages' convolutions, at the positions of x [N, C, *spatial]."""
     return of_convolutions(_positions(x), tensors[CONV_WEIGHT::STAGE_TENSORS])
 
 
@@ -41,7 +41,7 @@ def _forward(x: Tensor, mean: Any, var: Any, tensors: Sequence[Tensor], *others:
 
 
 def _by_name(op: str, given: Sequence[Any]) -> dict[str, Any]:
-    """What the op is called with, by the names of its schema."""
+    """The arguments of a call of the op, by the names in its schema."""
     schema = getattr(torch.ops.densenet_fast, op).default._schema
     return dict(zip((argument.name for argument in schema.arguments), given))
 
@@ -65,7 +65,8 @@ def _dense_block_backward(*given: Any, out_val: Any = None) -> int:
 
 
 def _backward(x: Tensor, tensors: Sequence[Tensor], need_input: bool, needs: Sequence[bool]) -> int:
-    """Of the gradients of weights, and of inputs of convolutions where something before them needs one."""
+    """The operations of the gradients: of the weights, and of a convolution's input where something before it needs
+    one."""
     total = 0
     for i in range(CONV_WEIGHT, len(tensors), STAGE_TENSORS):
         asked = need_input or any(needs[:i])
@@ -82,7 +83,8 @@ FORMULAS = {
 
 
 class _Registering:
-    """Finds torch's counter and lets its import register the formulas: it imports Triton, as this package does not."""
+    """Registers the formulas when torch's counter is first imported. That module imports Triton, so this package does
+    not import it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
@@ -100,7 +102,7 @@ class _Registering:
 
 
 def register() -> None:
-    """Makes ``torch.utils.flop_counter`` count the ops, now or as soon as it is imported."""
+    """Makes ``torch.utils.flop_counter`` count the ops, now or when it is imported."""
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER])
     else:
@@ -113,17 +115,17 @@ def _register(counter: ModuleType) -> None:
 
 
 def add_flops(profile: Any) -> None:
-    """Adds the ops to the FLOPs that ``torch.profiler`` counted, ``with_flops=True``: it knows seven operations of
-    torch's by name, and no others can be made known to it.
+    """Adds the ops to the FLOPs that ``torch.profiler`` counted with ``with_flops=True``.
 
-    An op counts what its convolutions do in the forward pass; what torch counted inside it is left out. For its
-    backward pass it counts nothing, as the profiler counts none for convolutions.
+    The profiler knows seven of torch's operations by name, and no others can be added to it. Here each op counts what
+    its convolutions do in the forward pass; what torch counted inside the op is left out. Backward passes count
+    nothing, as the profiler counts nothing for those of convolutions.
 
     Args:
         profile: a ``torch.profiler.profile`` that has ended.
 
     Raises:
-        TypeError: it is nothing of the kind.
+        TypeError: ``profile`` is not such an object.
         ValueError: it has not ended, or was made without ``with_flops``.
     """
     if not isinstance(profile, torch.profiler.profile | torch.autograd.profiler.profile):

@@ -1,7 +1,7 @@
 """A custom op that is called without torch's dispatcher where nothing needs to see the call.
 
-What needs to is a compiler, a mode, a transform, a subclass of Tensor. Through the dispatcher a call takes milliseconds
-for a block's hundreds of tensors, on a CPU as long as some of its kernels.
+A compiler, a mode, a transform or a subclass of Tensor has to see it. For the hundreds of tensors of a block a call
+through the dispatcher takes milliseconds: on a CPU as long as some of the kernels.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last, to_im
 from densenet_fast.ops import planned
 from densenet_fast.ops.ahead import compile_ahead
 from densenet_fast.ops.flops import of_stages
-from densenet_fast.ops.stage import Followed, Stage, Stages, present, without_autocast
+from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, none_as_empty, without_autocast
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
 
@@ -50,17 +50,17 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         if seen_by_dispatcher(inputs):
-            return self.custom_op(*(present(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
+            return self.custom_op(*(none_as_empty(v, inputs[0]) if isinstance(v, list) else v for v in inputs))
         with named(self.name, inputs[0]):
             return planned.run(self.name, self.body, inputs)
 
     def fake(self, function: Callable[[Any], tuple[Any, ...]]) -> None:
-        """Decorates the function that returns what the op does, from the same inputs, without values."""
+        """Decorates the op's fake kernel: a function of the same inputs that returns tensors without values."""
         self.custom_op.register_fake(lambda *values, **by_name: function(self.inputs(*values, **by_name)))
 
 
 def _signature(inputs: type[tuple[Any, ...]], body: Callable[[Any], tuple[Any, ...]]) -> inspect.Signature:
-    """That of a function of the fields of ``inputs``, from which torch makes the op's schema."""
+    """The signature of a function whose arguments are the fields of ``inputs``. Torch makes the op's schema from it."""
     defaults = inputs._field_defaults
     parameters = [
         inspect.Parameter(
@@ -75,7 +75,8 @@ def _signature(inputs: type[tuple[Any, ...]], body: Callable[[Any], tuple[Any, .
 
 
 class Parts(NamedTuple):
-    """The ops of a function and of its backward pass, and the function on stock differentiable torch functions."""
+    """The op of a function, the op of its backward pass, and the same function in stock differentiable torch
+    functions."""
 
     forward: Op
     backward: Op
@@ -88,7 +89,7 @@ def define(name: str, inputs: type[tuple[Any, ...]]) -> Callable[[Callable[[Any]
 
 
 def named(name: str, x: Tensor, *flops: Callable[[], int]) -> contextlib.AbstractContextManager[Any]:
-    """Shows to the profiler, if it runs, what is called meanwhile on x, as an operation of torch's, with the sum of its
+    """Shows what runs meanwhile on x to the profiler, if one is active, as one operation with the sum of its
     ``flops``."""
     if not torch.autograd._profiler_enabled():
         return contextlib.nullcontext()
@@ -96,8 +97,12 @@ def named(name: str, x: Tensor, *flops: Callable[[], int]) -> contextlib.Abstrac
 
 
 def direct_call(function: type[torch.autograd.Function], op: str) -> Callable[..., Any]:
-    """A function's ``apply`` without what torch.func needs, for where no transform sees the calls. Autograd shows it as
-    DenseBlock, of densenet_fast::dense_block, and its backward pass as DenseBlockBackward."""
+    """Returns the ``apply`` of an autograd Function without its support for torch.func, for calls that no transform
+    sees.
+
+    In graphs of autograd the call is named after the op: DenseBlock for densenet_fast::dense_block, and
+    DenseBlockBackward.
+    """
     words = op.partition("::")[2].replace(", ", "_and_").split("_")
     shown = type(function)("".join(map(str.capitalize, words)), (function,), {})
     return super(torch.autograd.Function, shown).apply
@@ -115,7 +120,7 @@ def seen_by_dispatcher(inputs: Sequence[Any]) -> bool:
 
 
 def saved_tensors_are_looked_at() -> bool:
-    """Whether hooks see what is saved for the backward pass: those of checkpointing count it."""
+    """Whether hooks see the tensors that are saved for the backward pass. Those of checkpointing count them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -125,26 +130,31 @@ def with_autograd(
     gradients: Callable[..., Gradients],
     shown: Callable[[tuple[Any, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
-    """``op``, which takes ``(x, mean, var, tensors, eps, *constants)`` (a feature map, its batch statistics where they
-    are known, flattened stages, and what has no gradient), as a differentiable function
-    ``call(x, mean, var, stages, *constants)``.
+    """Makes a differentiable function ``call(x, mean, var, stages, *constants)`` of an op.
 
-    Its result is the op's, which is a tuple of tensors, or what ``shown`` makes of that: those that are differentiable,
-    and those that are not.
+    The op takes ``(x, mean, var, tensors, eps, *constants)``: a feature map, its batch statistics or None, flattened
+    stages, and arguments that have no gradient. The function returns the op's outputs. If the op returns more than
+    tensors, ``shown`` makes two tuples of its outputs: those that are differentiable, and those that are not.
 
-    ``save(ctx, inputs, outputs)`` keeps what ``gradients(ctx, needs, *grads)`` needs, which returns the gradients of x,
-    mean and var and the tensors'; ``needs`` has an entry for x, for mean and var, and for each of the tensors.
+    ``save(ctx, inputs, outputs)`` keeps what the backward pass needs. ``gradients(ctx, needs, *grads)`` returns the
+    gradients of x, of mean and var, and of the tensors. ``needs`` has an entry for x, one for mean and var, and one per
+    tensor.
     """
 
     class Direct(torch.autograd.Function):
-        """The op's body with autograd. ``inputs`` are the op's; x, mean and var and those of its tensors that are
-        ``followed`` come again, for autograd to see."""
+        """The op's body with autograd.
+
+        ``inputs`` are the op's. Autograd does not look into a tuple, so x, mean, var and the tensors that require a
+        gradient are passed once more by themselves.
+        """
 
         @staticmethod
-        def forward(ctx: Any, inputs: tuple[Any, ...], followed: Followed, *_: Tensor | None) -> tuple[Tensor, ...]:
+        def forward(
+            ctx: Any, inputs: tuple[Any, ...], required: RequiringGrad, *_: Tensor | None
+        ) -> tuple[Tensor, ...]:
             with named(op.name, inputs[0], lambda: of_stages(inputs[0], inputs[3])):
                 outputs = planned.run(op.name, op.body, inputs)
-            ctx.followed = followed
+            ctx.required = required
             ctx.channels_last = is_channels_last(inputs[0])
             save(ctx, inputs, outputs)
             if shown is None:
@@ -155,14 +165,14 @@ def with_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            needs = ctx.followed.needs(ctx.needs_input_grad[2:])
-            grad_x, *statistics, rest = gradients(ctx, needs, channels_adjacent(grads[0]), *grads[1:])
+            needs = ctx.required.needs(ctx.needs_input_grad[2:])
+            grad_x, *statistics, rest = gradients(ctx, needs, with_unit_channel_stride(grads[0]), *grads[1:])
             return (
                 None,
                 None,
                 in_format(grad_x, ctx),
                 *statistics,
-                *ctx.followed.chosen(rest),
+                *ctx.required.of_those(rest),
             )
 
     apply = direct_call(Direct, op.name)
@@ -189,18 +199,21 @@ def with_autograd(
         inputs = (x, mean, var, stages.tensors, stages.eps, *constants)
         if seen_by_dispatcher(inputs):
             plain = [[*c] if isinstance(c, list) else c for c in constants]
-            outputs = op.custom_op(x, mean, var, present(stages.tensors, x), [*stages.eps], *plain)
+            outputs = op.custom_op(x, mean, var, none_as_empty(stages.tensors, x), [*stages.eps], *plain)
             return outputs if shown is None else tuple(chain(*shown(outputs)))
         compile_ahead(call, x, mean, var, stages, *constants)
-        followed = stages.followed()
-        return apply(inputs, followed, x, mean, var, *followed.tensors)
+        required = stages.requiring_grad()
+        return apply(inputs, required, x, mean, var, *required.tensors)
 
     return call
 
 
-def channels_adjacent(grad: Tensor | None) -> Tensor | None:
-    """An incoming gradient with adjacent channels, as all bodies read it: copied here, where a plan does not see it.
-    Not where it is differentiated itself, or is a batch."""
+def with_unit_channel_stride(grad: Tensor | None) -> Tensor | None:
+    """Returns an incoming gradient with a channel stride of 1, which all bodies expect.
+
+    The copy is made here, outside of launch plans. A gradient that is itself differentiated, or that is a batch of
+    gradients, stays as it is.
+    """
     if grad is None or grad.stride(1) == 1 or torch.is_grad_enabled() or _is_batched(grad):
         return grad
     return to_image(to_matrix(grad), (grad.shape[0], *grad.shape[2:]))
@@ -216,5 +229,5 @@ def in_format(grad_x: Tensor | None, ctx: Any) -> Tensor | None:
 
 
 def _is_batched(grad: Tensor) -> bool:
-    """Whether ``grad`` is a batch of gradients, which knows no memory format."""
+    """Whether ``grad`` is a batch of gradients, for which torch knows no memory format."""
     return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)

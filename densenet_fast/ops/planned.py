@@ -1,9 +1,10 @@
-"""An op's body, by a launch plan where there is one: on a GPU with both kinds of kernels. Else the body itself runs, in
-Python: where launches are recorded, and where it does more than a plan holds.
+"""Runs an op's body: by a launch plan where there is one, else in Python.
 
-That is the backward pass of convolutions with biases and of dense layers without a bottleneck; processes
-that normalise together; convolutions by torch, as in 1 and 3 dimensions; float64; copies of what is not laid out as the
-kernels read it, such as a contiguous input of a transition that a caller made."""
+There are plans on GPUs that have both kinds of kernels. These bodies run in Python: those whose launches are being
+recorded; backward passes of convolutions with biases and of layers without a bottleneck; processes that normalise
+together; convolutions by torch, as in 1 and 3 dimensions; float64; and inputs that have to be copied first, such as a
+contiguous input of a transition.
+"""
 
 import functools
 import threading
@@ -17,7 +18,7 @@ from densenet_fast.backends.symbolic import Unplannable
 from densenet_fast.backends.triton import launch
 
 DEVICE = "cuda"
-"""The type of the devices on which bodies are planned."""
+"""The type of the devices on which there are launch plans."""
 
 
 class _ThisThread(threading.local):
@@ -28,7 +29,7 @@ _this_thread = _ThisThread()
 
 
 def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    """``body(*inputs)``, which is the op ``name``'s."""
+    """Returns ``body(*inputs)``, where ``body`` is that of the op ``name``."""
     reason = obstacle(inputs[0])
     if reason is None:
         result = plan.run(name, body, inputs)
@@ -41,12 +42,12 @@ def run(name: str, body: Callable[..., Any], inputs: Sequence[Any]) -> Any:
 
 
 def last() -> str | None:
-    """Why the body that this thread ran last was not planned, None if it was."""
+    """Why the last body of this thread had no launch plan; None if it had one."""
     return _this_thread.reason
 
 
 def obstacle(x: Any) -> str | None:
-    """Why no op on x is planned, or None."""
+    """Why there is no launch plan for ops on x, or None."""
     if x.device.type != DEVICE:
         return f"the input is on {x.device.type}"
     if launch.is_recording() or launch.is_planning():
@@ -56,7 +57,7 @@ def obstacle(x: Any) -> str | None:
 
 @functools.cache
 def unserved(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why not both kinds of kernels serve tensors of ``dtype`` on ``device``, or None."""
+    """Why tensors of ``dtype`` on ``device`` are not served by both kinds of kernels, or None."""
     if select(device, dtype) is not cuda:
         return "the compiled kernels for GPUs do not serve it"
     if triton.unavailable() is not None or not triton.supports(device, dtype):

@@ -1,7 +1,7 @@
-"""What the ops of a single stage share: their input, its batch statistics, the gradients behind them, autograd.
+"""What the ops of a single stage share: their input, its batch statistics, the gradients, autograd.
 
-The batch's statistics may come from where x was made. If they are part of its graph, their gradients P and Q go back
-there; else the gradient of x is complete, as if they had been computed here.
+The batch statistics may come from the op that made x. If they are part of its graph, their gradients P and Q go back
+there. Otherwise the gradient of x is complete, as if the statistics had been computed here.
 """
 
 from collections.abc import Callable
@@ -37,16 +37,16 @@ from densenet_fast.ops.stage import (
 
 
 class Input:
-    """x [N, C, *spatial] of an op of one packed stage, as the kernels take it, with what normalises it.
+    """The input x [N, C, *spatial] of an op of one stage, as the kernels take it, with what normalises it.
 
-    ``own`` are the batch's statistics: a copy of ``mean`` and ``var`` if they are given, else computed; zero if the
+    ``own`` are the batch statistics: copies of ``mean`` and ``var`` if they are given, else computed here; zeros if the
     stage is frozen.
     """
 
     def __init__(self, given: Any, again: bool = False) -> None:
-        """From the x, mean, var, tensors, eps and group of an op's inputs.
+        """Takes x, mean, var, tensors, eps and group from an op's inputs.
 
-        With ``again``, in a backward pass, the given statistics are not copied.
+        In a backward pass, ``again``, the given statistics are not copied.
         """
         x, mean, var = given.x, given.mean, given.var
         self.x, self.group = x, given.group
@@ -72,11 +72,11 @@ class Input:
         self.affine = prepared.affine(0, self.own)
 
     def count(self) -> Tensor:
-        """The number of rows that the statistics are over, as :func:`global_count` returns it."""
+        """The number of rows that the statistics are computed over, as :func:`global_count` returns it."""
         return global_count(self.matrix.shape[0], self.x, self.group)
 
     def reader(self, gradients: StageGradients, needs: list[bool]) -> Reader:
-        """Where the kernel that sums writes the gradients through the normalisation."""
+        """Where the kernel that computes the sums writes the gradients through the normalisation."""
         self.through = None
         if not self.stage.frozen and (needs[0] or needs[1]):
             self.through = torch.empty_like(self.own.mean), torch.empty_like(self.own.mean)
@@ -85,8 +85,10 @@ class Input:
     def gradients(
         self, scaled: Tensor | None, gradients: StageGradients, count: Tensor, needs: list[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """What a backward op returns, from scale * D, None where x needs no gradient, after the kernels have written to
-        :meth:`reader`: (1)."""
+        """Returns the results of the backward op: the gradient of x, completed by (1), and those of the tensors.
+
+        ``scaled`` is s * D, or None if x needs no gradient. The kernels have written to :meth:`reader` before.
+        """
         tensors = gradients.tensors()
         if needs[1]:
             tensors += self.through or (torch.zeros_like(self.own.mean), torch.zeros_like(self.own.mean))
@@ -98,19 +100,19 @@ class Input:
 
 
 def fake_statistics(given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and count that an op of one stage returns, without values."""
+    """Mean, variance and count of an op of one stage, without values."""
     x, group = given.x, given.group
     vector = x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
     return vector, torch.empty_like(vector), fake_count(x, group)
 
 
 def fake_count(x: Tensor, group: str | None) -> Tensor:
-    """What :func:`global_count` returns, without values."""
+    """The result of :func:`global_count`, without values."""
     return x.new_empty(0 if group is None else (), dtype=torch.float64)
 
 
 def fake_gradients(given: Any) -> tuple[Tensor, list[Tensor]]:
-    """What :meth:`Input.gradients` returns, without values."""
+    """The result of :meth:`Input.gradients`, without values."""
     x, mean, needs = given.x, given.mean, given.needs
     grad_x = empty_image(x, (x.shape[0], *x.shape[2:]), x.shape[1]) if needs[0] else x.new_empty(0)
     gradients = [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(given.tensors, needs[2:])]
@@ -118,8 +120,8 @@ def fake_gradients(given: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def statistics_of_output(out: Tensor, channels: int, wanted: bool) -> tuple[Statistics | None, Tensor, Tensor]:
-    """Where a kernel writes the statistics of its result, like ``out`` in dtype, if they are ``wanted``; and its mean
-    and variance, empty if not."""
+    """Returns where a kernel writes the statistics of ``out``, None if they are not ``wanted``; and their mean and
+    variance, empty if they are not."""
     own = empty_statistics(out, channels if wanted else 0, 0.0)
     return own if wanted else None, own.mean, own.var
 
@@ -127,12 +129,14 @@ def statistics_of_output(out: Tensor, channels: int, wanted: bool) -> tuple[Stat
 def with_autograd(
     op: Op, backward_op: Op, run: Callable[..., Tensor], saved: slice
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """``op(x, mean, var, tensors, eps, *options, group)`` of one flattened stage as a differentiable function, by
-    ``backward_op(grad, x, *outputs[saved], tensors, eps, *options, group, needs) -> (x's gradient, the tensors' and, if
-    needed, mean's and var's)``.
+    """Makes a differentiable function of an op of one flattened stage.
 
-    A derivative that must itself be differentiable goes through ``run(x, mean, var, stage, *options)``, which is ``op``
-    on stock torch functions.
+    The op is ``op(x, mean, var, tensors, eps, *options, group)``. Its backward op is ``backward_op(grad, x,
+    *outputs[saved], tensors, eps, *options, group, needs)``. That returns the gradient of x and a list: the gradients
+    of the tensors and, if they are needed, those of mean and var.
+
+    Derivatives that must be differentiable themselves go through ``run(x, mean, var, stage, *options)``, which is the
+    op in stock torch functions.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,7 @@
-"""One BN-ReLU-convolution, or BN-ReLU alone, as the ops take it, and the vector work between kernels.
+"""A stage (BN-ReLU-convolution, or BN-ReLU alone) as the ops take it, and the vector work between kernels.
 
-The letters are the design's: F features, mu and v mean and variance of a column, r = rsqrt(v + eps), s = weight * r,
-P and Q the gradients with respect to mu and v, D the gradient behind the ReLU's mask.
+F are the features, mu and v the mean and variance of a column, r = rsqrt(v + eps), s = weight * r. P and Q are the
+gradients with respect to mu and v, D is the gradient behind the mask of the ReLU.
 """
 
 import functools
@@ -24,16 +24,16 @@ Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 STAGE_TENSORS = 6
-"""Tensors of a stage in a flat list."""
+"""The number of a stage's tensors in a flat list."""
 
 _requires_grad = operator.attrgetter("requires_grad")
 
 
 class Stage(NamedTuple):
-    """BN-ReLU-convolution: its BatchNorm's and its convolution's tensors, None where absent; both of the convolution's
-    for BN-ReLU alone.
+    """BN-ReLU-convolution: the tensors of its BatchNorm and of its convolution.
 
-    With running statistics the BatchNorm normalises by them (it is frozen), without by the batch's.
+    An absent tensor is None; BN-ReLU alone has no convolution. With running statistics the BatchNorm is frozen: it
+    normalises by them. Without, it normalises by the batch.
     """
 
     weight: Tensor | None
@@ -50,9 +50,11 @@ class Stage(NamedTuple):
 
 
 class Prepared:
-    """What the kernels read besides feature maps, for stages of one op: made by one launch, :meth:`done`.
+    """What the kernels of one op read besides feature maps: statistics, rstds, weights. :meth:`done` makes all of it by
+    one launch.
 
-    ``weights`` are the convolutions' (weight, bias) in ``dtype``, as they are where that is so already.
+    ``weights`` are (weight, bias) of each stage's convolution, in ``dtype``. A weight that has that dtype already is
+    not copied.
     """
 
     def __init__(self, stages: Sequence[Stage], backend: Backend, like: Tensor) -> None:
@@ -72,13 +74,13 @@ class Prepared:
         self.jobs.append(Job("zero", target))
 
     def done(self) -> None:
-        """Does what was asked for so far."""
+        """Does all that was asked for so far."""
         if self.jobs:
             self.backend.prepare(self.jobs)
         self.jobs = []
 
     def affine(self, j: int, own: Statistics) -> Affine:
-        """What normalises the input of stage j, whose batch statistics are ``own``."""
+        """Returns what normalises the input of stage j. ``own`` are the batch statistics of that input."""
         stage = self.stages[j]
         if stage.frozen:
             mean, rstd = self._vector(stage.running_mean), self._frozen_rstds[j]
@@ -127,79 +129,89 @@ class Prepared:
         return made
 
 
-class Followed:
-    """Which tensors of some stages autograd follows: their ``places`` in the flat list of ``count``, and they."""
+class RequiringGrad:
+    """The tensors of some stages that require a gradient, and their ``places`` in the flat list of ``count``
+    tensors."""
 
     def __init__(self, places: list[int], tensors: list[Tensor], count: int) -> None:
         self.places, self.tensors, self.count = places, tensors, count
         self._needs: dict[tuple[bool, ...], list[bool]] = {}
 
     def needs(self, given: tuple[bool, ...]) -> list[bool]:
-        """Whether a gradient is needed: of x, of mean and var, and of each in the flat list; from what is ``given``:
-        of x, of mean, of var, and of those that are followed."""
+        """Returns whether a gradient is needed: of x, of mean and var, and of each tensor in the flat list.
+
+        ``given`` says so of x, of mean, of var and of the tensors that require a gradient: autograd's
+        ``needs_input_grad``.
+        """
         found = self._needs.get(given)
         if found is None:
-            x, mean, _, *followed = given
+            x, mean, _, *required = given
             tensors = [False] * self.count
-            for place, need in zip(self.places, followed):
+            for place, need in zip(self.places, required):
                 tensors[place] = need
             if len(self._needs) >= 16:
                 self._needs.clear()
             found = self._needs[given] = Fixed([x, mean, *tensors])
         return found
 
-    def chosen(self, tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-        """Of one in the flat list for each, those for the ones that are followed."""
+    def of_those(self, tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+        """Picks, from one value per tensor in the flat list, those of the tensors that require a gradient."""
         return map(tensors.__getitem__, self.places)
 
 
 class Stages(tuple[Stage, ...]):
-    """The stages of one op, ``tensors`` the flat list of theirs, None where one is absent, and ``eps`` theirs."""
+    """The stages of one op. ``tensors`` is the flat list of their tensors, None where one is absent; ``eps`` has one
+    per stage."""
 
     def __init__(self, stages: Iterable[Stage]) -> None:
         self.tensors = Fixed(t for stage in self for t in stage[:STAGE_TENSORS])
         self.eps = Fixed(stage.eps for stage in self)
         self._places = [i for i, t in enumerate(self.tensors) if t is not None]
         self._present = [self.tensors[i] for i in self._places]
-        self._last: tuple[list[bool], Followed] | None = None
+        self._last: tuple[list[bool], RequiringGrad] | None = None
 
-    def followed(self) -> Followed:
-        """Those that require a gradient now."""
+    def requiring_grad(self) -> RequiringGrad:
+        """The tensors that require a gradient now."""
         flags, last = [*map(_requires_grad, self._present)], self._last
         if last is None or last[0] != flags:
             places = [i for i, flag in zip(self._places, flags) if flag]
-            last = self._last = flags, Followed(places, [self.tensors[i] for i in places], len(self.tensors))
+            last = self._last = flags, RequiringGrad(places, [self.tensors[i] for i in places], len(self.tensors))
         return last[1]
 
 
-def present(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """``tensors`` with an empty one, on the device of ``like``, for each that is absent: what an op's list can hold."""
+def none_as_empty(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Replaces None in ``tensors`` by an empty tensor on the device of ``like``: the dispatcher's lists cannot hold
+    None."""
     empty = like.new_empty(0)
     return [empty if t is None else t for t in tensors]
 
 
 def unflatten(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> list[Stage]:
-    """The stages of flattened ``tensors``, of which those that are absent are None or empty."""
+    """The stages of flattened ``tensors``; an absent tensor is None or empty."""
     tensors = [None if t is None or t.numel() == 0 else t for t in tensors]
     return [Stage(*tensors[i * STAGE_TENSORS : (i + 1) * STAGE_TENSORS], e) for i, e in enumerate(eps)]
 
 
 def by_stage(values: Sequence[Value], stages: int, absent: Value) -> list[Value]:
-    """Of what stands one for each stage, one for each layer of two, of its second stage, or nowhere: one for each
-    stage, ``absent`` where there is none."""
+    """Returns one value per stage.
+
+    ``values`` has one per stage, or one per layer of two stages, which is that of the second, or none. ``absent`` fills
+    the gaps.
+    """
     if not values:
         return [absent] * stages
     return [*values] if len(values) == stages else [v for value in values for v in (absent, value)]
 
 
 def save_stages(ctx: Any, tensors: list[Tensor | None]) -> Sequence[Tensor | None]:
-    """What ``ctx`` has to save for :func:`saved_stages` to return ``tensors``, an op's flat list."""
+    """Returns the tensors that ``ctx`` has to save so that :func:`saved_stages` can return the flat list
+    ``tensors``."""
     ctx.stages = tensors if type(tensors) is Fixed else None
     return tensors if ctx.stages is None else ctx.stages.saved()
 
 
 def saved_stages(ctx: Any, saved: list[Tensor | None]) -> list[Tensor | None]:
-    """An op's flat list from what was ``saved`` of it."""
+    """Returns an op's flat list, from the tensors that were ``saved``."""
     return saved if ctx.stages is None else ctx.stages.restored(saved)
 
 
@@ -213,16 +225,19 @@ class StageGradients:
         self.needs_any = any(needs)
         empty = torch.empty_like
         self.weight = empty(stage.weight) if self.needs_weight else None
-        """The gradient of the normalisation's weight, and of its bias, for the kernel that sums to write."""
+        """The gradient of the normalisation's weight. The kernel that computes the sums writes it, and that of the
+        bias."""
         self.bias = empty(stage.bias) if self.needs_bias else None
         self._convolution: tuple[Tensor | None, Tensor | None] = None, None
 
     def reader(self, before: Pair | None, after: Pair | None) -> Reader:
-        """Where the kernel that sums writes; P and Q to ``after`` unless the normalisation is frozen."""
+        """Where the kernel that computes the sums writes. P and Q go to ``after``, unless the normalisation is
+        frozen."""
         return Reader(before, None if self.stage.frozen else after, self.weight, self.bias)
 
     def convolution(self, weight: Tensor | None, grad_output: Tensor) -> None:
-        """From the weight's gradient and the output's gradient matrix [M, out_channels]."""
+        """Takes the gradient of the convolution's weight, and the gradient of its output [M, out_channels] for that of
+        its bias."""
         bias = None
         if self.needs_conv_weight:
             like = self.stage.conv_weight
@@ -237,18 +252,18 @@ class StageGradients:
         self._convolution = weight if self.needs_conv_weight else None, bias
 
     def tensors(self) -> list[Tensor | None]:
-        """One gradient per tensor of the stage, None where it was not needed."""
+        """Returns one gradient per tensor of the stage, None where it is not needed."""
         return [self.weight, self.bias, None, None, *self._convolution]
 
 
 def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether the strides of two tensors of one shape are equal, but for sizes of one."""
+    """Whether two tensors of one shape have equal strides in all dimensions larger than one."""
     return all(size == 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride()))
 
 
 def global_count(rows: int, like: Tensor, group: str | None) -> Tensor:
-    """Rows M of the whole batch over all processes of ``group`` as a float64 scalar; without a group, where everybody
-    knows them, empty."""
+    """The number of rows M of the whole batch over all processes of ``group``, a float64 scalar. Without a group it is
+    empty."""
     if group is None:
         return like.new_empty(0, dtype=torch.float64)
     count = torch.full((), rows, dtype=torch.float64, device=like.device)
@@ -257,13 +272,16 @@ def global_count(rows: int, like: Tensor, group: str | None) -> Tensor:
 
 
 def rows_of(count: Tensor, rows: int) -> Tensor | int:
-    """The rows that statistics are over, from what :func:`global_count` made of this process's ``rows``."""
+    """The number of rows that statistics are computed over. ``count`` is from :func:`global_count`, ``rows`` are this
+    process's."""
     return count if count.numel() else rows
 
 
 def synchronise(statistics: Statistics | None, rows: int, group: str | None) -> None:
-    """Makes this process's statistics, over ``rows`` rows, those of all processes of ``group``; combined in rank
-    order. Nothing to do without statistics or group."""
+    """Turns the statistics of this process, over its ``rows``, into those of all processes of ``group``.
+
+    They are combined in the order of the ranks. Without statistics or without a group nothing happens.
+    """
     if statistics is None or group is None:
         return
     mean, var, rstd, eps = statistics
@@ -279,7 +297,7 @@ def synchronise(statistics: Statistics | None, rows: int, group: str | None) -> 
 
 
 def global_sum(p: Tensor, q: Tensor, group: str | None) -> tuple[Tensor, Tensor]:
-    """p and q summed over all processes of ``group``."""
+    """The sums of p and q over all processes of ``group``."""
     if group is None:
         return p, q
     both = torch.stack([p, q])
@@ -292,7 +310,7 @@ def _process_group(name: str) -> dist.ProcessGroup:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes in on ``device``, None where it is off."""
+    """The dtype that autocast uses on ``device``, None where it is off."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
 
@@ -301,7 +319,7 @@ _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Runs an op's body, whose first argument is a tensor, in the dtypes it was given."""
+    """Decorates the body of an op, whose first argument is a tensor, so that autocast does not change its dtypes."""
 
     @functools.wraps(function)
     def body(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:

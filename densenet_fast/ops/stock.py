@@ -1,4 +1,4 @@
-"""The ops on stock differentiable torch functions: what a second derivative goes through."""
+"""The ops in stock differentiable torch functions, for second derivatives."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ from densenet_fast.ops.stage import Stage, by_stage
 class BatchNorm(torch.autograd.Function):
     """Batch normalisation of x [N, C, *spatial] by its batch, differentiable to every order.
 
-    That of torch is so to the second: it takes the batch's statistics for constants in a third derivative.
+    Torch's own is so to the second order: in a third derivative it takes the batch statistics for constants.
 
-        y = w * n + b with n = (x - mean) * r and r = rsqrt(var + eps)
+        y = w * n + b  with  n = (x - mean) * r  and  r = rsqrt(var + eps)
         db = sum dy;  dw = sum dy * n;  dx = w * r * (dy - db / M - n * dw / M)
     """
 
@@ -125,8 +125,10 @@ def dense_block(
     prepend: bool = False,
     bottlenecks: list[Tensor] | None = None,
 ) -> Tensor:
-    """The dense block of ``layers``, concatenating after each; each layer's bottleneck is appended to ``bottlenecks``,
-    if they are given. Masks and drop rates as the op takes them."""
+    """The dense block of ``layers``, which concatenates after each layer.
+
+    Masks and drop rates are as for the op. If ``bottlenecks`` is given, each layer's bottleneck is appended to it.
+    """
     stages = sum(map(len, layers))
     drops = iter(zip(by_stage(masks, stages, None), by_stage(drop_rates, stages, 0.0)))
     for layer in layers:
@@ -148,12 +150,12 @@ def needed_in_backward(grad: Tensor) -> bool:
 
 
 def _dense_strides(t: Tensor) -> tuple[int, ...] | None:
-    """Those of ``torch.empty_like(t)``; None for a tensor without memory of its own, which prescribes none."""
+    """The strides of ``torch.empty_like(t)``. None for a tensor without memory of its own, which prescribes none."""
     return None if 0 in t.stride() and t.numel() > 1 else torch.empty_like(t, device="meta").stride()
 
 
 def _stored_as(gradient: Tensor, stride: tuple[int, ...] | None) -> Tensor:
-    """``gradient`` with ``stride``, if it is given, and as no view."""
+    """Returns ``gradient`` with ``stride``, if that is given, and never as a view."""
     right = stride in (None, gradient.stride()) and not gradient._is_view()
     if right or torch._C._functorch.is_legacy_batchedtensor(gradient):
         return gradient
@@ -163,7 +165,7 @@ def _stored_as(gradient: Tensor, stride: tuple[int, ...] | None) -> Tensor:
 
 
 class _Node(torch.autograd.Function):
-    """A tensor as a node of its own, whose gradient is stored with ``stride``."""
+    """Makes a tensor a node of its own, whose gradient is stored with ``stride``."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, stride: tuple[int, ...] | None) -> Tensor:
@@ -181,15 +183,16 @@ def differentiable_gradients(
     grads: Sequence[Tensor | None],
     group: str | None,
 ) -> list[Tensor | None]:
-    """Gradients of ``function(*inputs)`` with respect to those of the inputs that require them, themselves
-    differentiable if gradients are enabled, from the gradients of its outputs, None where there is none.
+    """Returns the gradients of ``function(*inputs)`` with respect to the inputs that require them.
 
-    The inputs are made nodes of their own first, so that a derivative with respect to one is partial even if another
-    was computed from it or is the very same. A gradient is no view, and has the strides of ``torch.empty_like`` of what
-    it is of.
+    ``grads`` are the gradients of the function's outputs, None where there is none. If gradients are enabled, the
+    results are differentiable themselves. The inputs are made nodes of their own first. So a derivative is partial even
+    if one input was computed from another, or is the same tensor. A gradient is no view, and has the strides of
+    ``torch.empty_like`` of its input.
 
     Raises:
-        RuntimeError: the batch statistics are synchronised over a process group, which has no second derivative here.
+        RuntimeError: the batch statistics are synchronised over a process group. Second derivatives of these are
+            missing.
     """
     if group is not None:
         raise RuntimeError("create_graph: expected batch statistics of one process, got synchronised batch norm")

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from densenet_fast import reference
-from densenet_fast.training.errors import UsageError
-from densenet_fast.training.settings import Settings
+from densenet_fast.training.settings import Settings, UsageError
 
 __all__ = ["architecture", "build_model", "check_image_size", "load_weights"]
 

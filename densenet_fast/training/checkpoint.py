@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from densenet_fast.training.data import DataSet
 from densenet_fast.training.distributed import Processes
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.files import atomic_file
-from densenet_fast.training.settings import Settings
+from densenet_fast.training.settings import Settings, UsageError
 
 __all__ = ["CHECKPOINT", "find_checkpoint", "read_checkpoint", "restore", "save"]
 
@@ -52,7 +51,7 @@ def save(
     processes: Processes,
     device: torch.device,
 ) -> None:
-    """Replaces the run's checkpoint; every process calls it, the main process writes, and none goes on before."""
+    """Replaces the run's checkpoint. Every process calls it. The main process writes; the others wait for it."""
     random_states = processes.gather(_random_state(device))
     with processes.main_first():
         if not processes.is_main:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
+from densenet_fast.memory import MIB
 from densenet_fast.table import table
 from densenet_fast.training.data import load_data
 from densenet_fast.training.distributed import launched_processes
-from densenet_fast.training.errors import UsageError
-from densenet_fast.training.files import atomic_file
-from densenet_fast.training.metrics import METRICS, write_csv
+from densenet_fast.training.files import atomic_file, write_csv
 from densenet_fast.training.plots import plot_comparison
-from densenet_fast.training.run import SUMMARY, check_data, check_packages, initial_model, new_directory
-from densenet_fast.training.settings import Settings
+from densenet_fast.training.run import METRICS, SUMMARY, check_data, check_packages, initial_model, new_directory
+from densenet_fast.training.settings import Settings, UsageError
 
 __all__ = ["compare"]
 
@@ -31,7 +30,6 @@ COLUMNS = (
     "added_memory_bytes",
 )
 HEADINGS = ("implementation", "test accuracy", "test loss", "seconds per step", "peak memory", "added by training")
-MIB = 1 << 20
 
 
 def compare(settings: Settings, arguments: Sequence[str]) -> int:

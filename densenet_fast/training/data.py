@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from densenet_fast.thirdparty import import_torchvision
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.files import atomic_file
 from densenet_fast.training.images import Images, SeededImages, mean_and_deviation
-from densenet_fast.training.settings import Settings
+from densenet_fast.training.settings import Settings, UsageError
 
 __all__ = ["DataSet", "load_data"]
 
@@ -51,7 +50,11 @@ class DataSet(NamedTuple):
 
 
 def load_data(settings: Settings) -> DataSet:
-    """The data set of ``settings``; raises UsageError, naming what is missing, where it cannot be read."""
+    """The data set of ``settings``.
+
+    Raises:
+        UsageError: it cannot be read; the message names what is missing.
+    """
     loaders: dict[str, Callable[[Settings], DataSet]] = {
         "digits": _digits,
         "fashion-mnist": _fashion_mnist,

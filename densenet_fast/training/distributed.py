@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from densenet_fast.training.errors import UsageError
+from densenet_fast.training.settings import UsageError
 
 __all__ = ["Processes", "join_processes", "launched_processes"]
 
@@ -22,7 +22,7 @@ def launched_processes() -> int:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together; with one process every method returns its input."""
+    """The processes that train together. With one process every method returns its input."""
 
     rank: int = 0
     count: int = 1
@@ -62,7 +62,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block before the others do; an error in it is raised in all of them."""
+        """The main process runs the block before the others do. An error in it is raised in all of them."""
         if self.is_main:
             try:
                 yield

@@ -1,9 +1,10 @@
 """Images as batches: augmentation and data order that depend on the seed and the epoch alone.
 
-Neither the number of workers or processes nor what ran before changes them, so a resumed run sees what an uninterrupted
+Neither the number of workers or processes nor what ran before changes them. So a resumed run sees what an uninterrupted
 one would have seen.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from densenet_fast.training.seeds import generator, stream_seed
+__all__ = [
+    "Images",
+    "SeededImages",
+    "TrainingBatches",
+    "evaluation_loader",
+    "mean_and_deviation",
+    "stream_seed",
+    "training_loader",
+]
 
-__all__ = ["Images", "SeededImages", "TrainingBatches", "mean_and_deviation", "evaluation_loader", "training_loader"]
+
+def stream_seed(*names: int | str) -> int:
+    """A 63-bit seed that depends on ``names`` alone, as ``stream_seed(seed, "order", epoch)``.
+
+    A random stream is named by what it is for. So it is independent of every other stream.
+    """
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*names: int | str) -> torch.Generator:
+    """A CPU generator seeded with :func:`stream_seed`."""
+    return torch.Generator().manual_seed(stream_seed(*names))
 
 
 def mean_and_deviation(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +142,7 @@ class SeededImages(Dataset):
 
 
 class TrainingBatches(Sampler[list[int]]):
-    """Each process's share of the batches of one epoch, in random order; an incomplete last batch is left out.
+    """Each process's share of the batches of one epoch, in random order. An incomplete last batch is left out.
 
     Args:
         images: number of images.

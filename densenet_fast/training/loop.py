@@ -81,7 +81,7 @@ def train_epoch(
     execution: Execution,
     label: str,
 ) -> tuple[Score, Timing]:
-    """Trains on every batch once; the score is that of the model as it was before each step."""
+    """Trains on every batch once. The score is that of the model as it was before each step."""
     model.train()
     totals = torch.zeros(3, dtype=torch.float64, device=execution.device)
     clock = StepClock(execution.device)

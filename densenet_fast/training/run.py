@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,32 @@ from densenet_fast.training import checkpoint
 from densenet_fast.training.architecture import build_model, check_image_size, load_weights
 from densenet_fast.training.data import DataSet, load_data
 from densenet_fast.training.distributed import join_processes
-from densenet_fast.training.errors import UsageError
-from densenet_fast.training.files import atomic_file
-from densenet_fast.training.images import TrainingBatches, evaluation_loader, training_loader
+from densenet_fast.training.files import atomic_file, write_csv
+from densenet_fast.training.images import TrainingBatches, evaluation_loader, stream_seed, training_loader
 from densenet_fast.training.loop import Execution, evaluate, learning_rate, train_epoch
-from densenet_fast.training.metrics import COLUMNS, METRICS, epoch_line, write_csv
 from densenet_fast.training.plots import plot_run
-from densenet_fast.training.seeds import stream_seed
-from densenet_fast.training.settings import Settings
+from densenet_fast.training.settings import Settings, UsageError
 
-__all__ = ["SUMMARY", "Diverged", "check_data", "check_packages", "initial_model", "new_directory", "train"]
+__all__ = ["METRICS", "SUMMARY", "Diverged", "check_data", "check_packages", "initial_model", "new_directory", "train"]
 
 CURVES = "curves.png"
 SUMMARY = "summary.json"
+METRICS = "metrics.csv"
+COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "lr",
+    "seconds_per_step",
+    "images_per_second",
+)
+"""Of the metrics, a row an epoch."""
 
 
 class Diverged(Exception):
-    """The loss is no longer a finite number; the last checkpoint is the one before."""
+    """The loss is no longer a finite number. The last checkpoint is the one before."""
 
 
 def train(settings: Settings, state: dict[str, Any] | None = None) -> Path:
@@ -115,7 +125,7 @@ def _fit(
             checkpoint.save(directory, settings=settings, metrics=rows, **parts)
             if processes.is_main:
                 write_csv(directory / METRICS, COLUMNS, rows)
-                print(epoch_line(rows[-1], settings.epochs), flush=True)
+                print(_epoch_line(rows[-1], settings.epochs), flush=True)
     finally:
         if processes.is_main and rows:
             _report(directory, settings, rows, memory.read())
@@ -194,6 +204,16 @@ def _described(model: nn.Module) -> str:
     reasons = sorted({part.reason for part in parts if not part.fused})
     why = f" (the others: {'; '.join(reasons)})" if reasons else ""
     return f"{size}, {sum(part.fused for part in parts)} of {len(parts)} parts fused{why}"
+
+
+def _epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """One line of a run's report."""
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
+        f"  train loss {row['train_loss']:.4f}  accuracy {100 * row['train_accuracy']:6.2f} %"
+        f"  |  test loss {row['test_loss']:.4f}  accuracy {100 * row['test_accuracy']:6.2f} %"
+        f"  |  lr {row['lr']:g}  {row['seconds_per_step']:.4f} s/step  {row['images_per_second']:.0f} images/s"
+    )
 
 
 def _report(directory: Path, settings: Settings, rows: list[dict[str, float]], memory: MemoryUse) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from densenet_fast.reference import ARCHITECTURES
-from densenet_fast.training.errors import UsageError
 
-__all__ = ["DATA_SETS", "MODELS", "PRESETS", "Settings", "flag", "resolve"]
+__all__ = ["DATA_SETS", "MODELS", "PRESETS", "Settings", "UsageError", "flag", "resolve"]
+
+
+class UsageError(Exception):
+    """Bad input: the message names the argument, what was expected and what came. The command exits with code 2."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import densenet_fast
 from conversion import twins
 from conversion import twins_sequential as seq
-from densenet_fast import functional
+from densenet_fast.functional import shared
 from densenet_fast.nn import calls
 from helpers import assert_same, error, randomise
 
@@ -347,9 +347,9 @@ def test_under_autocast_it_does_what_explain_says(dims):
 def test_statistics_are_handed_on(monkeypatch):
     """From the stem to the layers, from there to the transition, to the next layers and to the head. Where gradients
     follow, layers and what reads them are one call, which hands on between the two by itself."""
-    given, known = [], functional._known
+    given, known = [], shared.known
     model = densenet_fast.convert(seq.flat())
-    monkeypatch.setattr(functional, "_known", lambda *args: given.append(args[2] is not None) or known(*args))
+    monkeypatch.setattr(shared, "known", lambda *args: given.append(args[2] is not None) or known(*args))
     with torch.no_grad():
         model(torch.randn(2, 2, 32, 32))
     assert given == [True] * 4

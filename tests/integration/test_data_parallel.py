@@ -9,7 +9,7 @@ from integration.support import assert_close, images, pair
 from torch import Tensor, nn
 
 import densenet_fast
-from densenet_fast import functional
+from densenet_fast.functional import chain
 
 
 def replicate(model: nn.Module, copies: int) -> list[nn.Module]:
@@ -45,8 +45,8 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[s
 def test_replicas_in_threads_equal_stocks(training, memory_efficient, monkeypatch):
     calls = []
     for name in ("TRANSITION", "HEAD"):
-        fused = getattr(functional, name)
-        monkeypatch.setattr(functional, name, lambda *args, fused=fused: (calls.append(1), fused(*args))[1])
+        fused = getattr(chain, name)
+        monkeypatch.setattr(chain, name, lambda *args, fused=fused: (calls.append(1), fused(*args))[1])
     x = images(5, 3, 40, 36)
     assert_close(*(step(model, x) for model in pair(training=training, memory_efficient=memory_efficient)))
     assert len(calls) == 4

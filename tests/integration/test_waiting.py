@@ -8,8 +8,9 @@ from integration.support import images, ours
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import densenet_fast
-from densenet_fast import backends, functional
+from densenet_fast import backends
 from densenet_fast.backends import aten
+from densenet_fast.functional import shared
 
 WAITING = ("new_tensor", "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor with which the host waits for a GPU."""
@@ -35,7 +36,7 @@ def step(model, device):
 def test_no_method_that_waits_is_called(model, monkeypatch):
     """Nor by the backend that serves any device."""
     monkeypatch.setattr(backends, "BACKENDS", (aten,))
-    monkeypatch.setattr(functional, "_beyond_range", lambda *_: False)  # which asks CPUs alone
+    monkeypatch.setattr(shared, "beyond_range", lambda *_: False)  # which asks CPUs alone
     training_step = step(model, "cpu")
     calls = []
     with monkeypatch.context() as patch:

@@ -10,11 +10,11 @@ from densenet_fast.backends.triton import config
 from densenet_fast.benchmarking.ceilings import Ceilings, measure_ceilings
 from densenet_fast.benchmarking.competitors import Entry
 from densenet_fast.benchmarking.floor import summarise
-from densenet_fast.benchmarking.kernel_times import by_function, by_kernel
 from densenet_fast.benchmarking.networks import architecture
 from densenet_fast.benchmarking.profile import kernel_by_kernel
 from densenet_fast.benchmarking.steps import DTYPES, step
 from densenet_fast.benchmarking.traffic import Call, training_step
+from launches.kernel_times import by_function, by_kernel
 from on_gpu.checks import Check, Record
 from on_gpu.planning import watched, without_plans
 from on_gpu.settings import Settings

@@ -36,8 +36,9 @@ class Group(NamedTuple):
 
 
 def search_path() -> str:
-    """Where processes find this package and the one it tests."""
-    return os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    """Where processes find this package, the one it tests and what the benchmarks share."""
+    folders = [ROOT, ROOT / "tests", ROOT / "benchmarks"]
+    return os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
 
 
 def kill(process: subprocess.Popen) -> None:

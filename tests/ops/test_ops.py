@@ -1,154 +1,14 @@
-"""The custom ops through their functional interface: derivatives, opcheck, batch normalisation's modes."""
+"""The custom ops: opcheck, accuracy, what they do to their inputs and refuse."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from densenet_fast import functional
 from densenet_fast.functional import BatchNorm, BNReLUConv
-from helpers import error, make_norm, pack
+from helpers import error, pack
+from ops.units import BLOCKS, SPATIAL, leaves, make_layers, make_unit, stock_block, untracked
 
 OPS = torch.ops.densenet_fast
-
-SPATIAL = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}
-
-
-def make_unit(channels, out, kernel, dims, *, bias=False, dtype=torch.float64, **norm):
-    weight = torch.randn(out, channels, *[kernel] * dims, dtype=dtype) / channels**0.5
-    b = torch.randn(out, dtype=dtype).requires_grad_() if bias else None
-    return BNReLUConv(make_norm(channels, dtype=dtype, **norm), weight.requires_grad_(), b)
-
-
-def make_layers(c0, k=2, width=3, depth=2, dims=2, bottleneck=True, prepend=False, **options):
-    layers = []
-    for i in range(depth):
-        channels = c0 + i * k
-        if bottleneck:
-            layers.append((make_unit(channels, width, 1, dims, **options), make_unit(width, k, 3, dims, **options)))
-        else:
-            layers.append((make_unit(channels, k, 3, dims, **options),))
-    return layers
-
-
-def leaves(units):
-    return [t for u in units for t in (u.norm.weight, u.norm.bias, u.weight, u.bias) if t is not None]
-
-
-def untracked(unit):
-    """The unit without side effects, for gradcheck's many evaluations."""
-    norm = unit.norm
-    if norm.frozen:
-        return unit
-    return unit._replace(norm=norm._replace(running_mean=None, running_var=None, num_batches_tracked=None))
-
-
-def stock(x: Tensor, unit: BNReLUConv) -> Tensor:
-    n = unit.norm
-    x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, not n.frozen, n.momentum or 0.0, n.eps)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-    return convolve(F.relu(x), unit.weight, unit.bias, padding=unit.weight.shape[-1] // 2)
-
-
-def stock_block(x: Tensor, layers) -> Tensor:
-    for layer in layers:
-        new = x
-        for unit in layer:
-            new = stock(new, unit)
-        x = torch.cat([x, new], 1)
-    return x
-
-
-BLOCKS = [
-    dict(),
-    dict(bias=True),
-    dict(bottleneck=False),
-    dict(bottleneck=False, bias=True),
-    dict(affine=False),
-    dict(tracked=False, training=False),
-    dict(training=False),
-    dict(training=False, bottleneck=False, affine=False),
-    dict(eps=0.3),
-    dict(dims=1),
-    dict(dims=3),
-    dict(dims=1, bottleneck=False),
-    dict(dims=3, bottleneck=False),
-    dict(prepend=True),
-    dict(prepend=True, bottleneck=False, training=False),
-]
-
-
-@pytest.mark.parametrize("options", BLOCKS, ids=str)
-def test_gradcheck_dense_block(options):
-    dims, prepend = options.get("dims", 2), options.get("prepend", False)
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(3, **options)]
-    x = torch.randn(2, 3, *SPATIAL[dims], dtype=torch.float64, requires_grad=True)
-
-    inputs = (x, *leaves(u for layer in layers for u in layer))
-
-    def block(x, *_):
-        return functional.dense_block(x, layers, prepend=prepend)
-
-    assert torch.autograd.gradcheck(block, inputs)
-    output = block(x)
-    cotangent = torch.randn_like(output)
-    recomputed = functional.dense_block(x, layers, memory_efficient=True, prepend=prepend)
-    assert torch.equal(recomputed, output)
-    for got, expected in zip(*(torch.autograd.grad(y, inputs, cotangent) for y in (recomputed, output)), strict=True):
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("rates", [(0.4, 0.0), (1.0, 0.5), (0.5, 0.2, 0.3, 0.0)], ids=str)
-def test_gradcheck_dense_block_with_dropout(rates, recomputed):
-    """Of each layer's new features, or of what each of its convolutions makes."""
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(3, bias=recomputed)]
-    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    def block(x, *_):
-        torch.manual_seed(1)
-        return functional.dense_block(x, layers, rates, recomputed)
-
-    assert torch.autograd.gradcheck(block, (x, *leaves(u for layer in layers for u in layer)))
-
-
-@pytest.mark.parametrize("options", BLOCKS[:8] + BLOCKS[9:11], ids=str)
-def test_double_backward_of_dense_block(options):
-    dims = options.get("dims", 2)
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(2, k=1, width=2, **options)]
-    x = torch.randn(2, 2, *SPATIAL[dims][:-1], 3, dtype=torch.float64, requires_grad=True)
-    inputs = (x, *leaves(u for layer in layers for u in layer))
-    twice = []
-    for block in (functional.dense_block, stock_block):
-        output = block(x, layers)
-        generator = torch.Generator(torch.get_default_device()).manual_seed(2)
-        first = torch.autograd.grad(
-            output, inputs, torch.randn(output.shape, generator=generator, dtype=torch.float64), create_graph=True
-        )
-        energy = sum((g * torch.randn(g.shape, generator=generator, dtype=torch.float64)).sum() for g in first)
-        twice.append(torch.autograd.grad(energy, inputs, allow_unused=True))
-    for got, expected in zip(*twice, strict=True):
-        assert (got is None) == (expected is None)
-        assert got is None or (got - expected).norm() <= 1e-9 * expected.norm().clamp_min(1e-3)
-
-
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("dims, spatial", [(1, (5,)), (2, (3, 4)), (2, (2, 5)), (3, (2, 3, 2))])
-@pytest.mark.parametrize("options", [dict(), dict(bias=True), dict(affine=False), dict(training=False)], ids=str)
-def test_gradcheck_bn_relu_conv1x1(options, dims, spatial, pool):
-    unit = untracked(make_unit(3, 4, 1, dims, **options))
-    x = torch.randn(2, 3, *spatial, dtype=torch.float64, requires_grad=True)
-    function = functional.bn_relu_conv1x1_avgpool if pool else functional.bn_relu_conv1x1
-
-    def run(x, *_):
-        return function(x, *unit)
-
-    assert torch.autograd.gradcheck(run, (x, *leaves([unit])))
-    assert torch.autograd.gradgradcheck(run, (x, *leaves([unit])), fast_mode=True)
-    expected = stock(x, unit)
-    if pool:
-        expected = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1](expected, 2)
-    assert error(run(x), expected) < 1e-13
 
 
 def opcheck_arguments(options, save, known):
@@ -220,124 +80,6 @@ def test_opcheck_bn_relu_conv1x1(options, pool):
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])
-@pytest.mark.parametrize("asked", range(8))
-def test_only_gradients_asked_for_are_computed(asked, bottleneck, monkeypatch):
-    """Every subset keeps its values; and no product is made for a gradient that nobody asked for."""
-    from densenet_fast.backends import aten
-
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(3, depth=3, bias=True, bottleneck=bottleneck)]
-    x = torch.randn(2, 3, 3, 4, dtype=torch.float64)
-    everything = [x, *leaves(u for layer in layers for u in layer)]
-    for t in everything:
-        t.requires_grad_()
-    cotangent = torch.randn(2, 9, 3, 4, dtype=torch.float64)
-    complete = torch.autograd.grad(functional.dense_block(x, layers), everything, cotangent)
-
-    names = ("bn_relu_conv1x1_backward", "bn_relu_conv3x3_backward")
-    calls = []
-    for name in names:
-        kernel = getattr(aten, name)
-        monkeypatch.setattr(
-            aten, name, lambda *args, n=name, k=kernel, **options: (calls.append(n), k(*args, **options))[1]
-        )
-    chosen = [i for i in range(len(everything)) if (i * 2654435761 >> 7) % 8 == asked]
-    for i, t in enumerate(everything):
-        t.requires_grad_(i in chosen)
-    some = torch.autograd.grad(functional.dense_block(x, layers), [everything[i] for i in chosen], cotangent)
-    for i, gradient in zip(chosen, some, strict=True):
-        assert (gradient - complete[i]).norm() <= 1e-12 * complete[i].norm().clamp_min(1)
-
-    per_layer = (len(everything) - 1) // 3
-    first = 0 if 0 in chosen else min((i - 1) // per_layer for i in chosen)
-    assert calls.count("bn_relu_conv3x3_backward") == 3 - first
-
-
-def test_last_convolution_alone_needs_no_input_gradient(monkeypatch):
-    from densenet_fast.backends import aten
-
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(3, depth=3)]
-    for t in leaves(u for layer in layers for u in layer):
-        t.requires_grad_(False)
-    layers[1][1].weight.requires_grad_()
-    wanted = []
-    kernel = aten.bn_relu_conv3x3_backward
-
-    def recorded(*args, **options):
-        wanted.append((args[5] is not None, options["need_weight"]))
-        return kernel(*args, **options)
-
-    monkeypatch.setattr(aten, "bn_relu_conv3x3_backward", recorded)
-    functional.dense_block(torch.randn(2, 3, 3, 4, dtype=torch.float64), layers).sum().backward()
-    assert wanted == [(True, False), (False, True)]
-
-
-MODES = [
-    dict(),
-    dict(momentum=None),
-    dict(momentum=0.7),
-    dict(tracked=False),
-    dict(tracked=False, training=False),
-    dict(training=False),
-    dict(affine=False, momentum=None),
-]
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_running_statistics_follow_batch_norm(mode):
-    """Three steps against torch.nn.BatchNorm2d: values, running statistics, counter."""
-    unit = make_unit(5, 4, 1, 2, **mode)
-    layers = make_layers(5, **mode)
-    for run, first in (
-        (lambda x: functional.bn_relu_conv1x1(x, *unit), unit.norm),
-        (lambda x: functional.bn_relu_conv1x1_avgpool(x, *unit), unit.norm),
-        (lambda x: functional.dense_block(x, layers), layers[0][0].norm),
-    ):
-        tracked = mode.get("tracked", True)
-        norm = torch.nn.BatchNorm2d(5, momentum=mode.get("momentum", 0.1), track_running_stats=tracked).double()
-        if tracked:
-            norm.running_mean.copy_(first.running_mean)
-            norm.running_var.copy_(first.running_var)
-            norm.num_batches_tracked.copy_(first.num_batches_tracked)
-        norm.train(mode.get("training", True))
-        for _ in range(3):
-            x = torch.randn(3, 5, 4, 4, dtype=torch.float64) * 2 + 1
-            run(x), norm(x)
-        if tracked:
-            assert error(first.running_mean, norm.running_mean) < 1e-13
-            assert error(first.running_var, norm.running_var) < 1e-13
-            assert first.num_batches_tracked == norm.num_batches_tracked
-
-
-def test_every_normalisation_of_a_block_is_updated_once():
-    """Each layer with a momentum and an epsilon of its own, one of them frozen, against stock layers."""
-    options = [dict(momentum=0.3), dict(momentum=None, eps=1e-2), dict(training=False), dict(momentum=0.9, eps=1e-3)]
-    layers = [(make_unit(3 + 2 * i, 3, 1, 2, **o), make_unit(3, 2, 3, 2, **o)) for i, o in enumerate(options)]
-    norms = [unit.norm for layer in layers for unit in layer]
-    before = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    functional.dense_block(x, layers)
-    after = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]
-    assert [n.num_batches_tracked.item() for n in norms] == [1, 1, 1, 1, 0, 0, 1, 1]
-    for n, (mean, var) in zip(norms, before):
-        n.running_mean.copy_(mean)
-        n.running_var.copy_(var)
-    stock_block(x, [[u._replace(norm=u.norm._replace(momentum=u.norm.momentum or 1.0)) for u in la] for la in layers])
-    for n, got in zip(norms, after):
-        assert error(got[0], n.running_mean) < 1e-12 and error(got[1], n.running_var) < 1e-12
-
-
-def test_bfloat16_running_statistics():
-    unit = make_unit(5, 4, 1, 2, dtype=torch.bfloat16)
-    norm = torch.nn.BatchNorm2d(5).bfloat16()
-    norm.running_mean.copy_(unit.norm.running_mean)
-    norm.running_var.copy_(unit.norm.running_var)
-    x = torch.randn(3, 5, 4, 4).bfloat16()
-    functional.bn_relu_conv1x1(x, *unit), norm(x)
-    assert error(unit.norm.running_mean, norm.running_mean) < 2**-7
-    assert error(unit.norm.running_var, norm.running_var) < 2**-7
-
-
-@pytest.mark.parametrize("bottleneck", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_ten_thousand_times_the_deviation(dtype, bottleneck):
     """Error against float64 at most twice stock's, where E[x^2] - E[x]^2 would leave no digit."""
@@ -392,39 +134,6 @@ def test_bitwise_the_same_from_run_to_run(memory_efficient):
     assert all(a.equal(b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("pool", [False, True])
-def test_derivatives_are_partial_where_inputs_depend_on_each_other(pool):
-    """Weights that are computed from x or are the same, in the graph of a second derivative."""
-    run = functional.bn_relu_conv1x1_avgpool if pool else functional.bn_relu_conv1x1
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    norm = untracked(make_unit(3, 4, 1, 2)).norm
-
-    def twice(x):
-        weight = x.mean((0, 2, 3)).outer(x.mean((0, 2, 3))).reshape(3, 3, 1, 1)
-        y = run(x, norm, weight, weight.sum((1, 2, 3)))
-        return y if pool else run(y, norm, weight)
-
-    assert torch.autograd.gradcheck(twice, x)
-    cotangent = torch.randn(twice(x).shape, dtype=torch.float64)
-    first = [torch.autograd.grad(twice(x), x, cotangent, create_graph=create)[0] for create in (False, True)]
-    assert error(first[1], first[0]) < 1e-12
-
-
-def test_batched_cotangents():
-    layers = [tuple(map(untracked, layer)) for layer in make_layers(3)]
-    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *leaves(u for layer in layers for u in layer)]
-    weight = torch.randn(2, 7, 1, 1, dtype=torch.float64)
-    output = functional.bn_relu_conv1x1_avgpool(functional.dense_block(x, layers), BatchNorm(), weight)
-    cotangents = torch.randn(3, *output.shape, dtype=torch.float64)
-    together = torch.autograd.grad(output, inputs, cotangents, is_grads_batched=True, retain_graph=True)
-    mapped = torch.vmap(lambda c: torch.autograd.grad(output, inputs, c, retain_graph=True))(cotangents)
-    assert all((a - b).norm() <= 1e-12 * b.norm().clamp_min(1) for a, b in zip(mapped, together))
-    for i in range(3):
-        alone = torch.autograd.grad(output, inputs, cotangents[i], retain_graph=True)
-        assert all((a[i] - b).norm() <= 1e-12 * b.norm().clamp_min(1) for a, b in zip(together, alone))
-
-
 def test_transforms_are_refused_not_answered_with_zeros():
     weight, x = torch.randn(4, 3, 1, 1), torch.randn(2, 3, 4, 4)
     calls = [
@@ -441,20 +150,6 @@ def test_transforms_are_refused_not_answered_with_zeros():
                 call(torch.autograd.forward_ad.make_dual(x, x))
 
 
-def test_running_statistics_of_half_precision_are_no_less_accurate_than_stock():
-    norms = [torch.nn.BatchNorm2d(512, dtype=dtype) for dtype in (torch.float16, torch.float16, torch.float64)]
-    ours, stock, exact = norms
-    weight = torch.randn(1, 512, 1, 1).half()
-    for _ in range(50):
-        x = (torch.randn(4, 512, 4, 4) * 3 + 1).half()
-        buffers = (ours.running_mean, ours.running_var, ours.num_batches_tracked)
-        functional.bn_relu_conv1x1(x, BatchNorm(None, None, *buffers), weight)
-        stock(x), exact(x.double())
-    for name in ("running_mean", "running_var"):
-        got, expected, truth = (getattr(norm, name) for norm in norms)
-        assert error(got, truth) <= 1.2 * error(expected, truth)
-
-
 @pytest.mark.parametrize("pool", [False, True])
 def test_tensors_of_any_strides(pool):
     run = functional.bn_relu_conv1x1_avgpool if pool else functional.bn_relu_conv1x1
@@ -467,12 +162,6 @@ def test_tensors_of_any_strides(pool):
         y = run(leaf, n, w)
         results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
     assert all(a.equal(b) for a, b in zip(*results))
-
-
-def test_counter_without_running_statistics_is_incremented():
-    counter = torch.tensor(0)
-    functional.bn_relu_conv1x1(torch.randn(2, 3, 4, 4), BatchNorm(num_batches_tracked=counter), torch.randn(4, 3, 1, 1))
-    assert counter == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

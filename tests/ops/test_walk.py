@@ -124,7 +124,7 @@ def test_both_walks_agree(options, mode, memory_efficient, counted, monkeypatch)
         walked = run(*arguments)
         assert counted[-2:] == ["dense_block", "dense_block_backward"]
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, "walks", lambda grid: False)
+            patch.setattr(cpu, "runs_whole_blocks", lambda grid: False)
             stepwise = run(*arguments)
         assert len(counted) == 2 * repetition + 2
         assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(walked, stepwise, strict=True))

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from training.support import TINY, table, train
 
 from densenet_fast.training.data import load_data
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.images import (
     Images,
     TrainingBatches,
@@ -20,7 +19,7 @@ from densenet_fast.training.images import (
     mean_and_deviation,
     training_loader,
 )
-from densenet_fast.training.settings import resolve
+from densenet_fast.training.settings import UsageError, resolve
 
 datasets = pytest.importorskip("torchvision.datasets")
 

@@ -11,11 +11,10 @@ from densenet_fast.memory import CLEAR_REFS
 from densenet_fast.training.architecture import build_model
 from densenet_fast.training.data import load_data
 from densenet_fast.training.distributed import Processes
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.images import evaluation_loader
 from densenet_fast.training.loop import Execution, evaluate
 from densenet_fast.training.run import check_data
-from densenet_fast.training.settings import Settings, resolve
+from densenet_fast.training.settings import Settings, UsageError, resolve
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
 TORCHRUN = (*LAUNCH, "-m", "densenet_fast", "train")
@@ -145,7 +144,6 @@ import torch
 from densenet_fast.training.architecture import build_model
 from densenet_fast.training.data import load_data
 from densenet_fast.training.distributed import Processes
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.images import evaluation_loader
 from densenet_fast.training.loop import Execution, evaluate
 from densenet_fast.memory import PeakMemory

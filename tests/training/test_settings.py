@@ -7,9 +7,8 @@ from training.support import DIGITS, train
 from densenet_fast import reference
 from densenet_fast.__main__ import main
 from densenet_fast.training.architecture import build_model, check_image_size
-from densenet_fast.training.errors import UsageError
 from densenet_fast.training.loop import learning_rate
-from densenet_fast.training.settings import DATA_SETS, resolve
+from densenet_fast.training.settings import DATA_SETS, UsageError, resolve
 
 
 @pytest.mark.parametrize(

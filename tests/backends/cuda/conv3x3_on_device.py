@@ -13,7 +13,7 @@ from densenet_fast.backends import cuda_kernels as kernels
 from densenet_fast.backends.affine import Affine, ThroughStatistics, empty_statistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.config import Device
-from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
+from launches.conv3x3_counts import Conv3x3
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 DTYPES = [torch.bfloat16, torch.float16]
@@ -171,7 +171,7 @@ def test_the_weight_gradient_completes_dz(shape, dtype):
 
 @by_shape
 def test_the_counts_know_how_work_is_divided(shape):
-    """``benchmarking.conv3x3_counts`` models a step by it."""
+    """``launches.conv3x3_counts`` models a step by it."""
     case = Case(shape, torch.bfloat16)
     scaled = torch.empty_like(case.z)
     for processors in (2, 132):

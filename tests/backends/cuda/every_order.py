@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(emulation.find_nvcc() is None, reason="nvcc was 
 
 
 def test_in_reverse_order():
-    run([*OF_GPUS, "-k", "bfloat16 or vectors_on_device"], order="reverse")
+    run([*OF_GPUS, "-k", "bfloat16 or vectors_on_device or running_on_device"], order="reverse")
 
 
 def test_the_3x3_kernels_in_reverse_order():

@@ -12,7 +12,7 @@ from backends.cuda import emulation
 
 pytestmark = pytest.mark.skipif(emulation.find_nvcc() is None, reason="nvcc was not found")
 
-OF_GPUS = ["tests/backends/cuda/on_device.py", "tests/backends/cuda/vectors_on_device.py"]
+OF_GPUS = [f"tests/backends/cuda/{name}on_device.py" for name in ("", "vectors_", "running_")]
 CONVOLUTION = "tests/backends/cuda/conv3x3_on_device.py"
 SUITES = ["tests/backends/test_kernels.py", "tests/backends/test_pool_kernels.py"]
 OWN = "statistics or append or finalise or pool_backward or maxpool or avgpool or maximum or nan"

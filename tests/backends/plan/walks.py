@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from backends.plan.bodies import equal
-from densenet_fast import DenseNet, functional
+from densenet_fast import DenseNet
 from densenet_fast.backends import plan
 from densenet_fast.backends.recording import replaced, tensors_in
 from densenet_fast.backends.symbolic import Unplannable
 from densenet_fast.backends.triton import launch
+from densenet_fast.functional import shared
 from densenet_fast.nn import DenseBlock
 from densenet_fast.ops import planned
 from helpers import randomise
@@ -80,7 +81,7 @@ def plans() -> Iterator[Bodies]:
         patch.setattr(planned, "DEVICE", "cpu")
         patch.setattr(plan, "run", run)
         patch.setattr(launch, "run", launch_alone)
-        patch.setattr(functional, "_beyond_range", lambda *_: False)
+        patch.setattr(shared, "beyond_range", lambda *_: False)
         yield bodies
 
 

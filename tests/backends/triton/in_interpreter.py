@@ -16,8 +16,8 @@ from densenet_fast.backends.affine import empty_statistics
 from densenet_fast.backends.triton import config, launch
 from densenet_fast.backends.triton.launch import recording
 from densenet_fast.backends.triton.tune import Shape, Step
-from densenet_fast.benchmarking.counts import Counts
-from densenet_fast.benchmarking.triton_counts import COUNTING, count
+from launches.counts import Counts
+from launches.triton_counts import COUNTING, count
 
 HALF = 2
 SINGLE = 4

@@ -14,7 +14,7 @@ from densenet_fast.backends import aten
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.affine import Affine, empty_statistics
 from densenet_fast.backends.triton import config, launch
-from densenet_fast.functional import BatchNorm, BNReLUConv
+from densenet_fast.functional import BatchNorm, BNReLUConv, shared
 from densenet_fast.ops import ahead
 from helpers import error, randomise, step, twin
 
@@ -169,7 +169,7 @@ def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precisi
     monkeypatch.setattr(ahead, "_known", set())
     monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
     monkeypatch.setattr(launch, "run", lambda item: None)
-    monkeypatch.setattr(functional, "_beyond_range", lambda *_: False)  # values that nothing was written to
+    monkeypatch.setattr(shared, "beyond_range", lambda *_: False)  # values that nothing was written to
     net = densenet_fast.DenseNet(16, (2, 1), 32, 2, memory_efficient=memory_efficient, num_classes=3, small_inputs=True)
     net, x = net.to(DEVICE), torch.randn(2, 3, 8, 6, device=DEVICE, requires_grad=True)
     with launch.recording() as launches:
@@ -229,7 +229,7 @@ def test_no_operation_of_torch_in_a_layer(precision, monkeypatch):
         pytest.skip("the 3x3 product is the library's")
     monkeypatch.setattr(backend, "prepare", lambda jobs: None)  # one launch for all layers
     monkeypatch.setattr(launch, "run", lambda item: None)
-    monkeypatch.setattr(functional, "_beyond_range", lambda *_: False)
+    monkeypatch.setattr(shared, "beyond_range", lambda *_: False)
 
     def counted(run):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

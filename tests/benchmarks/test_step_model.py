@@ -16,16 +16,15 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import step_model
-
 from densenet_fast.backends.triton.config import Device
-from densenet_fast.benchmarking import kernel_times, roofline
-from densenet_fast.benchmarking.audit import ALL, audited
-from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
-from densenet_fast.benchmarking.counts import Counts
-from densenet_fast.benchmarking.kernel_times import Time
 from densenet_fast.benchmarking.networks import architecture
-from densenet_fast.benchmarking.roofline import Figure, Gpu
-from densenet_fast.benchmarking.step_plan import counted_step, meta_network, torch_counts
+from launches import kernel_times, roofline
+from launches.audit import ALL, audited
+from launches.conv3x3_counts import Conv3x3
+from launches.counts import Counts
+from launches.kernel_times import Time
+from launches.roofline import Figure, Gpu
+from launches.step_plan import counted_step, meta_network, torch_counts
 
 HOPPER = Device(90, 132)
 BLOCK = {"growth_rate": 4, "block_config": (2,), "num_init_features": 8, "small_inputs": True, "num_classes": 10}

@@ -1,4 +1,4 @@
-"""The time of each kernel in a training step: of the profiler, or from the page that a run on a GPU left."""
+"""The time of each kernel in a training step, by the profiler, or from the page that a run on a GPU left."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ FUNCTIONS = {
     "bn_relu_maxpool_kernel": "bn_relu_maxpool",
     "bn_relu_global_avgpool_kernel": "bn_relu_global_avgpool",
 }
-"""The function of the backends, by the kernel on the GPU, where their names differ."""
+"""The backends' function of each kernel on the GPU, where their names differ."""
 OP = re.compile(r"densenet_fast::(?!cpu_|cuda_)")
 """What an op calls itself, beside its kernels."""
 HEAD = re.compile(r"^batch (\d+): [\d.]+ ms in \d+ launches")
@@ -81,7 +81,7 @@ def short(name: str) -> str:
 
 
 def read_page(path: Path) -> tuple[int, dict[str, Time]]:
-    """The batch and, by function, the times of the page of kernels that ``tests/gpu.py`` printed.
+    """The batch, and the times by function, on the page of kernels that ``tests/gpu.py`` printed.
 
     Raises:
         ValueError: the page has no such table.

@@ -1,7 +1,7 @@
 """Every launch of a training step, counted, for a GPU that need not be there: the network runs on the meta device.
 
-What torch launches besides (the first convolution, the classifier, the loss) is not among them: ``torch_counts`` has
-the least that the first two take.
+What torch launches besides is not among them: the first convolution, the classifier, the loss. ``torch_counts`` has the
+least that the first two take.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from torch import nn
 import densenet_fast
 from densenet_fast import backends, operands
 from densenet_fast.backends.triton import config, launch
-from densenet_fast.benchmarking.counts import Counts
-from densenet_fast.benchmarking.stand_in import StandIn
 from densenet_fast.benchmarking.traffic import training_step
+from launches.counts import Counts
+from launches.stand_in import StandIn
 
 __all__ = ["counted_step", "meta_network", "torch_counts"]
 

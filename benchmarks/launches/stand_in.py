@@ -14,16 +14,16 @@ from densenet_fast.backends.affine import Affine, Job, Reader, Statistics, Throu
 from densenet_fast.backends.contract import Sums
 from densenet_fast.backends.triton import Triton, config
 from densenet_fast.backends.triton.launch import Launch
-from densenet_fast.benchmarking.conv3x3_counts import Conv3x3
-from densenet_fast.benchmarking.counts import Counts, tiles_of
-from densenet_fast.benchmarking.triton_counts import count
+from launches.conv3x3_counts import Conv3x3
+from launches.counts import Counts, tiles_of
+from launches.triton_counts import count
 
 __all__ = ["StandIn"]
 
 JOBS = 64
 """What a launch of ``prepare`` or ``update_running_statistics`` does at most (csrc/cuda/kernels.h)."""
 WINDOWS = 9
-"""Pixels of a window of the maxima; on average as many outputs' windows hold four pixels."""
+"""Pixels of a window of the maxima. On average four pixels together are in as many windows."""
 
 
 def _of(part: str, name: str) -> Callable[..., Any]:

@@ -5,13 +5,14 @@ import json
 import pytest
 
 import gpu_tables
+from figures import rewritten
 
 
 @pytest.mark.parametrize("name", gpu_tables.PAGES)
 def test_the_pages_are_up_to_date(name):
     """If not: python benchmarks/gpu_tables.py."""
     text = (gpu_tables.ROOT / name).read_text()
-    assert text == gpu_tables.rewritten(text, gpu_tables.PAGES[name](gpu_tables.load()))
+    assert text == rewritten(text, gpu_tables.PAGES[name](gpu_tables.load()), gpu_tables.MARK)
 
 
 def row(batch, competitor, **values):
@@ -78,4 +79,4 @@ def test_without_results(tmp_path):
 
 def test_without_marks():
     with pytest.raises(ValueError, match="expected <!-- gpu table -->"):
-        gpu_tables.rewritten("no marks", "text")
+        rewritten("no marks", "text", gpu_tables.MARK)

@@ -2,9 +2,9 @@
 
     seconds = max(DRAM bytes / copied, L2 bytes / cached, products by wgmma / wgmma + by mma.sync / mma) + start
 
-What it leaves out makes it short: uneven waves of blocks, too few of them to hide what a load takes, arithmetic between
-a load and a product, conflicts of shared memory. It takes what one launch wrote and the next reads for memory's, though
-a cache of 50 MB holds it at small batches: there it is long.
+The model leaves out uneven waves of blocks, too few blocks to hide what a load takes, arithmetic between a load and a
+product, and conflicts of shared memory: there it is too short. It charges memory with what one launch writes and the
+next reads. At small batches a cache of 50 MB holds that: there it is too long.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from densenet_fast.backends.triton import config
-from densenet_fast.benchmarking.counts import Counts, total
 from densenet_fast.table import table
+from launches.counts import Counts, total
 
 __all__ = ["GPUS", "Gpu", "Row", "assumptions", "by_kernel", "model_table"]
 
@@ -32,7 +32,7 @@ class Gpu(NamedTuple):
     Attributes:
         device: what launches are configured by.
         copied: bytes a second that memory reads and writes.
-        cached: bytes a second that the L2 cache serves; None where no figure is known: it then bounds nothing.
+        cached: bytes a second that the L2 cache serves. None where no figure is known; it then bounds nothing.
         wgmma, mma: multiply-adds of 16 bits a second by either instruction.
         start: seconds of a launch that does next to nothing.
     """
@@ -56,9 +56,9 @@ RUN_3 = "benchmarks/results/nvidia_h200/run_3/kernels.txt"
 CACHE = "github.com/te42kyfo/gpu-benches gpu-l2-cache/{}, reads"
 SHARE = "the data sheet's {:g} T, times what an H200 reached of its own (403 of 494.7)"
 REACHED = 403.3 / 494.7
-"""Of the data sheet's products, in a matrix product on an H200."""
+"""The share of the data sheet's products that a matrix product reached on an H200."""
 WARPS = 0.63
-"""Of a Hopper GPU's products, by mma.sync: assumed."""
+"""The share of a Hopper GPU's products that mma.sync reaches. Assumed."""
 START = Figure(3e-6, f"measured on an H200, taken for all: unrolled_elementwise_kernel, 12 us in 4 launches ({RUN_3})")
 HOPPER_WGMMA = Figure(403.3e12, f"measured on an H200, the best matrix product ({RUN_3})")
 HOPPER_MMA = Figure(
@@ -103,7 +103,7 @@ GPUS = {
 
 
 class Row(NamedTuple):
-    """A kernel's launches: their counts, the model's seconds, and those bound by each of the three."""
+    """A kernel's launches: their counts, the model's seconds, and the seconds that each bound accounts for."""
 
     counts: Counts
     seconds: float
@@ -116,7 +116,8 @@ class Row(NamedTuple):
 
 
 def by_kernel(counts: Sequence[Counts], gpu: Gpu, dtype: torch.dtype) -> list[Row]:
-    """A row a kernel, the longest first. A launch whose start is longer than what it does is bound by that."""
+    """A row for each kernel, the longest first. A launch whose start is longer than what it does is bound by its
+    start."""
     kernels: dict[str, list[Counts]] = {}
     for one in counts:
         kernels.setdefault(one.kernel, []).append(one)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import fast_where
-from gpu_tables import rewritten
+from figures import rewritten
 
 
 @pytest.mark.parametrize("name", fast_where.PAGES)

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+
 import volumes
 
 pytest.importorskip("monai", reason="monai is not installed (the Makefile installs it)")

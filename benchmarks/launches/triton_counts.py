@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from densenet_fast.backends.triton.launch import Launch
-from densenet_fast.benchmarking.counts import Counts, tiles_of
+from launches.counts import Counts, tiles_of
 
 __all__ = ["count"]
 

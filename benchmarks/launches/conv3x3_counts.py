@@ -1,8 +1,8 @@
 """The counts of the 3x3 kernels over tiles with a halo, in CUDA C++ (csrc/cuda/bn_relu_conv3x3*.cu), from shapes alone.
 
-M rows of pixels, images H x W; T tiles of R consecutive rows of the matrix, across images, that read R + 2 W + 2 rows
-of what the taps shift; images wider than ``Geometry.widest`` are cut into tiles of 16 columns instead. J blocks of
-columns, each reading the shifted matrix again:
+M rows of pixels, images H x W. T tiles of R consecutive rows of the matrix, across images; each reads R + 2 W + 2 rows
+of the matrix that the taps shift. Images wider than ``Geometry.widest`` are cut into tiles of 16 columns instead. J
+blocks of columns; each reads the shifted matrix again:
 
     kernel     asked of feature maps                    of weights        stored              partials
     forward    J (M + T (2 W + 2)) B (Z)                9 T B k           M k                 2 T k
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from densenet_fast.backends.cuda_conv3x3 import RESIDENT
 from densenet_fast.backends.triton.config import Device
-from densenet_fast.benchmarking.counts import Counts, tiles_of
-from densenet_fast.benchmarking.triton_counts import FLOAT, padded
+from launches.counts import Counts, tiles_of
+from launches.triton_counts import FLOAT, padded
 
 __all__ = ["GEOMETRY", "Conv3x3", "Geometry"]
 
@@ -26,17 +26,17 @@ class Geometry(NamedTuple):
     """The figures that the kernels are built with."""
 
     forward_rows: int = 256
-    """Output pixels of a block of the forward pass, ..."""
+    """Output pixels of a block of the forward pass."""
     few_rows: int = 64
-    """... and where there would be fewer than half as many tiles of those as multiprocessors."""
+    """The same where ``forward_rows`` would make fewer tiles than half the multiprocessors."""
     backward_rows: int = 128
-    """Pixels that the two backward kernels take at a time; the input's gradient half as many where there would be fewer
-    tiles and blocks of columns than multiprocessors."""
+    """Pixels that the two backward kernels take at a time. The input's gradient takes half as many where there would be
+    fewer tiles, times blocks of columns, than multiprocessors."""
     backward_columns: int = 64
     """Columns of the bottleneck that a block of the backward kernels owns."""
     resident: int = RESIDENT
     tiles_per_range: int = 4
-    """The fewest tiles of a range of the weight's gradient, if there are so many."""
+    """The fewest tiles of a range of the weight's gradient, if the matrix has so many."""
     widest: int = 64
     """Of images whose rows are taken as they follow in the matrix."""
     side: int = 16
@@ -44,7 +44,7 @@ class Geometry(NamedTuple):
     inner: int = 16
     """What the channels that a product sums are a multiple of."""
     widths: tuple[int, ...] = (16, 32, 48)
-    """New columns that a block makes, or multiplies with: the least that holds them all, or the last."""
+    """New columns that a block makes, or multiplies with: the least of these that holds all columns, or the last."""
 
 
 GEOMETRY = Geometry()
@@ -159,7 +159,8 @@ class Conv3x3(NamedTuple):
         )
 
     def grad_weight(self, through: bool) -> Counts:
-        """dW2 in parts from Z and dY; dZ from scale * D and Z in place, if it goes ``through`` statistics."""
+        """dW2 in parts from Z and dY. If the gradient goes ``through`` statistics, also dZ in place, from scale * D and
+        Z."""
         tile_rows, size = self.geometry.backward_rows, self.size
         partials = FLOAT * self.ranges() * self.weights
         shifted = self.column_blocks() * self.shifted_rows(tile_rows)

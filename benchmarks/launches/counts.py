@@ -8,10 +8,10 @@ __all__ = ["Counts", "tiles_of", "total"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one launch, or of several added up. All but the products are bytes.
+    """The counts of one launch, or of several added up. All but the products are bytes.
 
-    What a kernel asks of the L2 cache is all that its blocks load, hits in L1 aside: halos, and operands that several
-    blocks read, count once for each block. What it stores it stores once. Vectors of one value a column are left out.
+    A kernel asks of the L2 cache all that its blocks load, hits in L1 aside. Halos, and operands that several blocks
+    read, count once for each block. What it stores it stores once. Vectors of one value a column are left out.
 
     Attributes:
         kernel: its name on the GPU.
@@ -21,8 +21,8 @@ class Counts:
         written: of feature maps and their gradients.
         weights, weights_asked: of convolutions' weights and their gradients, each once; as asked.
         partials, partials_asked: of partial results that are written or read, each once; as asked.
-        wgmma, mma: multiply-adds by a warp group's asynchronous instruction and by a warp's own (``mma.sync``), what
-            tiles of powers of two add included.
+        wgmma, mma: multiply-adds by a warp group's asynchronous instruction and by a warp's own (``mma.sync``). What
+            tiles of powers of two add is included.
     """
 
     kernel: str

@@ -1,10 +1,10 @@
-"""What dense blocks move beyond what they must, and the 3x3 kernels ask of the L2 cache beyond what they read."""
+"""How much more dense blocks move than they must, and the 3x3 kernels ask of the L2 cache than they read."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from densenet_fast.benchmarking.counts import Counts, total
 from densenet_fast.benchmarking.traffic import training_step
+from launches.counts import Counts, total
 
 __all__ = ["Audit", "audited"]
 
@@ -13,12 +13,13 @@ class Audit(NamedTuple):
     """Ratios of a training step.
 
     Attributes:
-        features: bytes of memory of the blocks' feature maps and their gradients, each once a launch, by the floor of
-            these: about 4C + 6B + 5k elements for a pixel and a layer (``traffic.py``).
-        weights: bytes of their weights and the weights' gradients, made for the kernels and added up, by that floor.
-        partials: bytes of their partial results, written and read, by that floor.
-        asked: by kernel that convolves 3x3, and of all of them, bytes of feature maps asked of the L2 cache by those
-            read, each once a launch.
+        features: bytes of the blocks' feature maps and their gradients, divided by their floor. Each counts once a
+            launch. The floor is about 4C + 6B + 5k elements for a pixel and a layer (``traffic.py``).
+        weights: bytes of their weights and the weights' gradients, divided by that floor. Making the weights for the
+            kernels and adding up the gradients counts.
+        partials: bytes of their partial results, written and read, divided by that floor.
+        asked: bytes of feature maps asked of the L2 cache, divided by those read, which count once a launch: for each
+            kernel that convolves 3x3, and for all of them.
     """
 
     features: float
@@ -64,6 +65,6 @@ def audited(
 
 
 def block_bytes(arguments: dict[str, Any], batch: int, size: int, itemsize: int, memory_efficient: bool) -> int:
-    """The floor of all dense blocks; for no images, that of the weights."""
+    """The floor of all dense blocks. For no images it is that of the weights."""
     calls = training_step(arguments, batch, size, itemsize, memory_efficient)
     return sum(call.bytes for call in calls if call.part.startswith("block"))
