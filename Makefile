@@ -31,7 +31,8 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(CLANG_FORMAT) --style=file:csrc/.clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/* tests/backends/cuda/*.h)
+	$(CLANG_FORMAT) --style=file:csrc/.clang-format --dry-run -Werror \
+		$(wildcard $(foreach kind,cpp h cu,csrc/*.$(kind) csrc/*/*.$(kind)) tests/backends/cuda/*.h)
 
 # The backends for GPUs on one, in this checkout, with the torch and Triton of an environment that is there: nothing is
 # installed. make gpu FLAGS=--dry-run does the same without a GPU.

@@ -52,7 +52,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
 TILE_PRODUCT = "amx_bf16"
 """Compiled for avx512_bf16, whose other kernels it shares, if the assembler knows its instructions."""
-CUDA_SOURCES = ("ops", "bn_relu_conv3x3_ops", "vector_ops", "tiling", "replay")
+CUDA_SOURCES = ("ops", "bn_relu_conv3x3_ops", "vector_ops", "tiling", "recording", "plan", "replay")
 TENSOR_CORE_KERNELS = ("bn_relu_conv3x3", "bn_relu_conv3x3_grad_weight", "bn_relu_conv3x3_grad_input")
 """For compute capability 8.0 and up; code for 8.0 serves 8.6 and 8.9, and is not made again for them."""
 CUDA_KERNELS = ("statistics", "gradients", "pooling", "vectors")

@@ -1,6 +1,8 @@
 // The ops of BN-ReLU-Conv1x1.
 #include "bn_relu_conv1x1.h"
 
+#include <tuple>
+
 namespace densenet_fast {
 namespace {
 
@@ -14,14 +16,13 @@ void bn_relu_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
-    const Weight<T> w(weight);
-    STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
+    const Weight<T> w(weight, m.cols);
     const Matrix<T> z(out, "out");
     STD_TORCH_CHECK(z.rows == m.rows && z.cols == w.rows, "out: expected [M, B]");
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     const std::optional<Affine> then = optional_affine(then_mean, then_scale, then_shift, w.rows);
-    conv1x1<T>(m, affine(mean, scale, shift, m.cols), w, bias ? vector(*bias, w.rows, "bias") : nullptr,
-               then ? &*then : nullptr, z, statistics ? &*statistics : nullptr);
+    conv1x1<T>(m, affine(mean, scale, shift, m.cols), w, vector(bias, w.rows, "bias"), or_null(then), z,
+               or_null(statistics));
   });
 }
 
@@ -50,15 +51,15 @@ std::tuple<Tensor, Tensor> bn_relu_conv1x1_backward(Tensor grad, Tensor x, Tenso
     std::optional<Matrix<const T>> before;
     if (grad_x) {
       total.emplace(*grad_x, "grad_x");
-      STD_TORCH_CHECK(total->rows == m.rows && total->cols == m.cols, "grad_x: expected x's shape");
+      check_shape(*total, m, "grad_x");
       before.emplace(source ? *source : *grad_x, "source");
-      STD_TORCH_CHECK(before->rows == m.rows && before->cols == m.cols, "source: expected x's shape");
+      check_shape(*before, m, "source");
     }
     Tensor grad_weight = need_weight ? new_floats(x, {w.rows, w.cols}) : nothing(x);
     Tensor sums = grad_x || need_sums ? new_floats(x, {2, w.cols}) : nothing(x);
-    conv1x1_backward<T>(gradient, m, affine(mean, scale, shift, m.cols), w, before ? &*before : nullptr,
-                        total ? &*total : nullptr, need_weight ? floats_of(grad_weight) : nullptr,
-                        grad_x || need_sums ? floats_of(sums) : nullptr);
+    conv1x1_backward<T>(gradient, m, affine(mean, scale, shift, m.cols), w,
+                        {or_null(before), or_null(total), grad_x || need_sums ? floats_of(sums) : nullptr},
+                        need_weight ? floats_of(grad_weight) : nullptr);
     return std::tuple(grad_weight, sums);
   });
 }

@@ -12,13 +12,10 @@ void bn_relu_conv3x3(Tensor x, std::optional<Tensor> mean, std::optional<Tensor>
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
     const Matrix<T> result(out, "out");
-    const Filters<T> filters(weight);
-    STD_TORCH_CHECK(filters.in_channels == m.cols, "weight: expected ", m.cols, " input channels, got ",
-                    filters.in_channels);
+    const Filters<T> filters(weight, m.cols);
     STD_TORCH_CHECK(result.rows == m.rows && result.cols == filters.out_channels, "out: expected [M, k]");
     const std::optional<Affine> a = optional_affine(mean, scale, shift, m.cols);
-    conv3x3<T>(m, a ? &*a : nullptr, filters, bias ? vector(*bias, filters.out_channels, "bias") : nullptr, grid,
-               result);
+    conv3x3<T>(m, or_null(a), filters, vector(bias, filters.out_channels, "bias"), grid, result);
   });
 }
 
@@ -31,9 +28,7 @@ Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
-    const Filters<T> filters(weight);
-    STD_TORCH_CHECK(filters.in_channels == m.cols, "weight: expected ", m.cols, " input channels, got ",
-                    filters.in_channels);
+    const Filters<T> filters(weight, m.cols);
     STD_TORCH_CHECK(g.rows == m.rows && g.cols == filters.out_channels, "grad: expected [M, k]");
     std::optional<FiltersGradient> dw;
     if (grad_weight) {
@@ -44,7 +39,7 @@ Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale
     std::optional<Matrix<T>> result;
     if (out) {
       result.emplace(*out, "out");
-      STD_TORCH_CHECK(result->rows == m.rows && result->cols == m.cols, "out: expected x's shape");
+      check_shape(*result, m, "out");
     }
     std::optional<Matrix<const T>> before;
     if (source) {
@@ -52,8 +47,8 @@ Tensor bn_relu_conv3x3_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale
       STD_TORCH_CHECK(out && before->rows == m.rows && before->cols == m.cols, "source: expected x's shape, and out");
     }
     Tensor sums = out ? new_floats(x, {2, m.cols}) : nothing(x);
-    conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, grid, before ? &*before : nullptr,
-                        result ? &*result : nullptr, floats_of(sums), dw ? &*dw : nullptr);
+    conv3x3_backward<T>(g, m, affine(mean, scale, shift, m.cols), filters, grid,
+                        {or_null(before), or_null(result), floats_of(sums)}, or_null(dw));
     return sums;
   });
 }

@@ -4,9 +4,18 @@
 // summed before anything is transformed back: for planes z,
 //
 //   y[z] = output(sum over i of filter[i] . input[z + i])      dfilter[i] = sum over z of gradient[z] . input[z + i]
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");     // [98, B]: two images of 7x7 pixels
+//   const Matrix<float> result(out, "out");  // [98, k], for a weight [k, B, 3, 3]
+//   const Affine bn = affine(mean, scale, shift, m.cols);
+//   conv3x3<float>(m, &bn, Filters<float>(weight), nullptr, {2, 7, 7}, result);
 #pragma once
 
 #include "image_tiles.h"
+#include "panels.h"
+#include "statistics.h"
 
 namespace densenet_fast {
 
@@ -77,6 +86,10 @@ struct Filters {
       STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weight: dtype unlike the others', and not float32");
       wide = static_cast<const float*>(weight.data_ptr());
     }
+  }
+
+  Filters(const Tensor& weight, int64_t channels) : Filters(weight) {
+    STD_TORCH_CHECK(in_channels == channels, "weight: expected ", channels, " input channels, got ", in_channels);
   }
 
   static FilterStrides evenly_spaced(const Tensor& t, const char* name) {
@@ -196,8 +209,8 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
   });
 }
 
-// out [M, k] = conv3x3(relu(y), weight) + bias for y = bn(x) [M, B]; relu(y) is x where the affine is null. Where bf16
-// are multiplied as floats, their tiles are not rounded.
+// out [M, k] = conv3x3(relu(y), weight) + bias [k] for y = bn(x) [M, B]; relu(y) is x where the affine is null. Where
+// bf16 are multiplied as floats, their tiles are not rounded.
 template <typename T>
 void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
              const std::vector<int64_t>& grid, const Matrix<T>& out) {
@@ -205,12 +218,13 @@ void conv3x3(const Matrix<const T>& x, const Affine* affine, const Filters<T>& f
                                    : conv3x3_in<float>(x, affine, filters, bias, grid, out);
 }
 
-// D = conv3x3_input_grad(grad, weight) * (y > 0):  out = source + scale * D, without the source if that is null, with
-// sums [2, B] = (sum D, sum D * (x - mean));  and grad_weight; each unless null
+// The gradients of conv3x3: of x, with the sums if that is asked for, and of the filters, unless null
 template <typename T>
 void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Affine affine, const Filters<T>& filters,
-                      const std::vector<int64_t>& grid, const Matrix<const T>* source, const Matrix<T>* out,
-                      float* sums, const FiltersGradient* grad_weight) {
+                      const std::vector<int64_t>& grid, const InputGradient<T>& grad_x,
+                      const FiltersGradient* grad_weight) {
+  const Matrix<const T>* source = grad_x.source;
+  const Matrix<T>* out = grad_x.out;
   const ImageTiles image(grid, x.rows, kWidest<T>);
   check_dimensions(filters, image);
   const TileKernels<T>& kernel = tile_kernels<T>(image);
@@ -260,7 +274,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
         }
         x16 = x_around.input(x, part);
       }
-      sums_parts[chunk].add([&](float* sum_d, float* sum_dx) {
+      sums_parts[chunk].add([&](GradientSums own) {
         for (int64_t p = 0; p < weights.count; ++p) {
           const int64_t c = 32 * p, width = weights.width(p);
           const Affine columns = affine.from(c);
@@ -277,8 +291,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
                                         products.get() + (i * n + tap.out) * width, width, &tap != taps.begin());
               }
             }
-            kernel.input_gradient(products.get(), width, n, weights.valid(p), x4, c, columns, from, to, sum_d + c,
-                                  sum_dx + c);
+            kernel.input_gradient(products.get(), width, n, weights.valid(p), {x4, from, to, c}, columns,
+                                  {own.d + c, own.dx + c});
           }
           if (need_weight) {
             kernel.input(x16, c, part.input_rows(), weights.valid(p), &columns, v.tiles());
@@ -318,7 +332,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
       }
     }
   });
-  if (out) total(sums_parts, sums);
+  if (out) total(sums_parts, grad_x.sums);
 }
 
 }  // namespace densenet_fast

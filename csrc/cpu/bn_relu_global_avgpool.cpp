@@ -1,5 +1,8 @@
 // The head: BN-ReLU and the mean over an image's pixels, forward and backward.
+#include <tuple>
+
 #include "inference.h"
+#include "statistics.h"
 
 namespace densenet_fast {
 namespace {
@@ -23,7 +26,7 @@ Tensor means(const Tensor& x, const Matrix<const T>& m, Affine affine, int64_t i
       std::vector<float> sum = zeros(m.cols);
       for (int64_t first = 0; first < size; first += kBlock) {
         const int64_t n = std::min(kBlock, size - first);
-        pool_kernels_of<T>().bn_relu_total(m.row(image * size + first), m.ld, n, m.cols, affine, sum.data());
+        pool_kernels_of<T>().bn_relu_total(m.from(image * size + first), n, m.cols, affine, sum.data());
       }
       pool_kernels_of<T>().scaled(sum.data(), m.cols, 1.0f / size, result.row(image));
     }
@@ -62,15 +65,14 @@ std::tuple<Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
-    std::vector<ColumnSums> sums(tiles.chunks);
-    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       for (int64_t row = first, end; row < first + n; row = end) {
         const int64_t image = row / size;
         end = std::min({(image + 1) * size, first + n, row + kBlock});
-        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-          pool_kernels_of<T>().mask_average(g.row(image), 1.0f / size, m.row(row), m.ld, end - row, m.cols, a,
-                                            result.row(row), sum_d, sum_dx);
+        sums[tile / tiles.per_chunk].add([&](GradientSums out) {
+          pool_kernels_of<T>().mask_average(g.row(image), 1.0f / size, m.from(row), end - row, m.cols, a,
+                                            result.row(row), out);
         });
       }
     });

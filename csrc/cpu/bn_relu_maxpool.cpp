@@ -1,5 +1,7 @@
 // The stem: BN-ReLU and the maximum over windows of 3 at distance 2, padded by 1; forward and backward.
-#include "tiles.h"
+#include <tuple>
+
+#include "statistics.h"
 
 namespace densenet_fast {
 namespace {
@@ -9,12 +11,10 @@ constexpr int64_t kTileLines = 32;
 // Lines of the image and of the maxima; the other spatial dimensions are x and y, of size 1 where they are missing
 struct Pooling {
   int64_t batch, sizes[2], pooled[2], width, pooled_width;
-  int centre =
-      0;  // place of a window's middle along the missing dimensions: positions count from 0 along the given ones
+  int centre = 0;  // of a window along the missing dimensions: positions count from 0 along the given ones
 
   Pooling(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), width(grid.back()) {
-    const int64_t dims = grid.size() - 1;
-    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
+    const int64_t dims = spatial_dims(grid, rows);
     for (int64_t i = 0; i < 2; ++i) {
       const bool given = i + dims >= 3;
       sizes[i] = given ? grid[i + dims - 2] : 1;
@@ -22,7 +22,6 @@ struct Pooling {
       if (!given) centre += i == 0 ? 9 : 3;
     }
     pooled_width = (width + 1) / 2;
-    STD_TORCH_CHECK(lines() * width == rows, "grid: expected the product ", rows, ", got ", lines() * width);
   }
 
   int64_t lines() const { return batch * sizes[0] * sizes[1]; }
@@ -77,7 +76,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
         pool_kernels_of<T>().bn_relu_max(lines, m.ld, pooling.width, m.cols, a, result.row(row),
                                          positions + row * m.cols);
       }
-      if (statistics) partial.add(tile, result.row(first * pooling.pooled_width), result.ld, n * pooling.pooled_width);
+      if (statistics)
+        partial.add<T>(tile, result.readonly().from(first * pooling.pooled_width), n * pooling.pooled_width);
     });
     if (statistics) partial.combine(tiles, *statistics, pooling.pooled_width);
     return std::tuple<Tensor, Tensor>(out, argmax);
@@ -103,8 +103,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     const Tiles tiles(pooling.lines(), kTileLines, 1);
-    std::vector<ColumnSums> sums(tiles.chunks);
-    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       for (int64_t line = first; line < first + n; ++line) {
         Readers<T> readers;
@@ -114,9 +113,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
           readers.places[readers.count++] = place;
         });
         const int64_t row = line * pooling.width;
-        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-          pool_kernels_of<T>().mask_max(readers, g.ld, m.row(row), m.ld, pooling.width, m.cols, a, result.row(row),
-                                        sum_d, sum_dx);
+        sums[tile / tiles.per_chunk].add([&](GradientSums out) {
+          pool_kernels_of<T>().mask_max(readers, g.ld, m.from(row), pooling.width, m.cols, a, result.row(row), out);
         });
       }
     });

@@ -1,7 +1,9 @@
 // The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the
 // convolution are linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
+#include <tuple>
+
 #include "inference.h"
-#include "products.h"
+#include "shares.h"
 
 namespace densenet_fast {
 namespace {
@@ -11,19 +13,16 @@ struct Pooling {
   int64_t batch, sizes[3], windows[3], pooled[3];
   int64_t inputs, outputs, window = 1;
 
-  Pooling(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), inputs(batch), outputs(batch) {
-    const int64_t dims = grid.size() - 1;
-    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
+  Pooling(const std::vector<int64_t>& grid, int64_t rows) : batch(grid.at(0)), inputs(rows), outputs(batch) {
+    const int64_t dims = spatial_dims(grid, rows);
     for (int64_t i = 0; i < 3; ++i) {
       const bool given = i < dims;
       sizes[i] = given ? grid[1 + i] : 1;
       windows[i] = given ? 2 : 1;
       pooled[i] = sizes[i] / windows[i];
       window *= windows[i];
-      inputs *= sizes[i];
       outputs *= pooled[i];
     }
-    STD_TORCH_CHECK(inputs == rows, "grid: expected the product ", rows, ", got ", inputs);
   }
 
   // Pointers to the rows of m that each of `n` output rows is the mean of
@@ -55,9 +54,9 @@ struct Pooling {
 // Means of relu(y), for products.h
 template <typename T>
 auto pooled(const Matrix<const T>& x, Affine affine, const Pooling& pooling) {
-  return [=](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T* rest, int64_t ld) {
+  return [=](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<T> values, T* rest) {
     const auto sources = pooling.sources(x, row, rows);
-    kernels_of<T>().bn_relu_mean(sources.data(), c, rows, pooling.window, cols, affine.from(c), values, rest, ld);
+    kernels_of<T>().bn_relu_mean({sources.data(), c, pooling.window}, rows, cols, affine.from(c), values, rest);
   };
 }
 
@@ -72,14 +71,13 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
-    const Weight<T> w(weight);
-    STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
+    const Weight<T> w(weight, m.cols);
     const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
-    multiply_described<T>(w, bias ? vector(*bias, w.rows, "bias") : nullptr, nullptr, Matrix<T>(out, "out"),
-                          statistics ? &*statistics : nullptr, kExact<T>, pooling.window, pooled<T>(m, a, pooling));
+    multiply_described<T>(w, vector(bias, w.rows, "bias"), nullptr, Matrix<T>(out, "out"), or_null(statistics),
+                          kExact<T>, pooling.window, pooled<T>(m, a, pooling));
     return out;
   });
 }
@@ -92,10 +90,9 @@ void bn_relu_pool_conv1x1_inference(Tensor x, std::vector<Tensor> tensors, doubl
     const Matrix<const T> m(x, "x");
     STD_TORCH_CHECK(tensors.size() == kNormTensors + 1, "tensors: expected five");
     const FrozenNorm norm(tensors.data(), eps, m.cols);
-    const Weight<T> w(tensors[kNormTensors]);
+    const Weight<T> w(tensors[kNormTensors], m.cols);
     const Pooling pooling(grid, m.rows);
     const Matrix<T> result(out, "out");
-    STD_TORCH_CHECK(w.cols == m.cols, "weight: expected ", m.cols, " columns, got ", w.cols);
     STD_TORCH_CHECK(result.rows == pooling.outputs && result.cols == w.rows, "out: expected [", pooling.outputs, ", ",
                     w.rows, "]");
     const int64_t tile = std::min(pooling.outputs, kTileRows);
@@ -129,12 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     Tensor sums = need_input ? new_floats(x, {2, w.cols}) : nothing(x);
     multiply_backward<T>({g, {}}, w, need_weight ? floats_of(grad_weight) : nullptr,
                          need_input ? floats_of(sums) : nullptr,
-                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, const float* grad_a, uint32_t* a,
-                             int64_t width, float* sum_d, float* sum_dx) {
+                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<const float> grad_a, PanelRows a,
+                             GradientSums own) {
                            const auto sources = pooling.sources(m, row, rows);
                            const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
-                           kernels_of<T>().mask_windows(grad_a, width, sources.data(), c, rows, pooling.window, cols,
-                                                        affine_x.from(c), results.data(), a, width, sum_d, sum_dx);
+                           kernels_of<T>().mask_windows(grad_a, {sources.data(), c, pooling.window}, rows, cols,
+                                                        affine_x.from(c), results.data(), a, own);
                          });
     return std::tuple<Tensor, Tensor, Tensor>(scaled, grad_weight, sums);
   });

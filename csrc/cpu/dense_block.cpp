@@ -109,8 +109,6 @@ struct Block {
   }
 };
 
-float* output(const Tensor& t, int64_t size, const char* name) { return const_cast<float*>(vector(t, size, name)); }
-
 // A matrix within a buffer that is at least as large
 template <typename T>
 Matrix<T> within(const Tensor& buffer, int64_t rows, int64_t cols) {
@@ -242,7 +240,7 @@ void collect(const Stage& stage, const Folded& folded, const std::vector<float>&
 template <typename T>
 void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Matrix<T>& out) {
   Tiles(grad.rows, 3 * grad.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-    through.apply(grad, first, n, out.row(first), out.ld);
+    through.apply(grad, first, n, out.from(first));
   });
 }
 
@@ -294,8 +292,8 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       const FiltersGradient grad_filters(of_second[4]);
       STD_TORCH_CHECK(of_second[4].size(0) == layer.growth && of_second[4].size(1) == layer.bottleneck,
                       "gradients: expected the shapes of tensors");
-      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), grid, nullptr, &dz,
-                          sums.data(), &grad_filters);
+      conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), grid,
+                          {nullptr, &dz, sums.data()}, &grad_filters);
       collect(layer.second, second, sums, of_second, p + packed, q + packed);
 
       ProductGradient<T> gradient = {dz.readonly(), {}};
@@ -309,8 +307,8 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       STD_TORCH_CHECK(grad_weight.numel() == layer.bottleneck * layer.width && grad_weight.is_contiguous() &&
                           grad_weight.scalar_type() == ScalarType::Float,
                       "gradients: expected [B, C, 1, 1], contiguous float32");
-      conv1x1_backward<T>(gradient, inputs, first.affine(), weight, &before, &after,
-                          static_cast<float*>(grad_weight.data_ptr()), sums.data());
+      conv1x1_backward<T>(gradient, inputs, first.affine(), weight, {&before, &after, sums.data()},
+                          static_cast<float*>(grad_weight.data_ptr()));
       collect(layer.first, first, sums, of_first, p + read, q + read);
       source = g.readonly();
     }

@@ -26,10 +26,7 @@ struct Layer {
   int64_t read, made;  // the first column that it reads, and the first that it makes
 
   Layer(const Tensor* tensors, const double* eps)
-      : tensors(tensors), first_eps(eps[0]), second_eps(eps[1]), weight(tensors[4]), filters(tensors[9]) {
-    STD_TORCH_CHECK(filters.in_channels == weight.rows, "weight: expected ", weight.rows, " input channels, got ",
-                    filters.in_channels);
-  }
+      : tensors(tensors), first_eps(eps[0]), second_eps(eps[1]), weight(tensors[4]), filters(tensors[9], weight.rows) {}
 
   int64_t width() const { return weight.cols; }
   int64_t bottleneck() const { return weight.rows; }
@@ -100,8 +97,8 @@ class Block {
     multiply_in_shares<T>(
         Shares(x.rows, tile_rows_, z.cols, kPackCost), layer.weight, nullptr, &then, z, false,
         [&](int64_t share) -> ProductScratch<T>& { return workspace(share).product; },
-        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, T* values, T*, int64_t ld) {
-          kernels_of<T>().bn_relu(x.row(row) + c, x.ld, rows, cols, affine.from(c), values, ld);
+        [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<T> values, T*) {
+          kernels_of<T>().bn_relu(x.from(row, c), rows, cols, affine.from(c), values);
         });
   }
 

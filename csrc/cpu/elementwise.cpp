@@ -1,5 +1,7 @@
 // Statistics, normalisation, masks and gradients of columns: no products.
-#include "tiles.h"
+#include <string>
+
+#include "statistics.h"
 
 namespace densenet_fast {
 namespace {
@@ -25,7 +27,7 @@ Tensor bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], 
     Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().bn_relu(m.row(first), m.ld, n, m.cols, a, result.row(first), result.ld);
+      kernels_of<T>().bn_relu(m.from(first), n, m.cols, a, result.from(first));
     });
     return out;
   });
@@ -37,18 +39,17 @@ Tensor mask(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tens
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
     const Matrix<T> result(out, "out");
-    STD_TORCH_CHECK(g.rows == m.rows && g.cols == m.cols, "grad: expected x's shape");
-    STD_TORCH_CHECK(result.rows == m.rows && result.cols == m.cols, "out: expected x's shape");
+    check_shape(g, m, "grad");
+    check_shape(result, m, "out");
     const Affine a = affine(mean, scale, shift, m.cols);
     const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
-    std::vector<ColumnSums> sums(tiles.chunks);
-    for (ColumnSums& chunk : sums) chunk.reset(m.cols);
+    std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);
     tiles.each([&](int64_t tile, int64_t first, int64_t n) {
       constexpr int64_t kRows = 32;  // summed by themselves
       for (int64_t row = first; row < first + n; row += kRows) {
-        sums[tile / tiles.per_chunk].add([&](float* sum_d, float* sum_dx) {
-          kernels_of<T>().mask(g.row(row), g.ld, m.row(row), m.ld, std::min(first + n - row, kRows), m.cols, a,
-                               result.row(row), result.ld, sum_d, sum_dx);
+        sums[tile / tiles.per_chunk].add([&](GradientSums out) {
+          kernels_of<T>().mask(g.from(row), m.from(row), std::min(first + n - row, kRows), m.cols, a, result.from(row),
+                               out);
         });
       }
     });
@@ -64,9 +65,9 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
     const Matrix<T> result(out, "out");
     const Finalise<T> through(x, mean, p, q, count);
     through.check(g);
-    STD_TORCH_CHECK(result.rows == g.rows && result.cols == g.cols, "out: expected x's shape");
+    check_shape(result, g, "out");
     Tiles(g.rows, 3 * g.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      through.apply(g, first, n, result.row(first), result.ld);
+      through.apply(g, first, n, result.from(first));
     });
   });
 }
@@ -84,7 +85,7 @@ void update_running_statistics(std::vector<Tensor> vectors, std::vector<Tensor> 
   for (size_t i = 0; i < vectors.size(); ++i) {
     const int64_t cols = vectors[i].numel(), start = starts[i / 2];
     STD_TORCH_CHECK(0 <= start && start + cols <= packed, "vectors: expected at most ", packed - start, " values");
-    float* running = const_cast<float*>(vector(vectors[i], cols, "vectors"));
+    float* running = output(vectors[i], cols, "vectors");
     const float *from = batch[i % 2] + start, factor = unbiased[i % 2];
     const float momentum = static_cast<float>(momenta[i / 2]);
     for (int64_t c = 0; c < cols; ++c) {
@@ -112,7 +113,7 @@ void dropout(Tensor x, Tensor mask, double scale) {  // [M, C] each, mask bool
     const uint8_t* kept = static_cast<const uint8_t*>(mask.data_ptr());
     const int64_t ld = mask.stride(0);
     Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      kernels_of<T>().dropout(m.row(first), m.ld, kept + first * ld, ld, n, m.cols, static_cast<float>(scale));
+      kernels_of<T>().dropout(m.from(first), {kept + first * ld, ld}, n, m.cols, static_cast<float>(scale));
     });
   });
 }

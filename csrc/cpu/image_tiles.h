@@ -1,10 +1,17 @@
 // The tiles that the convolution of kernel size 3 works on, and their division into parts that stay in cache.
 //
 // In two dimensions, and in each plane of three, a tile is 2x2 or 2x4 pixels, at the lower and right border perhaps
-// fewer. The
-// tiles of one place in all planes of a volume are a column; an image is a volume of one plane, and a line one whose
-// planes, and tiles, are a pixel each. A part is some columns between two planes: rows, plane by plane, of which the
-// taps of a neighbouring plane read a range.
+// fewer. The tiles of one place in all planes of a volume are a column. An image is a volume of one plane. A line is a
+// volume whose planes, and tiles, are a pixel each. A part is some columns between two planes: rows, plane by plane, of
+// which the taps of a neighbouring plane read a range.
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");
+//   const ImageTiles image({2, 20, 20}, m.rows, 4);        // two images of 20x20 pixels, in tiles of 2x4
+//   const Parts parts(image, 112, 1);                      // of about 112 pixels
+//   Pixels<const float> around(image, true);
+//   const float* const* rows = around.input(m, parts[0]);  // 4x6 rows of m for each tile; null outside
 #pragma once
 
 #include <array>
@@ -39,10 +46,7 @@ struct ImageTiles {
 
   // Tiles of `widest` pixels across where that is faster
   ImageTiles(const std::vector<int64_t>& grid, int64_t rows, int64_t widest) {
-    dims = static_cast<int64_t>(grid.size()) - 1;
-    const int64_t pixels = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
-    STD_TORCH_CHECK(1 <= dims && dims <= 3, "grid: expected one to three spatial sizes");
-    STD_TORCH_CHECK(pixels == rows, "grid: expected the product ", rows, ", got ", pixels);
+    dims = spatial_dims(grid, rows);
     batch = grid[0];
     if (dims != 2) {
       depth = grid[1];

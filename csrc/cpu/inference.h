@@ -1,9 +1,16 @@
 // What the ops of inference share: a normalisation by running statistics.
 //
 //   y = (x - mean) * scale + shift,   scale = weight / sqrt(var + eps)
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");
+//   const Matrix<float> result(out, "out");
+//   const FrozenNorm norm(tensors.data(), 1e-5, m.cols);  // weight, bias, running_mean, running_var
+//   kernels_of<float>().bn_relu(m.from(0), m.rows, m.cols, norm.affine(), result.from(0));  // norm holds the vectors
 #pragma once
 
-#include "shares.h"
+#include "matrices.h"
 
 namespace densenet_fast {
 

@@ -1,6 +1,13 @@
 // The convolution of kernel size 3 along lines, as tiles of one pixel: y = sum over the three taps of g . d, all per
 // pair of channels. Nothing is transformed; a pixel's products with each tap are matrix products over channels, as
 // winograd.h's are.
+//
+// Example:
+//
+//   const TileKernels<float> kernel = line_kernels<float>();  // Kernels<float>::line
+//   kernel.input(around, 0, tiles, 64, &affine, {values, tiles * 64, 64, false});  // values [1, tiles, 64] = relu(y)
+//   // m [1, tiles, 32]: three products of values, one for each tap, added up
+//   kernel.output(m, 32, tiles, 32, nullptr, inside);
 #pragma once
 
 #include "winograd.h"
@@ -27,11 +34,10 @@ void line_input(const T* const* pixels, int64_t offset, int64_t tiles, int64_t c
     return;
   }
   transform_tiles<1>(tiles, cols, out, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
-    const floats<N> shift = load<N>(affine->shift + c);
+    const AffineLanes<N> bn(*affine, c);
     return [=](int64_t t, auto emit) {
       const T* x = pixels[t];
-      emit(0, x ? relu((load<N>(x + offset + c) - mean) * scale + shift) : floats<N>{});
+      emit(0, x ? relu(bn(load<N>(x + offset + c))) : floats<N>{});
     };
   });
 }

@@ -7,6 +7,14 @@
 // construction). a = 3/4 and b = 1/a rounded least of the points tried: what counts is how far the powers of the points
 // are from 1 (Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural
 // Networks", https://arxiv.org/abs/1803.10986). Vectors are `from` and `to` apart.
+//
+// Example:
+//
+//   float d[4] = {1, 2, 3, 4}, g[3] = {1, 0, -1}, v[4], u[4], y[2];
+//   Filtering<2>::input(d, 1, v, 1);
+//   Filtering<2>::filter(g, 1, u, 1);
+//   for (int i = 0; i < 4; ++i) u[i] *= v[i];
+//   Filtering<2>::output(u, 1, y, 1);  // y[i] = d[i] * g[0] + d[i + 1] * g[1] + d[i + 2] * g[2]
 #pragma once
 
 namespace densenet_fast {

@@ -15,14 +15,13 @@ void bn_relu_max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols,
   for (int64_t o = 0; 2 * o < width; ++o, out += cols, argmax += cols) {
     const int first = o > 0 ? 0 : 1, last = 2 * o + 1 < width ? 2 : 1;
     columns(cols, [&]<int N>(int64_t c) {
-      const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-      const floats<N> shift = load<N>(affine.shift + c);
+      const AffineLanes<N> bn(affine, c);
       floats<N> best = floats<N>{} - 1;
       ints<N> position = {};
       for (int64_t line = 0; line < lines.count; ++line) {
         const T* x = lines.data[line] + (2 * o - 1) * ld + c;
         for (int i = first; i <= last; ++i) {
-          const floats<N> a = relu((load<N>(x + i * ld) - mean) * scale + shift);
+          const floats<N> a = relu(bn(load<N>(x + i * ld)));
           const ints<N> better = (a > best) | (a != a);
           best = better ? a : best;
           position = better ? ints<N>{} + (lines.places[line] + i) : position;
@@ -35,8 +34,8 @@ void bn_relu_max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols,
 }
 
 template <typename T>
-void max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, T* out, int64_t out_ld) {
-  for (int64_t o = 0; 2 * o < width; ++o, out += out_ld) {
+void max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, Rows<T> out) {
+  for (int64_t o = 0; 2 * o < width; ++o, out.data += out.ld) {
     const int first = o > 0 ? 0 : 1, last = 2 * o + 1 < width ? 2 : 1;
     columns(cols, [&]<int N>(int64_t c) {
       floats<N> best = {};
@@ -47,14 +46,14 @@ void max(const Lines<T>& lines, int64_t ld, int64_t width, int64_t cols, T* out,
           best = (a > best) | (a != a) ? a : best;
         }
       }
-      store<N>(out + c, best);
+      store<N>(out.data + c, best);
     });
   }
 }
 
 template <typename T>
-void mask_max(const Readers<T>& readers, int64_t grad_ld, const T* x, int64_t ld, int64_t width, int64_t cols,
-              Affine affine, T* out, float* sum_d, float* sum_dx) {
+void mask_max(const Readers<T>& readers, int64_t grad_ld, Rows<const T> x, int64_t width, int64_t cols, Affine affine,
+              T* out, GradientSums sums) {
   for (int64_t o = 0; 2 * o < width; ++o) {
     const bool pair = 2 * o + 1 < width, next = 2 * o + 2 < width;
     columns(cols, [&]<int N>(int64_t c) {
@@ -69,33 +68,31 @@ void mask_max(const Readers<T>& readers, int64_t grad_ld, const T* x, int64_t ld
         odd += share(line, o, 2);
         if (next) odd += share(line, o + 1, 0);
       }
-      const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-      const floats<N> shift = load<N>(affine.shift + c);
-      floats<N> total_d = load<N>(sum_d + c), total_dx = load<N>(sum_dx + c);
+      const AffineLanes<N> bn(affine, c);
+      floats<N> total_d = load<N>(sums.d + c), total_dx = load<N>(sums.dx + c);
       auto pixel = [&](int64_t u, floats<N> grad) {
-        const floats<N> centred = load<N>(x + u * ld + c) - mean;
-        const floats<N> d = centred * scale + shift <= 0 ? floats<N>{} : grad;
+        const floats<N> centred = load<N>(x.data + u * x.ld + c) - bn.mean;
+        const floats<N> d = centred * bn.scale + bn.shift <= 0 ? floats<N>{} : grad;
         total_d += d;
         total_dx += d * centred;
-        store<N>(out + u * cols + c, scale * d);
+        store<N>(out + u * cols + c, bn.scale * d);
       };
       pixel(2 * o, even);
       if (pair) pixel(2 * o + 1, odd);
-      store<N>(sum_d + c, total_d);
-      store<N>(sum_dx + c, total_dx);
+      store<N>(sums.d + c, total_d);
+      store<N>(sums.dx + c, total_dx);
     });
   }
 }
 
 template <typename T>
-void bn_relu_total(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine, float* total) {
+void bn_relu_total(Rows<const T> x, int64_t rows, int64_t cols, Affine affine, float* total) {
   columns(cols, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-    const floats<N> shift = load<N>(affine.shift + c);
+    const AffineLanes<N> bn(affine, c);
     floats<N> sum = load<N>(total + c);
     parts(rows, [&](int64_t first, int64_t count) {
       floats<N> part = {};
-      for (int64_t r = first; r < first + count; ++r) part += relu((load<N>(x + r * ld + c) - mean) * scale + shift);
+      for (int64_t r = first; r < first + count; ++r) part += relu(bn(load<N>(x.data + r * x.ld + c)));
       sum += part;
     });
     store<N>(total + c, sum);
@@ -103,24 +100,24 @@ void bn_relu_total(const T* x, int64_t ld, int64_t rows, int64_t cols, Affine af
 }
 
 template <typename T>
-void mask_average(const T* grad, float factor, const T* x, int64_t ld, int64_t rows, int64_t cols, Affine affine,
-                  T* out, float* sum_d, float* sum_dx) {
+void mask_average(const T* grad, float factor, Rows<const T> x, int64_t rows, int64_t cols, Affine affine, T* out,
+                  GradientSums sums) {
   columns(cols, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-    const floats<N> shift = load<N>(affine.shift + c), share = factor * load<N>(grad + c);
-    MaskSums<N> sums;
+    const AffineLanes<N> bn(affine, c);
+    const floats<N> share = factor * load<N>(grad + c);
+    MaskSums<N> own;
     parts(rows, [&](int64_t first, int64_t count) {
       MaskSums<N> part;
       for (int64_t r = first; r < first + count; ++r) {
-        const floats<N> centred = load<N>(x + r * ld + c) - mean;
-        const ints<N> masked = centred * scale + shift <= 0;
+        const floats<N> centred = load<N>(x.data + r * x.ld + c) - bn.mean;
+        const ints<N> masked = centred * bn.scale + bn.shift <= 0;
         part.d += masked ? floats<N>{} : floats<N>{} + 1;
         part.dx += masked ? floats<N>{} : centred;
-        store<N>(out + r * cols + c, masked ? floats<N>{} : scale * share);
+        store<N>(out + r * cols + c, masked ? floats<N>{} : bn.scale * share);
       }
-      sums.add({share * part.d, share * part.dx});
+      own.add({share * part.d, share * part.dx});
     });
-    sums.add_to(sum_d + c, sum_dx + c);
+    own.add_to(sums, c);
   });
 }
 

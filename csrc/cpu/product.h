@@ -1,5 +1,10 @@
 // The product of a row tile with a panel of at most 32 columns: registers hold a block of the result, and each step
 // adds one outer product to it. A step sums over one float, or over two bf16 in one 32-bit word, always into floats.
+//
+// Example:
+//
+//   // out [28, 32] = a [28, 64] * b [64, 32] in float32, all contiguous; a and b as words
+//   product<float>({a, 64, 1}, {b, 0, 32}, 28, 32, 64, out, 32, false);
 #pragma once
 
 #include "transpose.h"
@@ -145,25 +150,6 @@ void product<bf16>(Operand a, Operand b, int64_t rows, int64_t cols, int64_t ste
 
 constexpr int64_t kPackAhead = 512;  // bytes
 
-// the words k of columns j of a panel [depth, width], for k from `first` and j from `column`
-template <typename T>
-inline void pack_words(const T* values, int64_t depth_stride, int64_t col_stride, int64_t first, int64_t depth,
-                       int64_t column, int64_t cols, int64_t width, uint32_t* out) {
-  constexpr int64_t per_word = 4 / sizeof(T);
-  for (int64_t k = first; k * per_word < depth; ++k) {
-    const T* low = values + k * per_word * depth_stride;
-    for (int64_t j = column; j < cols; ++j) {
-      const T* value = low + j * col_stride;
-      if constexpr (per_word == 1) {
-        out[k * width + j] = same_bits<uint32_t>(*value);
-      } else {
-        const uint32_t high = k * per_word + 1 < depth ? value[depth_stride].bits : 0;
-        out[k * width + j] = value->bits | high << 16;
-      }
-    }
-  }
-}
-
 // word(k, j) = value k, or the pair 2k and 2k + 1, of column j; zero past the last value and up to `width` columns
 template <typename T>
 void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
@@ -171,6 +157,21 @@ void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t dep
   constexpr int64_t per_word = 4 / sizeof(T);
   const int64_t steps = (depth + per_word - 1) / per_word;
   int64_t done = 0, side = 0;  // words and columns that are transposed in squares
+  // the words of columns from `column` and of values up to `end`, from word `first`
+  const auto pack_words = [&](int64_t stride, int64_t first, int64_t end, int64_t column) {
+    for (int64_t k = first; k * per_word < end; ++k) {
+      const T* low = values + k * per_word * stride;
+      for (int64_t j = column; j < cols; ++j) {
+        const T* value = low + j * col_stride;
+        if constexpr (per_word == 1) {
+          out[k * width + j] = same_bits<uint32_t>(*value);
+        } else {
+          const uint32_t high = k * per_word + 1 < end ? value[stride].bits : 0;
+          out[k * width + j] = value->bits | high << 16;
+        }
+      }
+    }
+  };
   if (depth_stride == 1) {
     done = depth / per_word / kLanes * kLanes;
     side = cols / kLanes * kLanes;
@@ -186,9 +187,9 @@ void pack(const T* values, int64_t depth_stride, int64_t col_stride, int64_t dep
         for (int i = 0; i < kLanes; ++i) store_bits(out + (k + i) * width + j, square[i]);
       }
     }
-    pack_words(values, 1, col_stride, 0, done * per_word, side, cols, width, out);
+    pack_words(1, 0, done * per_word, side);
   }
-  pack_words(values, depth_stride, col_stride, done, depth, 0, cols, width, out);
+  pack_words(depth_stride, done, depth, 0);
   for (int64_t k = 0; k < steps; ++k) {
     for (int64_t j = cols; j < width; ++j) out[k * width + j] = 0;
   }

@@ -1,8 +1,19 @@
 // A normalised matrix times a weight, row tile by row tile, and the backward pass: shared by the convolutions of one
 // pixel and the transitions, which differ in what they do to a tile before (or, backward, after) its product.
+//
+// Example:
+//
+//   const Matrix<const float> m(x, "x");    // [M, C]
+//   const Matrix<float> result(out, "out");  // [M, B] = relu(y) @ weight^T
+//   const Affine bn = affine(mean, scale, shift, m.cols);
+//   multiply<float>(Weight<float>(weight), nullptr, nullptr, result, product_tiles(m.rows), nullptr, false,
+//                   [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<float> a, float*) {
+//                     kernels_of<float>().bn_relu(m.from(row, c), rows, cols, bn.from(c), a);
+//                   });
 #pragma once
 
-#include "tiles.h"
+#include "panels.h"
+#include "statistics.h"
 
 namespace densenet_fast {
 
@@ -60,6 +71,10 @@ struct Weight {
     }
   }
 
+  Weight(const Tensor& t, int64_t columns) : Weight(t) {
+    STD_TORCH_CHECK(cols == columns, "weight: expected ", columns, " columns, got ", cols);
+  }
+
   // The panels whose columns are this one's rows, and the depth its columns; or, transposed, the other way round
   void pack(const Panels& panels, bool transposed) const {
     panels.each([&](int64_t p) { pack_panel(panels, p, 32 * p, transposed); });
@@ -73,7 +88,8 @@ struct Weight {
     int64_t part_ld = ld;
     const auto rounded = scratch<T>(own ? 0 : part_rows * part_cols);
     if (!own) {
-      kernels_of<T>().store_rows(wide + first, ld, part_rows, part_cols, nullptr, nullptr, rounded.get(), part_cols);
+      kernels_of<T>().store_rows({wide + first, ld}, part_rows, part_cols, nullptr, nullptr,
+                                 {rounded.get(), part_cols});
       part = rounded.get();
       part_ld = part_cols;
     }
@@ -82,41 +98,60 @@ struct Weight {
   }
 };
 
-// out = a @ weight^T + bias for weight [B, C], `then` normalised and rectified unless null, with the statistics of out
-// unless null; normalise(row, rows, column, columns, values, rest, ld) writes that part of a, and to `rest` what its
-// rounding loses, which is multiplied too: null unless `exact`
+// What a thread multiplies a tile of `rows` rows in: as many as kDepthSteps of a's words at a time, what their rounding
+// loses, and the products
+template <typename T>
+struct TileProduct {
+  int64_t words;  // from row to row of a
+  std::unique_ptr<T[], decltype(&std::free)> a, rest;
+  std::unique_ptr<float[], decltype(&std::free)> sums;
+
+  // with as many as `cols` columns, a multiple of 16; `rest` if `exact`
+  TileProduct(int64_t rows, int64_t steps, int64_t cols, bool exact)
+      : words(std::min(steps, kDepthSteps) + kSkew),
+        a(scratch<T>(rows * words * kPerWord<T>)),
+        rest(scratch<T>(exact ? rows * words * kPerWord<T> : 0)),
+        sums(scratch<float>(rows * cols)) {}
+
+  // sums [rows, weights.padded()] = a @ weights for `depth` columns of a, rows `first`, ...: normalise as in multiply
+  template <typename Normalise>
+  void multiply(const Panels& weights, int64_t depth, int64_t first, int64_t rows, bool exact, Normalise normalise) {
+    const int64_t ld = words * kPerWord<T>;
+    for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
+      const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
+      const int64_t cols = std::min(depth - c, steps * kPerWord<T>);
+      normalise(first, rows, c, cols, Rows<T>{a.get(), ld}, exact ? rest.get() : nullptr);
+      for (int64_t r = 0; cols < steps * kPerWord<T> && r < rows; ++r) {
+        a[r * ld + cols] = T{};
+        if (exact) rest[r * ld + cols] = T{};
+      }
+      for (int64_t p = 0; p < weights.count; ++p) {
+        const Operand panel = {weights.panel(p) + step * weights.width(p), 0, weights.width(p)};
+        const auto add = [&](const T* left, bool accumulate) {
+          kernels_of<T>().product({as_words(left), words, 1}, panel, rows, weights.width(p), steps, sums.get() + 32 * p,
+                                  weights.padded(), accumulate);
+        };
+        add(a.get(), step > 0);
+        if (exact) add(rest.get(), true);
+      }
+    }
+  }
+};
+
+// out = a @ weight^T + bias [B] for weight [B, C], `then` normalised and rectified unless null, with the statistics of
+// out unless null; normalise(row, rows, column, columns, values, rest) writes that part of a, and to `rest`, with the
+// same ld, what its rounding loses, which is multiplied too: null unless `exact`
 template <typename T, typename Normalise>
 void multiply(const Weight<T>& weight, const float* bias, const Affine* then, const Matrix<T>& out, const Tiles& tiles,
               TileStatistics* statistics, bool exact, Normalise normalise) {
-  const Kernels<T>& kernel = kernels_of<T>();
   const Panels weights(weight.rows, steps_of<T>(weight.cols));
   weight.pack(weights, false);
   tiles.share([&](auto each) {
-    const int64_t a_words = std::min(weights.steps, kDepthSteps) + kSkew, a_ld = a_words * kPerWord<T>;
-    const int64_t product_ld = weights.padded();
-    const auto a = scratch<T>(tiles.largest() * a_ld), rest = scratch<T>(exact ? tiles.largest() * a_ld : 0);
-    const auto product = scratch<float>(tiles.largest() * product_ld);
+    TileProduct<T> product(tiles.largest(), weights.steps, weights.padded(), exact);
     each([&](int64_t tile, int64_t first, int64_t n) {
-      for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
-        const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
-        const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
-        normalise(first, n, c, cols, a.get(), exact ? rest.get() : nullptr, a_ld);
-        for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) {
-          a[r * a_ld + cols] = T{};
-          if (exact) rest[r * a_ld + cols] = T{};
-        }
-        for (int64_t p = 0; p < weights.count; ++p) {
-          const Operand panel = {weights.panel(p) + step * weights.width(p), 0, weights.width(p)};
-          kernel.product({as_words(a.get()), a_words, 1}, panel, n, weights.width(p), steps, product.get() + 32 * p,
-                         product_ld, step > 0);
-          if (exact) {
-            kernel.product({as_words(rest.get()), a_words, 1}, panel, n, weights.width(p), steps,
-                           product.get() + 32 * p, product_ld, true);
-          }
-        }
-      }
-      kernel.store_rows(product.get(), product_ld, n, out.cols, bias, then, out.row(first), out.ld);
-      if (statistics) statistics->add(tile, out.row(first), out.ld, n);
+      product.multiply(weights, weight.cols, first, n, exact, normalise);
+      kernels_of<T>().store_rows({product.sums.get(), weights.padded()}, n, out.cols, bias, then, out.from(first));
+      if (statistics) statistics->add<T>(tile, out.readonly().from(first), n);
     });
   });
 }
@@ -143,8 +178,8 @@ inline void from_panels(const std::vector<Accumulator>& parts, const Panels& pan
 }
 
 // The gradient of weight, float32 [B, C], from that of the product, and the sums over the rows [2, C] of what mask
-// makes of the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or null, a as a panel or
-// null, width of both, sum_d, sum_dx)
+// makes of the gradient of a; each unless null. mask(row, rows, column, columns, grad of a or nothing, a as a panel or
+// nothing, sums)
 template <typename T, typename Mask>
 void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weight, float* grad_weight, float* sums,
                        Mask mask) {
@@ -182,7 +217,7 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
       int64_t tile_ld = grad.ld;
       if (copied) {
         if (gradient.finalise) {
-          gradient.finalise->apply(grad, first, n, complete.get(), ld);
+          gradient.finalise->apply(grad, first, n, {complete.get(), ld});
         } else {
           for (int64_t r = 0; r < n; ++r) std::copy_n(grad.row(first + r), grad.cols, complete.get() + r * ld);
         }
@@ -197,12 +232,13 @@ void multiply_backward(const ProductGradient<T>& gradient, const Weight<T>& weig
         transposed =
             factor.of(paired ? by_column.get() : left.words, paired ? grad.cols : tile_ld, grad.cols, steps_of<T>(n));
       }
-      sums_parts[share].add([&](float* sum_d, float* sum_dx) {
+      sums_parts[share].add([&](GradientSums own) {
         for (int64_t p = begin; p < end; ++p) {
           const int64_t c = 32 * p, width = weights.width(p);
           if (need_a) kernel.product(left, weights.operand(p), n, width, depth, grad_a.get(), width, false);
-          mask(first, n, c, weights.valid(p), need_a ? grad_a.get() : nullptr, need_weight ? a.get() : nullptr, width,
-               sum_d + c - first_column, sum_dx + c - first_column);
+          mask(first, n, c, weights.valid(p), Rows<const float>{need_a ? grad_a.get() : nullptr, width},
+               PanelRows{need_weight ? a.get() : nullptr, width},
+               GradientSums{own.d + c - first_column, own.dx + c - first_column});
           if (need_weight) {
             kernel.product(transposed, {a.get(), 0, width}, grad.cols, width, steps_of<T>(n),
                            direct ? grad_weight + c : weight_parts[chunk].values.get() + c * grad.cols,

@@ -1,4 +1,12 @@
 // Small products: with few rows, no two threads prepare the same columns of the right factor.
+//
+// Example:
+//
+//   const Shares shares(49, kTileRows, 128, kPackCost);  // a product [49, 128]: 49 rows, few
+//   shares.run([&](int64_t share, int64_t column, auto each) {
+//     // here a thread prepares its columns, shares.columns of them from `column` on
+//     each([&](int64_t first, int64_t rows, int64_t) { /* and here it multiplies rows with them */ });
+//   });
 #pragma once
 
 #include "products.h"
@@ -62,56 +70,30 @@ struct Shares {
 // What a share of a product with a weight works in, for weights of at most `rows` by `cols`
 template <typename T>
 struct ProductScratch {
-  static constexpr int64_t kLd = (kDepthSteps + kSkew) * kPerWord<T>;
-  std::unique_ptr<T[], decltype(&std::free)> a, rest;
-  std::unique_ptr<float[], decltype(&std::free)> product;
+  TileProduct<T> product;
   Panels weights;
 
   ProductScratch(int64_t tile, int64_t rows, int64_t cols, bool exact)
-      : a(scratch<T>(tile * kLd)),
-        rest(scratch<T>(exact ? tile * kLd : 0)),
-        product(scratch<float>(tile * round_up(rows, 16))),
-        weights(rows, steps_of<T>(cols)) {}
+      : product(tile, steps_of<T>(cols), round_up(rows, 16), exact), weights(rows, steps_of<T>(cols)) {}
 };
 
-// out = a @ weight^T + bias for weight [B, C], without the bias if that is null, `then` normalised and rectified unless
-// null; scratch_of(share) is the scratch of a share. Else as multiply.
+// out = a @ weight^T + bias [B] for weight [B, C], without the bias if that is null, `then` normalised and rectified
+// unless null; scratch_of(share) is the scratch of a share. Else as multiply.
 template <typename T, typename ScratchOf, typename Normalise>
 void multiply_in_shares(const Shares& shares, const Weight<T>& weight, const float* bias, const Affine* then,
                         const Matrix<T>& out, bool exact, ScratchOf scratch_of, Normalise normalise) {
-  constexpr int64_t ld = ProductScratch<T>::kLd;
   shares.run([&](int64_t share, int64_t column, auto each) {
     ProductScratch<T>& own = scratch_of(share);
-    T *a = own.a.get(), *rest = exact ? own.rest.get() : nullptr;
     Panels& weights = own.weights;
     weights.reshape(std::min(shares.columns, weight.rows - column), steps_of<T>(weight.cols));
-    const int64_t product_ld = weights.padded();
     const Affine behind = then ? then->from(column) : Affine{};
     bool packed = false;
     each([&](int64_t row, int64_t n, int64_t) {
       for (int64_t p = 0; !packed && p < weights.count; ++p) weight.pack_panel(weights, p, column + 32 * p, false);
       packed = true;
-      for (int64_t step = 0; step < weights.steps; step += kDepthSteps) {
-        const int64_t steps = std::min(weights.steps - step, kDepthSteps), c = step * kPerWord<T>;
-        const int64_t cols = std::min(weight.cols - c, steps * kPerWord<T>);
-        normalise(row, n, c, cols, a, rest, ld);
-        for (int64_t r = 0; cols < steps * kPerWord<T> && r < n; ++r) {
-          a[r * ld + cols] = T{};
-          if (exact) rest[r * ld + cols] = T{};
-        }
-        for (int64_t p = 0; p < weights.count; ++p) {
-          const Operand panel = {weights.panel(p) + step * weights.width(p), 0, weights.width(p)};
-          float* to = own.product.get() + 32 * p;
-          kernels_of<T>().product({as_words(a), ld / kPerWord<T>, 1}, panel, n, weights.width(p), steps, to, product_ld,
-                                  step > 0);
-          if (exact) {
-            kernels_of<T>().product({as_words(rest), ld / kPerWord<T>, 1}, panel, n, weights.width(p), steps, to,
-                                    product_ld, true);
-          }
-        }
-      }
-      kernels_of<T>().store_rows(own.product.get(), product_ld, n, weights.cols, bias ? bias + column : nullptr,
-                                 then ? &behind : nullptr, out.row(row) + column, out.ld);
+      own.product.multiply(weights, weight.cols, row, n, exact, normalise);
+      kernels_of<T>().store_rows({own.product.sums.get(), weights.padded()}, n, weights.cols,
+                                 bias ? bias + column : nullptr, then ? &behind : nullptr, out.from(row, column));
     });
   });
 }

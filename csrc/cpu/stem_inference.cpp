@@ -129,8 +129,8 @@ void stem_inference(Tensor images, Tensor weight, std::vector<Tensor> tensors, d
           kernels_of<T>().product({as_words(patches.get()), words, 1}, weights.operand(p), in.conv_width,
                                   weights.width(p), steps, product.get() + 32 * p, product_ld, false);
         }
-        kernels_of<T>().store_rows(product.get(), product_ld, in.conv_width, made, nullptr, &then,
-                                   lines.line(n * in.conv_height + y), made);
+        kernels_of<T>().store_rows({product.get(), product_ld}, in.conv_width, made, nullptr, &then,
+                                   {lines.line(n * in.conv_height + y), made});
       };
       each([&](int64_t, int64_t first, int64_t count) {
         for (int64_t output = first; output < first + count; ++output) {
@@ -144,7 +144,7 @@ void stem_inference(Tensor images, Tensor weight, std::vector<Tensor> tensors, d
           }
           lines.first = top + begin;
           lines.end = top + end;
-          pool_kernels_of<T>().max(window, made, in.conv_width, made, result.row(output * in.pooled_width), result.ld);
+          pool_kernels_of<T>().max(window, made, in.conv_width, made, result.from(output * in.pooled_width));
         }
       });
     });

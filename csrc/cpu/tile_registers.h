@@ -1,6 +1,21 @@
 // The tile registers of AMX (Intel's Software Developer's Manual, volume 1, chapter 18): eight, each of as many as 16
 // rows of 64 bytes, in the shape that a thread configures. Inline assembly, since the compilers' intrinsics do not say
 // that they read memory.
+//
+// Example:
+//
+//   TileShapes shapes;  // three registers of 16 rows of 64 bytes
+//   for (int i = 0; i < 3; ++i) {
+//     shapes.rows[i] = 16;
+//     shapes.row_bytes[i] = 64;
+//   }
+//   tile_configure(shapes);
+//   tile_zero<0>();
+//   tile_load<1>(a, 64);
+//   tile_load<2>(b, 64);
+//   tile_multiply<0, 1, 2>();
+//   tile_store<0>(out, 64);  // out [16, 16] = a [16, 32] * b [32, 16]
+//   tile_release();
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,10 @@
 // The transposition of a square of vectors, for the sources that are compiled once per instruction set.
+//
+// Example:
+//
+//   floats<kLanes> rows[kLanes];
+//   for (int i = 0; i < kLanes; ++i) rows[i] = load<kLanes>(x + i * ld);
+//   transpose_square(rows);  // rows[j] = x[j], x[ld + j], x[2 * ld + j], ...
 #pragma once
 
 #include "vectors.h"

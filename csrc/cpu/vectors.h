@@ -1,6 +1,11 @@
 // Vectors of floats, and loads and stores between them and float32 or bfloat16, for the sources that are compiled once
 // per instruction set. Such a source includes no header with inline code of others: it would be compiled for this
 // instruction set and might run on a processor without it.
+//
+// Example:
+//
+//   // out [100] = relu(x): a register at a time, and the rest by eight, four and one
+//   columns(100, [&]<int N>(int64_t c) { store<N>(out + c, relu(load<N>(x + c))); });
 #pragma once
 
 #if defined(__AVX2__)
@@ -239,6 +244,17 @@ struct Moments<N> {
   }
 };
 
+// N columns' affine, y = (x - mean) * scale + shift
+template <int N>
+struct AffineLanes {
+  floats<N> mean, scale, shift;
+
+  AffineLanes(const Affine& affine, int64_t c)
+      : mean(load<N>(affine.mean + c)), scale(load<N>(affine.scale + c)), shift(load<N>(affine.shift + c)) {}
+
+  floats<N> operator()(floats<N> x) const { return (x - mean) * scale + shift; }
+};
+
 // f(first row, rows) for the parts of a tile that are summed by themselves, so that rounding does not grow with its
 // rows
 template <typename F>
@@ -260,9 +276,9 @@ struct MaskSums {
     d += part.d;
     dx += part.dx;
   }
-  void add_to(float* sum_d, float* sum_dx) const {
-    store<N>(sum_d, load<N>(sum_d) + d);
-    store<N>(sum_dx, load<N>(sum_dx) + dx);
+  void add_to(GradientSums sums, int64_t c) const {
+    store<N>(sums.d + c, load<N>(sums.d + c) + d);
+    store<N>(sums.dx + c, load<N>(sums.dx + c) + dx);
   }
 };
 

@@ -7,6 +7,13 @@
 //
 // and dd is y for dy as the input, with g turned by 180 degrees; the matrices at the right are those of F(W, 3). The
 // products are summed over channels (for dg, over tiles) as matrix products, one for each position.
+//
+// Example:
+//
+//   const TileKernels<float> kernel = winograd_kernels<4, float>();  // tiles of 2x4 pixels: Kernels<float>::wide
+//   kernel.input(around, 0, tiles, 64, &affine, {values, tiles * 64, 64, false});  // values [24, tiles, 64]
+//   // m [24, tiles, 32]: 24 products of values with transformed filters
+//   kernel.output(m, 32, tiles, 32, nullptr, inside);  // to the pixels of the tiles
 #pragma once
 
 #include "minimal_filtering.h"
@@ -24,7 +31,7 @@ struct Shape {
 };
 
 template <typename V, int COUNT>
-struct Lines {
+struct VectorArray {
   V v[COUNT];
 };
 
@@ -65,8 +72,8 @@ template <int W, typename T, typename To, typename F>
 inline void input_tiles(const T* const* pixels, int64_t tiles, int64_t cols, TransformedTiles<To> out, F pixel) {
   constexpr int kAcross = Shape<W>::kAcross, kValues = Shape<W>::kValues;
   transform_tiles<kValues>(tiles, cols, out, [&]<int N>(int64_t c) {
-    return [=, load_pixel = pixel.template operator()<N>(c), line = Lines<floats<N>, kValues>()](int64_t t,
-                                                                                                 auto emit) mutable {
+    return [=, load_pixel = pixel.template operator()<N>(c), line = VectorArray<floats<N>, kValues>()](
+               int64_t t, auto emit) mutable {
       const T* const* tile = pixels + kValues * t;
       const bool right_of_the_last = t > 0 && tile[kAcross + 1] == tile[kAcross + W + 1 - kValues];
       const auto down = [&](int j) {
@@ -105,11 +112,8 @@ void winograd_input(const T* const* pixels, int64_t offset, int64_t tiles, int64
     return;
   }
   input_tiles<W>(pixels, tiles, cols, out, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine->mean + c), scale = load<N>(affine->scale + c);
-    const floats<N> shift = load<N>(affine->shift + c);
-    return [=](const T* pixel) {
-      return pixel ? relu((load<N>(pixel + offset + c) - mean) * scale + shift) : floats<N>{};
-    };
+    const AffineLanes<N> bn(*affine, c);
+    return [=](const T* pixel) { return pixel ? relu(bn(load<N>(pixel + offset + c))) : floats<N>{}; };
   });
 }
 
@@ -167,32 +171,32 @@ void tile_output(const float* m, int64_t ld, int64_t tiles, int64_t cols, const 
 }
 
 template <typename T, typename Tile>
-void tile_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, const T* const* x, int64_t offset,
-                         Affine affine, const T* const* source, T* const* out, float* sum_d, float* sum_dx) {
+void tile_input_gradient(const float* m, int64_t ld, int64_t tiles, int64_t cols, GradientPixels<T> pixels,
+                         Affine affine, GradientSums sums) {
   constexpr int kPixels = Tile::kPixels, kPart = 16 / kPixels;
   columns(cols, [&]<int N>(int64_t c) {
-    const floats<N> mean = load<N>(affine.mean + c), scale = load<N>(affine.scale + c);
-    const floats<N> shift = load<N>(affine.shift + c);
-    MaskSums<N> sums, part;
+    const AffineLanes<N> bn(affine, c);
+    const int64_t from = pixels.offset + c;
+    MaskSums<N> own, part;
     for (int64_t t = 0; t < tiles; ++t) {
       if (t % kPart == 0) {
-        sums.add(part);
+        own.add(part);
         part = {};
       }
       floats<N> d[kPixels];
       Tile::template output<N>(m + t * ld + c, tiles * ld, d);
       for (int i = 0; i < kPixels; ++i) {
         const int64_t pixel = kPixels * t + i;
-        if (!out[pixel]) continue;
-        const floats<N> centred = load<N>(x[pixel] + offset + c) - mean;
-        const floats<N> masked = centred * scale + shift <= 0 ? floats<N>{} : d[i];
+        if (!pixels.out[pixel]) continue;
+        const floats<N> centred = load<N>(pixels.x[pixel] + from) - bn.mean;
+        const floats<N> masked = centred * bn.scale + bn.shift <= 0 ? floats<N>{} : d[i];
         part.add(masked, centred);
-        const floats<N> before = source ? load<N>(source[pixel] + offset + c) : floats<N>{};
-        store<N>(out[pixel] + offset + c, before + scale * masked);
+        const floats<N> before = pixels.source ? load<N>(pixels.source[pixel] + from) : floats<N>{};
+        store<N>(pixels.out[pixel] + from, before + bn.scale * masked);
       }
     }
-    sums.add(part);
-    sums.add_to(sum_d + c, sum_dx + c);
+    own.add(part);
+    own.add_to(sums, c);
   });
 }
 

@@ -39,7 +39,7 @@ struct Conv3x3GradInput {
   Affine affine;
   const void* weight;  // [k, 3, 3, B]
   Matrix scaled;       // [M, B]
-  float* partials;
+  float* partials;     // [blocks, 2, B]
   Pixels pixels;
   int blocks;
   bool aligned, grad_aligned;  // whether rows of Z and W2, and of dY, start at multiples of 16 bytes
@@ -58,7 +58,7 @@ constexpr int kMostGradColumns = 48;
 struct Conv3x3GradWeight {
   Matrix grad, z;  // dY [M, k], [M, B]
   Affine affine;
-  float* partials;
+  float* partials;     // [ranges, k, 3, 3, B]
   Matrix dz;           // [M, B], or its data is null
   const float *p, *q;  // [B]
   double count;

@@ -12,14 +12,14 @@ namespace densenet_fast::cuda {
 
 enum class Type : uint8_t { f32, f64, f16, bf16 };
 
-struct Matrix {  // [rows, cols]
-  void* data;
+struct Matrix {
+  void* data;  // [rows, cols]
   int64_t rows, cols, ld;
 };
 
 // Rows of up to four dimensions, the first one slowest, whose columns are `column` elements apart
 struct Strided {
-  void* data;
+  void* data;  // [sizes[0], ..., columns]
   int dims;
   int64_t sizes[4], strides[4], column;
 };
@@ -27,15 +27,15 @@ struct Strided {
 // y = (x - mean) * scale + bias with scale = weight * rstd, [cols] each; mean and rstd of the accumulation type, bias
 // and weight too unless they are narrow, of the matrix's
 struct Affine {
-  const void *mean, *rstd, *bias, *weight;  // without a weight, scale = rstd
+  const void *mean, *rstd, *bias, *weight;  // [cols] each; without a weight, scale = rstd
   bool narrow_bias, narrow_weight;
 };
 
 // Where the gradients through one normalisation go; null: not asked for
 struct Reader {
   const void *p_before, *q_before;  // [cols] of the accumulation type; null: zero; may be p and q
-  void *p, *q;
-  void *weight, *bias;
+  void *p, *q;                      // [cols], of the accumulation type
+  void *weight, *bias;              // [cols]
   Type weight_type, bias_type;
 };
 
@@ -82,7 +82,7 @@ struct Append {
   Strided mask;  // of bytes; without data, nothing is dropped
   double keep_scale;
   Matrix out;      // its data may be null
-  void* partials;  // or null
+  void* partials;  // [tiles, 2, cols], or null
   Tiling tiling;
   int width;
   bool transposed;  // the source's rows, not its columns, are adjacent
@@ -91,8 +91,8 @@ const char* append(const Append& p, Type type, void* stream);
 
 // mean, biased variance and rstd = 1 / sqrt(var + eps) [cols] of all tiles
 struct CombineStatistics {
-  const void* partials;
-  void *mean, *var, *rstd;
+  const void* partials;     // [tiles, 2, cols]
+  void *mean, *var, *rstd;  // [cols]
   double eps;
   int64_t rows, cols;
   Tiling tiling;
@@ -116,7 +116,7 @@ const char* finalise(const Finalise& p, Type type, void* stream);
 // weight = rstd * sum D * (x - mean), bias = sum D
 struct CombineSums {
   const void* partials;  // [tiles, 2, cols]
-  void *sum_d, *sum_dx;  // or null
+  void *sum_d, *sum_dx;  // [cols], or null
   Affine affine;
   Reader reader;
   int64_t tiles, cols;
@@ -127,10 +127,10 @@ const char* combine_sums(const CombineSums& p, Type type, void* stream);
 // and centred second moment of each tile of what was stored
 struct MaxPool {
   Matrix x, out;
-  uint8_t* argmax;
+  uint8_t* argmax;  // [out.rows, cols]
   Affine affine;
   Pooling pooling;
-  void* partials;  // or null
+  void* partials;  // [tiles, 2, cols], or null
   Tiling tiling;
   int width;
 };
@@ -140,11 +140,11 @@ const char* bn_relu_maxpool(const MaxPool& p, Type type, void* stream);
 // out = scale * D, partials [tiles, 2, cols] = sum D, sum D * (x - mean)
 struct PoolBackward {
   Matrix grad, x, out;
-  const uint8_t* argmax;  // or null, for the mean over an image
+  const uint8_t* argmax;  // [grad.rows, cols], or null, for the mean over an image
   Affine affine;
   Pooling pooling;
   int64_t pixels;
-  void* partials;
+  void* partials;  // [tiles, 2, cols]
   Tiling tiling;
   int width;
 };
@@ -166,8 +166,8 @@ enum class Making : uint8_t { copy, rstd, zero };
 // target = source, target = 1 / sqrt(source + eps) or target = 0, of k * columns * taps elements. The target is dense,
 // of rows [taps, columns] if it is channels last, else [columns, taps].
 struct Job {
-  const void* source;
-  void* target;
+  const void* source;  // [k, columns, taps], of any strides
+  void* target;        // [k, taps, columns] or [k, columns, taps]
   double eps;
   int32_t k, columns;
   int32_t strides[5];  // the source's: of k, columns and the taps
@@ -185,7 +185,7 @@ const char* prepare(const Prepare& p, int count, void* stream);
 
 // The running statistics [cols] of one normalisation
 struct Running {
-  void *mean, *var;
+  void *mean, *var;  // [cols]
   int64_t* batches;  // [] or null
   double momentum;   // NaN: 1 / batches
   int32_t start, cols;
@@ -194,7 +194,7 @@ struct Running {
 };
 // The statistics of a batch, of the accumulation type
 struct Batch {
-  const void *mean, *var;
+  const void *mean, *var;      // [cols] of all that it normalised, one behind another
   const double* count_tensor;  // rows, on the device; or null:
   double count;
 };

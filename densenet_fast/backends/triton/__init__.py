@@ -75,12 +75,12 @@ class Triton(Aten):
             return False
         return device.type != "cuda" or nvidia.serves(device, MINIMUM_CAPABILITY)
 
-    bn_relu_conv1x1 = Launched("conv1x1")
-    bn_relu_conv1x1_backward = Launched("conv1x1")
-    bn_relu_conv3x3 = Launched("conv3x3")
-    bn_relu_conv3x3_backward = Launched("conv3x3")
-    bn_relu_pool_conv1x1 = Launched("transition")
-    bn_relu_pool_conv1x1_backward = Launched("transition")
+    bn_relu_conv1x1 = Launched("bn_relu_conv1x1")
+    bn_relu_conv1x1_backward = Launched("bn_relu_conv1x1")
+    bn_relu_conv3x3 = Launched("bn_relu_conv3x3")
+    bn_relu_conv3x3_backward = Launched("bn_relu_conv3x3")
+    bn_relu_pool_conv1x1 = Launched("bn_relu_pool_conv1x1")
+    bn_relu_pool_conv1x1_backward = Launched("bn_relu_pool_conv1x1")
 
 
 triton = Triton()

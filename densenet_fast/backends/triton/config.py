@@ -1,10 +1,10 @@
 """The launch configurations, one table: per kernel, device generation, precision and width of the result.
 
 The rows of generation 90 in half precision for up to 128 columns were measured on an H200 (tiles.jsonl of two runs
-in benchmarks/results/nvidia_h200; since then bn_relu_conv1x1_backward has come to copy all that it reads ahead); the
-others are reasoned from registers, shared memory and the instructions that the compiler makes of them.
-``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this table. Nothing is tuned
-during training: a kernel that adds to its output must not be run twice on it.
+in benchmarks/results/nvidia_h200). Since then bn_relu_conv1x1_backward has come to copy all that it reads ahead. The
+other rows follow from counts of registers, shared memory and the compiler's instructions.
+``python -m densenet_fast.backends.triton.tune`` measures candidates and prints rows for this table. Training tunes
+nothing: a kernel that adds to its output must not be run twice on it.
 
 Rows for more than 128 columns take 256 at once, so that F is read once.
 """
@@ -23,7 +23,8 @@ from densenet_fast.backends import cuda_conv3x3
 
 
 class Tile(NamedTuple):
-    """rows x columns of the result (in backward products over rows: of the operand), inner per step of the loop."""
+    """A program makes rows x columns of the result. Its loop takes ``inner`` terms a step. In the backward products,
+    which add over rows, rows x columns are the operand's."""
 
     rows: int
     columns: int
@@ -33,7 +34,7 @@ class Tile(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What the configuration depends on: ``generation`` is 80, 90 or 0 for the interpreter."""
+    """What the configuration depends on. ``generation`` is 80, 90, or 0 for the interpreter."""
 
     generation: int
     processors: int
@@ -114,22 +115,22 @@ SUMS = {
     80: (Tile(256, 16, 0, 8, 1), Tile(4, 256, 0, 8, 1), Tile(64, 32, 0, 8, 1)),
     0: (Tile(4, 1024, 0, 4, 1), Tile(4, 1024, 0, 4, 1), Tile(4, 64, 0, 4, 1)),
 }
-"""rows: lanes of tiles that are added at once. First for column sums, a few columns of many tiles; then for products,
-many columns of a few tiles; last for column sums by the programs that complete columns with them."""
+"""rows: lanes of tiles that are added at once. The first is for column sums, a few columns of many tiles. The second
+is for products, many columns of a few tiles. The last is for column sums by the programs that complete columns."""
 COMPLETION = Tile(64, 128, 0, 4, 1)
-"""rows and columns that are completed at once; columns by their column sums are as SUMS says."""
+"""rows and columns that are completed at once. Where a program adds the column sums too, SUMS says how many columns."""
 COMPLETING_PROGRAMS = 8
 """Programs per multiprocessor that complete columns."""
 
 PROGRAMS_PER_PROCESSOR = 2
-"""Ranges of rows are made so many that a product over rows has this many programs per multiprocessor, or fewer."""
+"""A product over rows has as many ranges of rows as give it this many programs per multiprocessor, or fewer."""
 TILES_PER_RANGE = 4
-"""But each at least so many tiles long: its partial result costs as much traffic as a few tiles."""
+"""The fewest tiles of a range, whose partial result costs as much traffic as a few tiles."""
 
 
 CONVOLUTION_IN_CUDA = {90: 48, 80: 32, 0: 48}
-"""By generation, the most columns of a 3x3 product that the kernels in CUDA C++ make: so many that two of their blocks
-have room in a multiprocessor, or one of twelve warps. Wider ones, and those in TF32, are Triton's."""
+"""By generation, the most columns of a 3x3 product that the kernels in CUDA C++ make. A multiprocessor then has room
+for two of their blocks, or for one of twelve warps. Wider products, and those in TF32, are Triton's."""
 
 
 class _ThisThread(threading.local):
@@ -147,7 +148,7 @@ def interpreted() -> bool:
 
 @contextlib.contextmanager
 def assume(device: Device) -> Iterator[None]:
-    """Configures this thread's launches for ``device``, whatever the tensors are on: for compiling ahead and audits."""
+    """Configures this thread's launches for ``device``, wherever the tensors are, to compile ahead and for audits."""
     before, _this_thread.assumed = _this_thread.assumed, device
     try:
         yield
@@ -161,7 +162,7 @@ def assumed() -> Device | None:
 
 
 def device_of(device: torch.device) -> Device:
-    """What the configuration depends on of ``device``."""
+    """The :class:`Device` of torch's ``device``."""
     if found := assumed():
         return found
     if device.type == "cpu":
@@ -180,7 +181,7 @@ def _generation(major: int) -> int:
 
 
 def borrowed(index: int) -> str | None:
-    """What GPU ``index`` is, where its launches are configured as for another; None where rows of the table are its."""
+    """Says which GPU's configurations GPU ``index`` uses; None where the table has rows of its own."""
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) in ((8, 0), (9, 0)):
         return None
@@ -189,7 +190,7 @@ def borrowed(index: int) -> str | None:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of ``dtype`` are made: "half", or for float32 what torch's setting for convolutions says."""
+    """How products of ``dtype`` are made: "half", or for float32 "tf32" or "ieee", as torch's convolutions are set."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
@@ -201,39 +202,43 @@ def row(device: Device, dtype: torch.dtype) -> tuple[int, str]:
 
 
 def tile(kernel: str, device: Device, dtype: torch.dtype, width: int) -> Tile:
-    """The configuration of ``kernel`` for a result of ``width`` columns, or an operand where the table says so."""
+    """The configuration of ``kernel`` for ``width`` columns of its result, or of the operand that the table names."""
     return next(found for limit, found in TABLE[kernel][row(device, dtype)] if width <= limit)
 
 
 def chunks(device: Device, rows: int, column_tiles: int) -> tuple[int, int]:
-    """How programs that complete ``rows`` rows of ``column_tiles`` tiles divide them: (chunks, rows of each)."""
+    """(chunks, rows of each): how the programs that complete columns divide ``rows`` rows. Each chunk has
+    ``column_tiles`` programs."""
     wanted = max(1, device.processors * COMPLETING_PROGRAMS // column_tiles)
     each = -(-rows // wanted // COMPLETION.rows) * COMPLETION.rows
     return -(-rows // each), each
 
 
 def fit(size: int, limit: int) -> int:
-    """The side of a tile that holds ``size``: a power of two from 16, the least a product takes, to ``limit``."""
+    """The side of a tile that holds ``size``: a power of two from 16 to ``limit``. A product takes no less than 16."""
     return min(limit, max(16, 1 << (size - 1).bit_length()))
 
 
 def turned(device: Device, dtype: torch.dtype) -> bool:
-    """Whether ``bn_relu_conv1x1_backward`` makes dW from a^T, not from dZ^T: products on sm_80 take their operands from
-    registers, and Triton copies ahead what it turns for a product only where nothing else reads it."""
+    """Whether ``bn_relu_conv1x1_backward`` makes dW from a^T, not from dZ^T.
+
+    Products on sm_80 take their operands from registers. Triton copies a transposed operand ahead only where nothing
+    else reads it, and dZ is read twice.
+    """
     return row(device, dtype) == (80, "half")
 
 
 def resident(tile: Tile, plain: bool) -> int:
-    """Programs per multiprocessor of ``bn_relu_conv1x1_backward``, no more than it holds at once: the registers of
-    eight warps fill it, but for the ``plain`` product."""
+    """Programs per multiprocessor of ``bn_relu_conv1x1_backward``, no more than it holds at once. The registers of
+    eight warps fill it, but not those of the ``plain`` product."""
     return 1 if tile.warps == 8 and not plain else PROGRAMS_PER_PROCESSOR
 
 
 def ranges(
     device: Device, rows: int, tile_rows: int, programs: int, per_processor: int = PROGRAMS_PER_PROCESSOR
 ) -> tuple[int, int]:
-    """How ``programs`` programs per range divide ``rows`` rows: (number of ranges, rows of each, a multiple of
-    ``tile_rows``)."""
+    """(ranges, rows of each): how a product over ``rows`` rows divides them, with ``programs`` programs per range. The
+    rows of a range are a multiple of ``tile_rows``."""
     tiles = max(1, -(-rows // tile_rows))
     wanted = max(1, device.processors * per_processor // programs)
     tiles_each = -(-tiles // max(1, min(wanted, tiles // TILES_PER_RANGE)))
@@ -249,7 +254,7 @@ def convolution_in_cuda(x: Tensor, outputs: int, grid: tuple[int, ...]) -> bool:
 
 @contextlib.contextmanager
 def convolution_in_triton() -> Iterator[None]:
-    """Leaves the 3x3 product to Triton's kernels: to measure them and to look at them."""
+    """Leaves the 3x3 product to Triton's kernels, so that they can be measured and looked at."""
     before = CONVOLUTION_IN_CUDA.copy()
     CONVOLUTION_IN_CUDA.update(dict.fromkeys(before, 0))
     try:
@@ -259,11 +264,14 @@ def convolution_in_triton() -> Iterator[None]:
 
 
 def convolution_by_torch(grid: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether torch's library convolution serves the 3x3 product: in 1 and 3 dimensions, and where there is no matrix
-    unit for it (float32 without TF32), which the library programs best."""
+    """Whether torch's library convolution makes the 3x3 product.
+
+    It does in 1 and 3 dimensions. It also does for float32 without TF32: no matrix unit helps there, and the library
+    programs it best.
+    """
     return len(grid) != 3 or precision(dtype) == "ieee"
 
 
 def pooling_by_torch(grid: tuple[int, ...]) -> bool:
-    """Whether torch's functions serve the transition: in 1 and 3 dimensions."""
+    """Whether torch's functions make the transition. They do in 1 and 3 dimensions."""
     return len(grid) != 3

@@ -1,8 +1,9 @@
 """What a compiled kernel for sm_90 must not do to the registers of matrix products that are under way.
 
-A warp group's product (wgmma; HGMMA in machine code) runs beside the instructions that follow it. Until it has been
-waited for, nobody may write what it reads, the registers of its first operand and of its sum, or use the sum. Compilers
-have got this wrong (triton issue 9433), and the result is wrong now and then; so the machine code is read.
+A warp group's product (wgmma; HGMMA in machine code) runs beside the instructions that follow it. It reads the
+registers of its first operand and of its sum. Until it has been waited for, nobody may write these or use the sum.
+Compilers have got this wrong (triton issue 9433), and then the result is wrong now and then. So the machine code is
+read.
 """
 
 import re
@@ -24,12 +25,12 @@ WITHOUT_RESULT = re.compile(
     r"(ST|BAR|BRA|LDGSTS|LDGDEPBAR|DEPBAR|WARP|EXIT|RED\b|NOP|MEMBAR|FENCE|CCTL|BSSY|BSYNC|BREAK|SYNCS|R2P|R2UR|ERRBAR|"
     r"[DFHI]SETP|HSETP2|PLOP3|FCHK|U|S2UR|VOTEU|ELECT|BMOV|NANOSLEEP|YIELD)"
 )
-"""Of instructions that write no general register."""
+"""The names of instructions that write no general register."""
 UNFOLLOWED = re.compile(r"(BRX|JMP|JMX|CALL\.ABS)\b")
 
 
 class Instruction(NamedTuple):
-    """``text``; the registers it writes and names as operands; where it may go on."""
+    """One instruction: its text, the registers that it writes, those that it reads, and where it may go on."""
 
     text: str
     writes: Registers
@@ -49,11 +50,11 @@ def disassembled(cubin: bytes) -> str:
 
 
 def register_hazards(code: str) -> list[str]:
-    """Every use of a register of an unfinished product in disassembled ``code``, along every path through it; what is
-    called is taken to wait for none.
+    """Every use of a register of an unfinished product in disassembled ``code``, along every path through it. A
+    function that is called is taken to wait for no product.
 
     Raises:
-        ValueError: a jump leads where this does not follow.
+        ValueError: the target of a jump is not a label.
     """
     instructions = parse(code) if "HGMMA" in code else []
     products = {i: product for i, one in enumerate(instructions) if (product := operands(one.text))}
@@ -85,8 +86,8 @@ def register_hazards(code: str) -> list[str]:
 
 
 def operands(text: str) -> tuple[Registers, Registers] | None:
-    """The registers of a product's first operand, none where it is in shared memory, and of its sum; None for other
-    instructions."""
+    """The registers of a product's first operand and of its sum; None for other instructions. An operand in shared
+    memory has none."""
     match = PRODUCT.match(text)
     if match is None:
         return None

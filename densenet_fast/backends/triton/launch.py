@@ -1,7 +1,7 @@
-"""How every kernel is launched: on its tensors' device and that device's current stream, and counted if asked; and how
-launches that are planned are compiled before they come.
+"""How kernels are launched: by the names of their arguments, on their tensors' device and its current stream.
 
-Nothing here waits for the device, so launches can be captured in a CUDA graph.
+Launches can be written down while they run, or planned: then they are written down and not run, and what they need is
+compiled before they come. Nothing here waits for the device, so launches can be captured in a CUDA graph.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from densenet_fast.progress import progress
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel, its grid, its run-time arguments in order, its compile-time constants, warps, stages."""
+    """One launch: the kernel, its grid, its run-time arguments in the kernel's order, its compile-time constants, and
+    the tile, of which the warps and stages count here."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -34,20 +35,20 @@ class Launch(NamedTuple):
         return self.kernel.__name__
 
     @property
+    def named(self) -> dict[str, Any]:
+        """The arguments and constants by name."""
+        return dict(zip(self.kernel.arg_names, self.arguments)) | self.constants
+
+    @property
     def options(self) -> dict[str, Any]:
-        """What a kernel is specialised by, besides the types and the alignment of its arguments."""
-        return {
-            **self.constants,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
-            "enable_fp_fusion": True,
-        }
+        """What a kernel is compiled with, besides its constants."""
+        return {"num_warps": self.tile.warps, "num_stages": self.tile.stages, "enable_fp_fusion": True}
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """Equal for launches that one compiled kernel serves: numbers are not specialised on."""
+        """Equal for launches that one compiled kernel serves. Kernels are not specialised on numbers."""
         tensors = [(t.dtype, t.data_ptr() % 16 == 0) for t in self.arguments if isinstance(t, Tensor)]
-        return self.kernel, tuple(tensors), tuple(self.options.items())
+        return self.kernel, tuple(tensors), tuple(self.constants.items()), self.tile.warps, self.tile.stages
 
     def __str__(self) -> str:
         constants = ", ".join(f"{key}={value}" for key, value in self.constants.items())
@@ -78,8 +79,8 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def planning(append: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
-    """Collects this thread's launches of the ``with`` block and runs none: results stay uninitialised. With ``append``
-    they go there instead."""
+    """Collects this thread's launches of the ``with`` block, or gives them to ``append``. None is run: results stay
+    uninitialised."""
     launches: list[Launch] = []
     before, _this_thread.plan = _this_thread.plan, append or launches.append
     try:
@@ -98,24 +99,51 @@ def is_recording() -> bool:
     return bool(_recordings)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, tile: Tile, **constants: Any) -> None:
-    """Launches ``kernel`` on the device of its first argument, a tensor."""
-    item = Launch(kernel, grid, arguments, constants, tile)
-    plan = _this_thread.plan
-    if plan is not None:
-        plan(item)
-        return
-    for launches in _recordings:
-        launches.append(item)
-    run(item)
+def launcher(kernel: Any) -> Callable[..., None]:
+    """The function that launches ``kernel``: ``launch(grid, tile, x=x, ..., ROWS=tile.rows)``.
+
+    It takes each of the kernel's arguments and compile-time constants by its name. It runs on the device of the first
+    argument, a tensor. It raises a TypeError that tells the kernel's name where a name is missing, unknown or given
+    twice.
+
+    Args:
+        kernel: made by ``triton.jit``; annotated are its constants alone, which stand behind its arguments.
+    """
+    constant_names = kernel.fn.__annotations__.keys()
+    names = [name for name in kernel.arg_names if name not in constant_names]
+
+    def launch(grid: tuple[int, ...], tile: Tile, /, **named: Any) -> None:
+        try:
+            arguments = tuple(map(named.pop, names))
+        except KeyError as missing:
+            raise _misnamed(kernel, {*names[: names.index(missing.args[0])], *named}) from None
+        if named.keys() != constant_names:
+            raise _misnamed(kernel, {*names, *named})
+        item = Launch(kernel, grid, arguments, named, tile)
+        plan = _this_thread.plan
+        if plan is not None:
+            plan(item)
+            return
+        for launches in _recordings:
+            launches.append(item)
+        run(item)
+
+    launch.__module__, launch.__qualname__ = kernel.fn.__module__, kernel.fn.__qualname__
+    return launch
+
+
+def _misnamed(kernel: Any, given: set[str]) -> TypeError:
+    missing, unknown = sorted({*kernel.arg_names} - given), sorted(given - {*kernel.arg_names})
+    faults = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    return TypeError(f"{kernel.__name__}: expected each argument by its name, got {' and '.join(faults)}")
 
 
 def run(item: Launch) -> None:
     """Runs a launch."""
-    if math.prod(item.grid) == 0:
+    if 0 in item.grid:
         return
     with current(item.arguments[0].device):
-        item.kernel[item.grid](*item.arguments, **item.options)
+        item.kernel.run(*item.arguments, grid=item.grid, warmup=False, **item.constants, **item.options)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -125,12 +153,12 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def compiled(item: Launch) -> Any:
     """The kernel that would be launched, compiled for the current device: Triton's ``CompiledKernel``."""
-    return item.kernel.warmup(*item.arguments, grid=item.grid, **item.options)
+    return item.kernel.warmup(*item.arguments, grid=item.grid, **item.constants, **item.options)
 
 
 def compile_all(launches: Iterable[Launch], device: torch.device, ignore_errors: bool = False) -> None:
-    """Compiles what ``launches`` need for ``device`` and is not compiled yet, in parallel from Python 3.12 on, with a
-    progress bar where it takes more than a second."""
+    """Compiles what ``launches`` need for ``device`` and is not compiled yet. It shows a progress bar where that takes
+    more than a second. From Python 3.12 on it compiles in parallel."""
     import triton
 
     variants = {item.variant: item for item in launches if math.prod(item.grid)}.values()
@@ -159,10 +187,10 @@ def _finished(kernel: Any) -> None:
 
 
 def units(stride: int) -> tuple[int, int]:
-    """``stride`` as (count, unit), whose product it is, unit the largest power of two up to 16 that divides it.
+    """(count, unit), whose product is ``stride``. ``unit`` is the largest power of two up to 16 that divides it.
 
-    Triton knows of a run-time integer only whether 16 divides it; with the unit a compile-time constant, the loads of
-    rows that are 8 half floats apart are 16 bytes wide as well.
+    Triton knows of a run-time integer only whether 16 divides it. The unit is a compile-time constant. With it the
+    loads of rows that are 8 half floats apart are 16 bytes wide as well.
     """
     unit = math.gcd(stride, 16)
     return stride // unit, unit

@@ -1,7 +1,7 @@
 """The parameters of a compiled kernel as the driver takes them: what Triton's own launcher makes of the arguments.
 
-They stand in order at their natural alignment: the run-time arguments, without those that are constants of the compiled
-kernel, then two addresses of scratch memory, null where there is none.
+They stand in order, each at its natural alignment. First come the run-time arguments that are no constants of the
+compiled kernel. Then come two addresses of scratch memory, which are null where there is none.
 """
 
 import struct
@@ -18,11 +18,12 @@ PLAIN = {
     "launch_cooperative_grid": False,
     "launch_pdl": False,
 }
-"""The fields of a compiled kernel's metadata that ask for a launch of another kind, as they are where none does."""
+"""The fields of a compiled kernel's metadata that may ask for a launch of another kind, with the values of a plain
+launch."""
 
 
 class Parameters(NamedTuple):
-    """The bytes of all parameters; (offset, size) of each; and the offsets of those that are tensors' addresses."""
+    """The bytes of all parameters, (offset, size) of each, and the offsets of those that are tensors' addresses."""
 
     data: bytes
     fields: list[tuple[int, int]]
@@ -30,16 +31,16 @@ class Parameters(NamedTuple):
 
 
 def parameters(item: Launch, compiled: Any) -> Parameters:
-    """Of the launch ``item``, for which its kernel was ``compiled``.
+    """Those of the launch ``item``, for which its kernel was ``compiled``.
 
     Raises:
-        NotImplementedError: the launch is not plain, or a parameter of a type that no kernel here has.
+        NotImplementedError: the launch is not plain, or a parameter has a type that no kernel here has.
     """
     for name, plain in PLAIN.items():
         if getattr(compiled.metadata, name, plain) != plain:
             raise NotImplementedError(f"{item.name} has {name} = {getattr(compiled.metadata, name)}")
     signature = compiled.src.signature
-    values = dict(zip(item.kernel.arg_names, item.arguments)) | item.constants
+    values = item.named
     given = [(kind, values[name]) for name, kind in signature.items() if kind != "constexpr"]
     data, fields, addresses = b"", [], []
     for kind, value in [*given, *((kind, None) for kind in SCRATCH)]:

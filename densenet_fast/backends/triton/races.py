@@ -1,9 +1,11 @@
 """Shared memory that a warp group writes while another's matrix product may still read it (sm_90).
 
 A warp group waits for its own products alone (wgmma.wait_group). Before anyone writes to memory that they read, the
-block has to meet at a barrier behind that wait (triton issue 11047), and before they read what others wrote, at one
-behind the write. This runs a kernel's PTX for one block, all threads at once: its integers, which say where shared
-memory is read and written; what depends on floating-point values stays unknown.
+block has to meet at a barrier behind that wait (triton issue 11047). Before they read what others wrote, it has to meet
+at one behind the write.
+
+This runs a kernel's PTX for one block, all threads at once. It computes the integers, which say where shared memory is
+read and written. What depends on floating-point values stays unknown.
 """
 
 import re
@@ -37,7 +39,7 @@ class Statement(NamedTuple):
 
 
 def races_of(item: Launch, ptx: str) -> list[str]:
-    """The races of a launch whose kernel was compiled to ``ptx``; none where no product is asynchronous."""
+    """The races of a launch whose kernel was compiled to ``ptx``. Without asynchronous products there are none."""
     if "wgmma" not in ptx:
         return []
     numbers = [argument if isinstance(argument, int) else 0 for argument in item.arguments]
@@ -53,7 +55,8 @@ def shared_memory_races(ptx: str, arguments: Sequence[int], threads: int) -> lis
         threads: of a block.
 
     Raises:
-        ValueError: an address or a jump depends on what is not known, threads part, or an operand is not swizzled.
+        ValueError: an address or a jump depends on what is not known, some threads take a jump that others leave, or an
+            operand is not swizzled.
     """
     statements, labels, parameters = parse(ptx)
     if len(parameters) != len(arguments):
@@ -84,7 +87,7 @@ def parse(ptx: str) -> tuple[list[Statement], dict[str, int], list[str]]:
 
 
 class Memory:
-    """Who writes and who may still read which word of shared memory, in epochs: the barriers passed."""
+    """Who writes and who may still read which word of shared memory. Time is counted in epochs: the barriers passed."""
 
     def __init__(self, groups: int) -> None:
         self.epoch = 0
@@ -97,7 +100,7 @@ class Memory:
         self.races: list[str] = []
 
     def write(self, group: int, words: np.ndarray, text: str, copies: bool) -> None:
-        """By a warp group, at once or, if it ``copies`` in the background, until it is waited for."""
+        """A warp group writes: at once or, if it ``copies`` in the background, until it is waited for."""
         others = np.delete(self.read[:, words], group, axis=0)
         if (others >= self.epoch).any() or (self.read[group, words] == PENDING).any():
             self.races.append(f"written while a product may read it: {text}")
@@ -106,7 +109,7 @@ class Memory:
             self.open_copies.append((group, words))
 
     def product(self, group: int, words: np.ndarray, text: str) -> None:
-        """Reads, until it is waited for."""
+        """A warp group's product reads, until it is waited for."""
         others = np.delete(self.written[:, words], group, axis=0)
         if (others >= self.epoch).any() or (self.written[group, words] == PENDING).any():
             self.races.append(f"read before it is sure to be written: {text}")
@@ -116,7 +119,7 @@ class Memory:
         self.open_reads.append((group, words))
 
     def wait(self, which: str, left: int) -> None:
-        """Until all but the last ``left`` groups of ``which`` are done: "reads" or "copies"."""
+        """All but the last ``left`` groups of ``which``, "reads" or "copies", are done."""
         groups, table = getattr(self, which), self.read if which == "reads" else self.written
         done, kept = groups[: max(0, len(groups) - left)], groups[max(0, len(groups) - left) :]
         for group, words in (access for accesses in done for access in accesses):
@@ -142,7 +145,7 @@ class Block:
         self.memory = Memory(self.groups)
 
     def run(self, statement: Statement) -> str | None:
-        """Runs it; the label that it jumps to, or None."""
+        """Runs a statement. Returns the label that it jumps to, or None."""
         name, operands, text = statement.name, statement.operands, statement.text
         kind = name.split(".")[0]
         if kind == "bra":
@@ -173,7 +176,7 @@ class Block:
         return bool(found.all())
 
     def mask(self, predicate: str | None) -> Value:
-        """Of the threads for which it holds; None where that is not known."""
+        """The threads for which the predicate holds; None where that is not known."""
         if predicate is None:
             return np.ones(self.threads, bool)
         value = self.registers.get(predicate.lstrip("!"))
@@ -223,7 +226,7 @@ class Block:
         return found
 
     def address(self, operand: str, text: str) -> np.ndarray:
-        """Of "[ register + offset ]"."""
+        """The value of "[ register + offset ]" in every thread."""
         register, _, offset = operand.strip("[] ").partition("+")
         return self.number(register.strip(), text) + np.uint64(int(offset.strip() or "0", 0))
 
@@ -268,8 +271,8 @@ class Block:
 
 
 def tile(descriptor: int, side: int, k: int, bits: int, turned: bool) -> np.ndarray:
-    """The words that a product reads of an operand of ``side`` rows (or columns) and ``k`` terms: the atoms of its
-    layout, of eight rows of the swizzle's width each (PTX ISA, matrix descriptor)."""
+    """The words that a product reads of an operand of ``side`` rows (or columns) and ``k`` terms. They are the atoms of
+    the operand's layout, eight rows of the swizzle's width each (PTX ISA, matrix descriptor)."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     width = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
     if width is None:
@@ -306,7 +309,8 @@ COMPARISONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def evaluate(name: str, given: list[Value]) -> Value:
-    """What an instruction on integers or predicates gives; None for another and where an operand is not known."""
+    """The result of an instruction on integers or predicates. None for other instructions, and where an operand is not
+    known."""
     parts = name.split(".")
     kind, type_ = parts[0], parts[-1]
     if any(value is None for value in given):

@@ -1,4 +1,4 @@
-"""What the functions share: partial results combined, and the sizes of launches."""
+"""What the functions share: how partial results are combined, and the sizes of launches."""
 
 import math
 from collections.abc import Sequence
@@ -12,26 +12,30 @@ from densenet_fast.backends import aten, cuda_kernels
 from densenet_fast.backends.affine import Affine, Completion, Job, Reader, Statistics, ThroughStatistics
 from densenet_fast.backends.triton import config
 from densenet_fast.backends.triton.kernels import partials as kernels
-from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.launch import launcher, units
+
+launch_combine_statistics = launcher(kernels.combine_statistics)
+launch_sum_partials = launcher(kernels.sum_partials)
 
 Sums = tuple[Tensor, Tensor]
 
 
 def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statistics) -> None:
-    """The statistics [n] from the partial ones [tiles, 2, n] of tiles of ``tile_rows`` rows."""
+    """``out`` [n] from the partial statistics [tiles, 2, n] of tiles of ``tile_rows`` rows each."""
     tiles, _, columns = partials.shape
     tile, (n, unit) = config.STATISTICS[config.device_of(partials.device).generation], units(columns)
-    launch(
-        kernels.combine_statistics,
+    launch_combine_statistics(
         (tiles_of(columns, tile.columns),),
-        partials,
-        *out[:3],
-        tiles,
-        n,
-        rows,
-        tile_rows,
-        out.eps,
-        tile=tile,
+        tile,
+        partials=partials,
+        mean=out.mean,
+        variance=out.var,
+        rstd=out.rstd,
+        tiles=tiles,
+        n=n,
+        M=rows,
+        tile_rows=tile_rows,
+        eps=out.eps,
         UNIT=unit,
         LANES=tile.rows,
         COLUMNS=tile.columns,
@@ -39,8 +43,8 @@ def combine_statistics(partials: Tensor, rows: int, tile_rows: int, out: Statist
 
 
 class Product(NamedTuple):
-    """Partial results [ranges, k * taps * B] of a weight's gradient [k, taps, B], and where their sum goes: to ``out``,
-    in its dtype and memory layout."""
+    """A weight's gradient [k, taps, B] in parts: partial results [ranges, k * taps * B]. Their sum goes to ``out``, in
+    its dtype and memory layout."""
 
     partials: Tensor
     out: Tensor
@@ -48,7 +52,7 @@ class Product(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What columns of a gradient are completed by: the gradient [M, C] and x [M, C] that the sums are of."""
+    """What columns of a gradient are completed by, with the gradient [M, C] and x [M, C] that the sums are of."""
 
     grad: Tensor
     x: Tensor
@@ -64,79 +68,91 @@ def sum_partials(
     other: Product | None = None,
     columns: Columns | None = None,
 ) -> Sums | None:
-    """The sums over the rows of partials [tiles, n], in one launch: of the first columns in ``weight``, of the others,
-    2 * channels, the column sums, which are returned or, if there is one, given to the ``reader``. Also another
-    product's sum, and columns that are completed by what the reader gets."""
+    """Adds up the rows of partials [tiles, n], in one launch.
+
+    The sums of the first columns go to ``weight``. Those of the last 2 * ``channels`` are the sums of D and of
+    D * (x - mean). They are returned or, if there is a ``reader``, given to it. The launch also adds up the ``other``
+    product, and completes ``columns`` by what the reader gets.
+    """
     tiles, length = partials.shape
     device = config.device_of(partials.device)
     few, many, completed = config.SUMS[device.generation]
     n_weight = length - 2 * channels
-    raw = float32(partials, 2, channels) if reader is None and channels else None
-    dummy = partials
-    p, q = (dummy, dummy) if raw is None else raw.unbind()
-    before, after = (None, None) if reader is None or not channels else reader[:2]
-    norm_weight, norm_bias = (None, None) if reader is None or not channels else reader[2:]
-    weighted = affine is not None and affine.weight is not None
     programs = tiles_of(channels, few.columns) + tiles_of(n_weight, many.columns)
-    others, grad_other, taps = (dummy, dummy, 1) if other is None else other
-    n_other = 0 if other is None else others.shape[1]
-    programs += tiles_of(n_other, many.columns)
-    inputs = n_other // (grad_other.shape[0] * taps) if other is not None else 1
-    tap_stride, channel_stride = _strides(grad_other, taps, inputs)
-    grad = x = out = dummy
-    first, width, rows, chunk_rows, count, lds = 0, 0, 0, 1, 1.0, (0, 0, 0)
+    raw = before = after = grad_norm_weight = grad_norm_bias = None
+    if channels and reader is None:
+        raw = float32(partials, 2, channels)
+    elif channels:
+        before, after, grad_norm_weight, grad_norm_bias = reader
+    p, q = after or (partials, partials) if raw is None else raw.unbind()
+    p_before, q_before = before or (partials, partials)
+    mean, rstd, _, norm_weight = (None,) * 4 if affine is None else affine
+    others = grad_other = None
+    other_tiles = n_other = 0
+    inputs = taps = tap_stride = channel_stride = 1
+    if other is not None:
+        others, grad_other, taps = other
+        other_tiles, n_other = others.shape
+        inputs = n_other // (grad_other.shape[0] * taps)
+        tap_stride, channel_stride = _strides(grad_other, taps, inputs)
+        programs += tiles_of(n_other, many.columns)
+    grad = x = out = None
+    first = width = rows = ld_grad = ld_x = ld_out = 0
+    chunk_rows, count = 1, 1.0
     if columns is not None:
         grad, x, (span, through, out) = columns
         first, width, rows, count = span.start, span.stop - span.start, x.shape[0], float(through.count)
-        lds = grad.stride(0), x.stride(0), out.stride(0)
+        ld_grad, ld_x, ld_out = grad.stride(0), x.stride(0), out.stride(0)
         column_tiles = tiles_of(width, completed.columns)
         parts, chunk_rows = config.chunks(device, rows, column_tiles)
         programs += parts * column_tiles
-    unit, matrix_unit, other_unit = (
-        math.gcd(*n, 16) for n in ((length, n_weight, channels), (first, width, *lds), (n_other,))
-    )
-    launch(
-        kernels.sum_partials,
+    unit, other_unit = math.gcd(length, n_weight, channels, 16), math.gcd(n_other, 16)
+    matrix_unit = math.gcd(first, width, ld_grad, ld_x, ld_out, 16)
+    launch_sum_partials(
         (programs,),
-        partials,
-        dummy if weight is None else weight,
-        dummy if affine is None else affine.mean,
-        dummy if affine is None else affine.rstd,
-        affine.weight if weighted else dummy,
-        *(before or (dummy, dummy)),
-        *(after or (p, q)),
-        dummy if norm_weight is None else norm_weight,
-        dummy if norm_bias is None else norm_bias,
-        others,
-        grad_other,
-        grad,
-        x,
-        out,
-        tiles,
-        length // unit,
-        n_weight // unit,
-        channels // unit,
-        others.shape[0],
-        n_other // other_unit,
-        inputs,
-        taps,
-        tap_stride,
-        channel_stride,
-        first // matrix_unit,
-        width // matrix_unit,
-        rows,
-        chunk_rows,
-        *(ld // matrix_unit for ld in lds),
-        count,
-        tile=few,
+        few,
+        partials=partials,
+        grad_weight=or_unread(weight, partials),
+        mean=or_unread(mean, partials),
+        rstd=or_unread(rstd, partials),
+        norm_weight=or_unread(norm_weight, partials),
+        p_before=p_before,
+        q_before=q_before,
+        p=p,
+        q=q,
+        grad_norm_weight=or_unread(grad_norm_weight, partials),
+        grad_norm_bias=or_unread(grad_norm_bias, partials),
+        others=or_unread(others, partials),
+        grad_other=or_unread(grad_other, partials),
+        grad=or_unread(grad, partials),
+        x=or_unread(x, partials),
+        out=or_unread(out, partials),
+        tiles=tiles,
+        length=length // unit,
+        n_weight=n_weight // unit,
+        C=channels // unit,
+        other_tiles=other_tiles,
+        n_other=n_other // other_unit,
+        B=inputs,
+        taps=taps,
+        tap_stride=tap_stride,
+        channel_stride=channel_stride,
+        first_column=first // matrix_unit,
+        n_columns=width // matrix_unit,
+        M=rows,
+        chunk_rows=chunk_rows,
+        ld_grad=ld_grad // matrix_unit,
+        ld_x=ld_x // matrix_unit,
+        ld_out=ld_out // matrix_unit,
+        count=count,
         UNIT=unit,
         OTHER_UNIT=other_unit,
         MATRIX_UNIT=matrix_unit,
-        WEIGHTED=weighted,
+        WEIGHTED=norm_weight is not None,
         BEFORE=before is not None,
         THROUGH=after is not None,
-        GRAD_NORM_WEIGHT=norm_weight is not None,
-        GRAD_NORM_BIAS=norm_bias is not None,
+        GRAD_NORM_WEIGHT=grad_norm_weight is not None,
+        GRAD_NORM_BIAS=grad_norm_bias is not None,
         RAW=raw is not None,
         LANES=few.rows,
         COLUMNS=few.columns,
@@ -157,15 +173,15 @@ def _strides(weight: Tensor, taps: int, inputs: int) -> tuple[int, int]:
 
 
 def evenly_laid(like: Tensor | None) -> Tensor | None:
-    """A convolution's weight, if its memory is contiguous or channels last."""
+    """``like``, a convolution's weight, if its memory is contiguous or channels last; else None."""
     if like is None or like.is_contiguous():
         return like
     return like if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def weight_gradient(like: Tensor | None, width: int, channels: int, values: Tensor) -> Tensor:
-    """An uninitialised gradient of a 1x1 convolution's weight: ``like`` it, if its memory is evenly laid, else
-    [width, channels] in the dtype of ``values``."""
+    """An uninitialised gradient of a 1x1 convolution's weight. It is ``like`` the weight, if that is given and its
+    memory is evenly laid, else [width, channels] in the dtype of ``values``."""
     like = evenly_laid(like)
     return values.new_empty(width, channels) if like is None else torch.empty_like(like)
 
@@ -185,17 +201,21 @@ def prepare(jobs: Sequence[Job]) -> None:
 
 
 def _bound_by_bandwidth(x: Tensor) -> ModuleType:
-    """Where such kernels for x are: in CUDA C++ if it serves x."""
+    """The backend whose kernels that are bound by bandwidth serve x: those in CUDA C++, if they do."""
     return cuda_kernels if cuda_kernels.serve(x) else aten
 
 
-def normalisation(affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An affine's vectors as kernels take them, something in the place of a missing weight."""
-    return affine.mean, affine.rstd, affine.bias, affine.mean if affine.weight is None else affine.weight
+def or_unread(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """``tensor``, or where there is none ``other``, which the kernel then does not read or write.
+
+    Triton wants a valid address for every pointer of a launch. A compile-time flag of the kernel, such as BIAS, KEEP or
+    WEIGHTED, keeps it from being used.
+    """
+    return other if tensor is None else tensor
 
 
 def adjacent(matrix: Tensor) -> Tensor:
-    """``matrix`` with adjacent columns."""
+    """``matrix``, copied if its columns are not adjacent."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
@@ -208,6 +228,6 @@ def float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The precision of a product as Triton names it; half precision has but one."""
+    """The precision of a product as Triton names it. Half precision has one alone."""
     found = config.precision(dtype)
     return "ieee" if found == "half" else found

@@ -1,7 +1,7 @@
 """``python -m densenet_fast.backends.triton.tune``: measures launch configurations and prints rows for config.TABLE.
 
-For each product and each class of widths, every candidate runs on scratch tensors of a few layers' shapes; the one of
-the least total time is printed as the table writes it, with the time of the row in the table beside it. Left out are
+For each product and each class of widths, every candidate runs on scratch tensors of a few layers' shapes. The one of
+the least total time is printed as the table writes it. The time of the table's row is printed beside it. Left out are
 candidates that do not fit the device, whose code has hazards (``hazards.py``, ``races.py``), or whose results are not
 as near to float64 as torch's. With --dry-run nothing runs: it plans every launch, on any machine.
 """
@@ -149,7 +149,7 @@ class Step:
 
 
 def reader_of(affine: Affine) -> Reader:
-    """One that asks for everything, and finds nothing before it."""
+    """A reader that asks for everything and has none before it."""
     p, q, weight, bias = (torch.empty_like(affine.mean) for _ in range(4))
     return Reader(None, (p, q), weight, bias)
 
@@ -173,7 +173,7 @@ def candidates(kernel: str, limit: int) -> Iterator[Tile]:
 
 @contextmanager
 def row_of(kernel: str, key: tuple[int, str], tile: Tile) -> Iterator[None]:
-    """The table with ``tile`` in place of a row."""
+    """In the ``with`` block the table has ``tile`` in the place of a row."""
     before = config.TABLE[kernel][key]
     config.TABLE[kernel][key] = ((ANY, tile),)
     try:
@@ -183,7 +183,7 @@ def row_of(kernel: str, key: tuple[int, str], tile: Tile) -> Iterator[None]:
 
 
 class Results:
-    """Of a :class:`Step`: what is right, and how far torch is from it in the same dtype."""
+    """The right results of a :class:`Step`, and how far torch in the same dtype is from them."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -217,7 +217,7 @@ def code_fault(items: Iterable[launch.Launch]) -> str | None:
 
 
 def milliseconds(items: Iterable[launch.Launch]) -> tuple[float, str | None]:
-    """The sum of the launches' median times; infinite, and why, where one does not compile or does not fit."""
+    """The sum of the launches' median times, and None; infinity, and why, where one does not compile or fit."""
     import triton
 
     try:
@@ -227,10 +227,10 @@ def milliseconds(items: Iterable[launch.Launch]) -> tuple[float, str | None]:
 
 
 def fastest(times: dict[Tile, float], fault: Callable[[Tile], str | None], found: Callable[..., None]) -> Tile:
-    """The one of the least time that has no fault; ``found(tile, fault=why)`` is told of those that have.
+    """The candidate of the least time that has no fault. ``found(tile, fault=why)`` is told of those that have one.
 
     Raises:
-        RuntimeError: none has no fault.
+        RuntimeError: every candidate has a fault.
     """
     for tile in sorted((tile for tile in times if times[tile] < inf), key=times.__getitem__):
         why = fault(tile)
@@ -241,8 +241,8 @@ def fastest(times: dict[Tile, float], fault: Callable[[Tile], str | None], found
 
 
 class Tuner:
-    """Measures the candidates of a kernel for ``dtype`` on ``device``; ``write`` takes a row of ``COLUMNS`` of each as
-    soon as it is measured, and again where it turns out to be wrong."""
+    """Measures the candidates of a kernel for ``dtype`` on ``device``. ``write`` takes a row of ``COLUMNS`` of each as
+    soon as it is measured, and another where it turns out to be wrong."""
 
     def __init__(
         self, dtype: torch.dtype, device: torch.device, target: Device, write: Callable[[dict[str, Any]], None]
@@ -251,8 +251,8 @@ class Tuner:
         self.key = config.row(target, dtype)
 
     def row(self, kernel: str, limits: Iterable[int]) -> str:
-        """The table's row of ``kernel``, measured for results of up to ``limits`` columns; on the meta device, where
-        every candidate is planned and none is run, the row that it has."""
+        """The table's row of ``kernel``, measured for results of up to ``limits`` columns. On the meta device every
+        candidate is planned and none is run: the row is the table's own."""
         best = [self.best(kernel, limit) for limit in limits]
         written = ", ".join(f"({'ANY' if limit == ANY else limit}, Tile{tuple(tile)})" for limit, tile in best)
         return f'"{kernel}": {{{self.key}: ({written},)}}'
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def rows_to(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What writes rows of ``COLUMNS`` to ``path``, if there is one, and to stderr."""
+    """A function that writes rows of ``COLUMNS`` to ``path``, if there is one, and to stderr."""
     path = path or Path(os.devnull)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", buffering=1) as file:

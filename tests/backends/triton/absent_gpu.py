@@ -1,4 +1,4 @@
-"""A driver for a GPU that is not there: Triton's just-in-time compiler compiles for it, nothing is launched."""
+"""A driver for a GPU that is not there. Triton's just-in-time compiler compiles for it; nothing is launched."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from triton.runtime import driver
 
 
 class AbsentGPU:
-    """Of a generation, 80 for compute capability 8.0, with an index of its own: Triton keeps kernels by index."""
+    """A GPU of a generation, 80 for compute capability 8.0. Each has its own index, by which Triton keeps kernels."""
 
     indices = itertools.count()
 
@@ -27,7 +27,7 @@ class AbsentGPU:
 
 @contextlib.contextmanager
 def absent_gpu(generation):
-    """Makes it Triton's current device."""
+    """Makes one Triton's current device."""
     before = driver._active
     driver.set_active(AbsentGPU(generation))
     try:

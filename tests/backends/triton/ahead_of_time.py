@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 
 
 def compile_launch(item, generation, disassemble=True):
-    """``item`` as Triton compiles it on a device of ``generation``; without disassembly, which takes half the time, the
+    """``item`` as Triton compiles it on a device of ``generation``. Disassembly takes half the time. Without it the
     counts of instructions are zero and there are no hazards."""
     with absent_gpu(generation):
         compiled = launch.compiled(item)
@@ -87,7 +87,7 @@ def resident(item, got, generation):
 
 
 def assemble(source, generation):
-    """What the assembler says, among it that it serialises matrix products (C7508 and its like)."""
+    """What the assembler says, such as that it serialises matrix products (C7508 and its like)."""
     arguments = ["-v", f"--gpu-name=sm_{generation}a", source, "-o", source.with_suffix(".cubin")]
     ptxas = get_ptxas(generation).path
     return subprocess.run([ptxas, *arguments], capture_output=True, text=True, check=True).stderr

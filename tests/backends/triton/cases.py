@@ -59,7 +59,7 @@ class Layer:
         return other
 
     def empty_bottleneck(self):
-        """[M, B + 5] of NaN, of whose columns the first three and the last two are not the bottleneck's."""
+        """[M, B + 5] of NaN. The bottleneck's columns are all but the first three and the last two."""
         return self.z.new_full((self.rows, self.width + 5), torch.nan)
 
     @property
@@ -71,7 +71,7 @@ class Layer:
         return slice(self.channels, self.channels + self.outputs)
 
     def run(self, backend):
-        """Every kernel's results by name, of buffers the whole buffer."""
+        """Every kernel's results by name. Of a buffer it is the whole one."""
         results = {}
 
         def keep(name, *values):
@@ -127,7 +127,7 @@ class Layer:
 
     @staticmethod
     def reader(affine, dtype, before=None):
-        """One that asks for everything, of a normalisation whose weight and bias are of ``dtype``."""
+        """A reader that asks for everything. The normalisation's weight and bias are of ``dtype``."""
         return Reader(
             before,
             tuple(torch.full_like(affine.mean, torch.nan) for _ in range(2)),
@@ -135,8 +135,8 @@ class Layer:
         )
 
     def backward(self, backend, parameter, channels_last=False):
-        """A layer's backward pass in one piece, as a block does it: from dY to G, of which the last three columns of
-        the inputs are completed in place, and all gradients of parameters."""
+        """A layer's backward pass in one piece, as a block does it: from dY to G and all gradients of parameters. The
+        last three of the inputs' columns of G are completed in place."""
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         like1 = self.w1.to(parameter)[:, :, None, None]
         like2 = self.w2.to(parameter).contiguous(memory_format=memory_format)
@@ -160,7 +160,7 @@ class Layer:
         return gradient, dz, *grads, *outer.after, *outer[2:], *inner.after, *inner[2:]
 
     def in_tf32(self):
-        """The same values, matrices rounded towards zero to TF32's ten bits, as products in TF32 may read them."""
+        """The same values. Matrices are rounded towards zero to TF32's ten bits, as products in TF32 may read them."""
         other = self.to(torch.float32)
         for name, value in vars(other).items():
             if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
@@ -168,8 +168,8 @@ class Layer:
         return other
 
     def against_aten(self, backend, dtype, rounding=0.0) -> list[Comparison]:
-        """Every kernel's results beside those of ``aten`` in ``dtype``, the layer's; with ``rounding``, operands of
-        products are rounded to TF32, which changes a result more where its terms cancel."""
+        """Every kernel's results beside those of ``aten`` in ``dtype``, the layer's. With ``rounding`` the operands of
+        products are rounded to TF32. That changes a result more where its terms cancel."""
         exact = self.to(torch.float64).run(aten)
         rounded = self.in_tf32().to(torch.float64).run(aten) if rounding else exact
         return compare(exact, self.run(aten), self.run(backend), dtype, rounding, rounded)

@@ -10,9 +10,11 @@ PRODUCTS = ("mma.sync", "wgmma.mma_async")
 
 
 def in_flight(item, ptx):
-    """The arguments of a launch whose next tile is being copied, all of it, while the products of one run: in the loop
-    that makes them, they are copied asynchronously alone, and its wait, ahead of the products, leaves as many groups of
-    copies unfinished as it begins anew. Empty where there is no such loop."""
+    """The arguments of a launch whose next tile is being copied, all of it, while the products of one tile run.
+
+    In the loop that makes the products, they are read by asynchronous copies alone. The loop waits ahead of its
+    products, and leaves as many groups of copies unfinished as it begins. Empty where there is no such loop.
+    """
     statements, labels, parameters = parse(ptx)
     arguments = zip(parameters, item.kernel.arg_names, item.arguments)
     pointers = {parameter: name for parameter, name, argument in arguments if isinstance(argument, Tensor)}

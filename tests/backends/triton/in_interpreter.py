@@ -1,7 +1,7 @@
 """What the kernels read and write, counted access by access in Triton's interpreter against the design's account.
 
-``test_interpreter.py`` runs this file (TRITON_INTERPRET=1). Counted are the bytes that the programs of a GPU's
-configuration request; of what several neighbouring programs request, all but the first find it in the L2 cache.
+``test_interpreter.py`` runs this file (TRITON_INTERPRET=1). It counts the bytes that the programs of a GPU's
+configuration request. Where several neighbouring programs request the same, all but the first find it in the L2 cache.
 """
 
 import pytest
@@ -24,7 +24,7 @@ SINGLE = 4
 
 
 def test_shortcuts_change_nothing():
-    """Every kernel's results bitwise."""
+    """Every kernel's results are the same bitwise."""
     layer, results = Layer(*LAYERS[2], torch.float16), []
     try:
         for values in (interpreter.AS_IT_IS, interpreter.SHORTCUTS):
@@ -37,7 +37,7 @@ def test_shortcuts_change_nothing():
 
 @pytest.mark.parametrize("sizes", LAYERS[:3], ids=str)
 def test_no_access_outside_the_matrices(sizes, monkeypatch):
-    """Neither of a neighbouring column or row, nor of the space between."""
+    """No kernel touches a neighbouring column or row, or the space between rows."""
     with watching(monkeypatch) as traffic:
         Layer(*sizes, torch.float16).run(backend)
     assert len({kernel for kernel, _, _ in traffic}) >= 7
@@ -45,7 +45,7 @@ def test_no_access_outside_the_matrices(sizes, monkeypatch):
 
 @pytest.mark.parametrize("generation", [80, 90])
 def test_results_as_configured_for_gpus(generation):
-    """Among them dW by either operand turned, of several ranges of rows."""
+    """Among the results is dW by either operand turned, of several ranges of rows."""
     layer = Layer((3, 9, 11), 40, 72, 12, torch.float16)
     with config.assume(config.Device(generation, 2)), launch.recording() as launches:
         found = layer.against_aten(backend, torch.float16)
@@ -58,8 +58,8 @@ def test_results_as_configured_for_gpus(generation):
 @pytest.mark.parametrize("width, outputs", [(128, 32), (192, 48)])
 @pytest.mark.parametrize("generation", [80, 90])
 def test_traffic_of_a_layer(generation, width, outputs, monkeypatch):
-    """Forward, each column of F and Z is read once and written once but for the nine taps; backward, F is read once,
-    G read once and written once."""
+    """Forward, each column of F and Z is read once and written once, but for the nine taps. Backward, F is read once,
+    and G is read once and written once."""
     layer = Layer((2, 8, 10), 64, width, outputs, torch.float16)
     f, z, y = (layer.rows * columns * HALF for columns in (layer.channels, width, outputs))
     device = config.Device(generation, 2)
@@ -117,7 +117,7 @@ def ranges(requested, layer):
 
 @pytest.mark.parametrize("generation", [80, 90])
 def test_traffic_of_a_transition(generation, monkeypatch):
-    """F is read once forward, with the statistics of what is made, and once backward, where its gradient is written
+    """F is read once forward, statistics of the result included. It is read once backward, and its gradient is written
     once."""
     layer = Layer((1, 10, 16), 64, 16, 32, torch.float16)
     arguments = (layer.features, layer.affine1, layer.transition)
@@ -145,14 +145,14 @@ KINDS = {
     "weights_asked": {("load", "weight"), ("store", "grad_weight"), ("store", "grad_other")},
     "partials_asked": {(kind, name) for kind in ("load", "store") for name in ("partials", "others")},
 }
-"""What the counts of a launch hold, by access and the first argument of that memory; the rest is vectors."""
+"""What the counts of a launch hold, by access and by the first argument in that memory. The rest is vectors."""
 PLAIN = ("bn_relu_conv1x1_backward", "store", "mean")
 """A plain product takes its partial results in the place of the vectors too."""
 
 
 @pytest.mark.parametrize("generation, width, outputs", [(90, 128, 32), (80, 160, 24), (90, 288, 80)])
 def test_counts_are_what_the_kernels_ask_for(generation, width, outputs, monkeypatch):
-    """Those that the model of a step is made of, but for the taps beyond the edges of images of 8x8."""
+    """The counts that the model of a step is made of, but for the taps beyond the edges of images of 8x8."""
     step = Step(Shape(3, 8, 80, width, outputs, 24), torch.float16, torch.device("cpu"))
     with config.assume(config.Device(generation, 2)), watching(monkeypatch) as traffic, recording() as launches:
         step.run(backend)

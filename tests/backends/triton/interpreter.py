@@ -1,8 +1,8 @@
 """Triton's interpreter with shortcuts, which compute the same in a third of the time.
 
-Left out is what has no effect: the checks that integers do not overflow, whose results it drops unless it debugs, and
-to patch Triton's functions again for each function that a kernel calls. Kept is what is made over and over: types of
-blocks, shapes, the names in a module.
+They leave out what has no effect. The interpreter checks that integers do not overflow, and drops the results unless it
+debugs. It patches Triton's functions again for each function that a kernel calls. The shortcuts keep what it makes over
+and over: types of blocks, shapes, the names in a module.
 """
 
 import dataclasses
@@ -94,6 +94,6 @@ AS_IT_IS = [(owner, name, getattr(owner, name)) for owner, name, _ in SHORTCUTS]
 
 
 def take(values=SHORTCUTS):
-    """The shortcuts from now on; or, given ``AS_IT_IS``, none."""
+    """Takes the shortcuts from now on or, given ``AS_IT_IS``, none."""
     for owner, name, value in values:
         setattr(owner, name, value)

@@ -35,13 +35,13 @@ class Span:
 
 @contextlib.contextmanager
 def watching(monkeypatch):
-    """Counts the traffic of the launches in the ``with`` block; an access outside the arguments' elements raises."""
+    """Counts the traffic of the launches in the ``with`` block. Fails at an access outside the arguments' elements."""
     traffic, current = Traffic(), {}
     load, store, run = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, launch.run
 
     def watched_run(item):
-        names = zip(item.kernel.arg_names, item.arguments)
-        current.update(name=item.name, spans=[Span(n, t) for n, t in names if isinstance(t, torch.Tensor)])
+        named = item.named.items()
+        current.update(name=item.name, spans=[Span(n, t) for n, t in named if isinstance(t, torch.Tensor)])
         run(item)
 
     def count(kind, pointers, mask):

@@ -34,7 +34,7 @@ BACKWARD = [
 
 @pytest.fixture(scope="module", autouse=True)
 def all_in_triton():
-    """The 3x3 kernels too, where those in CUDA C++ would serve."""
+    """Triton makes the 3x3 products too, where CUDA C++ would serve."""
     with config.convolution_in_triton():
         yield
 
@@ -49,8 +49,8 @@ def precision(request):
 
 
 def assert_as_aten(layer, dtype, precision):
-    """Against ``aten`` in float64 no worse than ``aten`` in ``dtype``, twice its error and the rounding of one result;
-    what nobody writes is still NaN."""
+    """The error against ``aten`` in float64 is at most twice that of ``aten`` in ``dtype`` and the rounding of one
+    result. What nobody writes is still NaN."""
     rounded = DEVICE == "cuda" and dtype == torch.float32 and precision == "tf32"
     for result in layer.against_aten(backend, dtype, TF32_ROUNDING if rounded else 0.0):
         assert result.right, result
@@ -64,13 +64,13 @@ def test_every_kernel_against_aten(sizes, dtype, precision):
 
 @pytest.mark.parametrize("generation", [80, 90])
 def test_every_kernel_in_the_tiles_of_a_gpu(generation, precision):
-    """Tiles much larger than the matrices and, in rows, smaller."""
+    """Tiles are much larger than the matrices or, in rows, smaller."""
     with config.assume(config.Device(generation, 3)):
         assert_as_aten(Layer((1, 11, 13), 40, 192, 20, torch.float16, DEVICE), torch.float16, precision)
 
 
 def test_statistics_over_many_tiles():
-    """More tiles than are combined at once, and a mean that is large against the deviation."""
+    """There are more tiles than are combined at once, and the mean is large against the deviation."""
     x = torch.randn(2100, 3, device=DEVICE) * 1e-2 + 30
     ones, zeros = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
     weight = torch.eye(3, device=DEVICE)
@@ -109,7 +109,7 @@ def test_wide_dropout_mask_of_any_strides(precision):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_efficient", [False, True])
 def test_training_step_of_a_network(dtype, memory_efficient, monkeypatch):
-    """Output, every gradient and running statistics: no further from float64 than on ``aten``."""
+    """The output, every gradient and running statistics are no further from float64 than on ``aten``."""
 
     def make():
         net = densenet_fast.DenseNet(
@@ -145,8 +145,8 @@ def block(depth, device=DEVICE, dtype=torch.float32):
 
 
 def test_launches_of_a_layer(precision):
-    """Two products, relu(bn(Z)) and two reductions forward, three products and two reductions backward; with
-    recomputation one product more."""
+    """Forward there are two products, relu(bn(Z)) and two reductions. Backward there are three products and two
+    reductions, and one product more with recomputation."""
     if precision == "ieee":
         pytest.skip("the 3x3 product is the library's")
     x = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True)
@@ -163,7 +163,7 @@ def test_launches_of_a_layer(precision):
 
 @pytest.mark.parametrize("memory_efficient", [False, True])
 def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precision, monkeypatch):
-    """Everything that a network's training step and its inference launch, and only once."""
+    """All that a network's training step and its inference launch is compiled ahead, and only once."""
     compiled = []
     monkeypatch.setattr(ahead, "DEVICE", DEVICE)
     monkeypatch.setattr(ahead, "_known", set())
@@ -185,8 +185,8 @@ def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precisi
 
 
 def test_no_hook_of_the_caller_sees_what_is_planned(monkeypatch):
-    """Nor checkpointing, which counts saved tensors; under anomaly detection, which looks at values, nothing is
-    planned; and a plan that fails is said, and stops nothing."""
+    """Checkpointing, which counts saved tensors, does not see it either. Anomaly detection looks at values, so nothing
+    is planned under it. A plan that fails is reported and stops nothing."""
     compiled, seen = [], []
     monkeypatch.setattr(ahead, "DEVICE", DEVICE)
     monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.append(len(items)))
@@ -224,7 +224,7 @@ WITHOUT_VALUES = {
 
 
 def test_no_operation_of_torch_in_a_layer(precision, monkeypatch):
-    """Whatever works on values is done once for the block, however deep. Nothing is launched, so values are wrong."""
+    """What works on values is done once for the block, however deep. Nothing is launched, so values are wrong."""
     if precision == "ieee":
         pytest.skip("the 3x3 product is the library's")
     monkeypatch.setattr(backend, "prepare", lambda jobs: None)  # one launch for all layers

@@ -19,14 +19,15 @@ from backends.triton.absent_gpu import absent_gpu
 from densenet_fast import backends
 from densenet_fast.backends import triton as backend
 from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.kernels.bn_relu import bn_relu
 
 META = torch.device("meta")
 
 
 @pytest.fixture
 def planned(monkeypatch):
-    """The launches of a network's step in bfloat16 on an H100, by plan; of its evaluation where it does not ``train``,
-    with ``gradients`` for a backward pass that does not come."""
+    """Plans the launches of a network's step in bfloat16 on an H100. Without ``train`` they are those of its
+    evaluation, with ``gradients`` one whose backward pass does not come."""
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(backends, "BACKENDS", (backend,))
 
@@ -60,8 +61,8 @@ def compilations():
 
 
 def test_compilations_of_densenet121(planned):
-    """At most 14 for the first step, 3 for an odd last batch, none for other sizes; inference's products without
-    statistics come on top."""
+    """There are at most 14 for the first step, 3 for an odd last batch and none for other sizes. Inference's products
+    without statistics come on top."""
     with absent_gpu(90):
         for most, step in ((14, (32,)), (3, (31,)), (0, (64,)), (0, (256,)), (0, (5, 160)), (5, (32, 224, False))):
             launches = planned(*step)
@@ -76,8 +77,8 @@ def test_compilations_of_densenet121(planned):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_launches_of_an_evaluation(planned, gradients):
-    """Two a layer and no statistics: its second normalisation and ReLU are the first product's. Where gradients may be
-    wanted they are a third, because their backward pass needs Z."""
+    """A layer has two and no statistics: the first product makes its second normalisation and ReLU. Where gradients may
+    be wanted these are a third launch, because the backward pass needs Z."""
     launches = planned(32, train=False, gradients=gradients)
     counts = Counter(item.name for item in launches)
     assert counts.pop("bn_relu_pool_conv1x1") == 3
@@ -97,7 +98,7 @@ def test_equal_variants_are_compiled_once_and_others_not(planned):
 
 @pytest.fixture
 def slow_compiler(monkeypatch):
-    """Kernels that take 0.6 s each, one after the other, when they are compiled first."""
+    """Each kernel takes 0.6 s when it is first compiled, one after the other."""
     pool, known = ThreadPoolExecutor(1), set()
 
     def compiled(item):
@@ -124,10 +125,10 @@ def test_progress_is_shown_where_it_takes_long(planned, slow_compiler, capsys):
 def test_other_threads_launch_while_one_plans(monkeypatch):
     ran = []
     monkeypatch.setattr(launch, "run", ran.append)
-    kernel, tile = SimpleNamespace(__name__="kernel"), config.BN_RELU
+    launch_bn_relu, named = launch.launcher(bn_relu), dict.fromkeys(bn_relu.arg_names, 0)
     with launch.planning() as planned, launch.recording() as recorded, config.assume(config.Device(80, 4)):
-        launch.launch(kernel, (1,), torch.empty(0), tile=tile)
-        other = threading.Thread(target=launch.launch, args=(kernel, (2,), torch.empty(0)), kwargs={"tile": tile})
+        launch_bn_relu((1,), config.BN_RELU, **named)
+        other = threading.Thread(target=launch_bn_relu, args=((2,), config.BN_RELU), kwargs=named)
         other.start(), other.join()
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(config.assumed).result() is None

@@ -1,10 +1,13 @@
 """Every configuration of the table, compiled for the GPU it is for and read back; no device is needed.
 
-No stack, so no spills, and shared memory within bounds; for half precision tensor core instructions and 16-byte
-asynchronous copies, and for bottlenecks of 128 columns no warning that products are serialised; nothing by the
-element where rows are of aligned lengths. The backward pass of the 1x1 convolution has no more programs than run at
-once and, in half precision for up to 128 columns, two a multiprocessor, and all that it reads in flight. Launches are
-planned on meta tensors of DenseNet-121's, DenseNet-161's and DenseNet-BC's (k = 12) sizes.
+Kernels have no stack, so no spills, and their shared memory is within bounds. In half precision they have tensor core
+instructions and 16-byte asynchronous copies. The assembler does not warn that it serialises products. Where rows are of
+aligned lengths nothing is loaded or stored by the element.
+
+The backward pass of the 1x1 convolution has no more programs than run at once. In half precision for up to 128 columns
+a multiprocessor runs two of them, and all that they read is in flight.
+
+Launches are planned on meta tensors of DenseNet-121's, DenseNet-161's and DenseNet-BC's (k = 12) sizes.
 """
 
 import math
@@ -97,7 +100,7 @@ def faults(item, got, dtype, generation, shape):
 
 
 def test_what_is_waited_for_is_not_in_flight():
-    """With two stages, each tile waits for its own copies; without a number of stages, G is loaded in place."""
+    """With two stages each tile waits for its own copies. Without a number of stages G is loaded in place."""
     name = "bn_relu_conv1x1_backward"
 
     def found(stages, loop="num_stages=STAGES"):
@@ -115,8 +118,8 @@ def test_what_is_waited_for_is_not_in_flight():
 
 @pytest.mark.parametrize("sizes", [((2, 5, 7), 33, 20, 12), ((1, 2, 2), 1, 1, 1)], ids=str)
 def test_every_variant_compiles(sizes):
-    """With and without bias, mask, statistics and each gradient; of sizes that nothing divides, and of ones, which
-    Triton compiles in as constants."""
+    """The variants are with and without bias, mask, statistics and each gradient. Nothing divides the first sizes. The
+    others are ones, which Triton compiles in as constants."""
     with config.assume(config.Device(90, 132)), launch.planning() as launches:
         Layer(*sizes, torch.bfloat16).run(backend)
     for item in {str(item): item for item in launches}.values():

@@ -76,8 +76,8 @@ def test_a_jump_that_cannot_be_followed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name, shown", [("bn_relu_conv1x1", True), ("bn_relu_pool_conv1x1", False)])
 def test_a_product_that_is_not_waited_for(name, shown, dtype):
-    """The same kernel of two warp groups without ``settled`` has hazards; that of two products in a row has none found
-    in either."""
+    """A kernel of two warp groups has hazards without ``settled``. That of two products in a row has none, with or
+    without."""
 
     def hazards(item):
         with absent_gpu(90):
@@ -99,8 +99,7 @@ def test_the_oldest_triton():
 
 
 def assert_well_compiled_by(version):
-    """Every product's configuration for sm_90, where it is asynchronous, compiled by another version: see
-    ``test_compile.py``."""
+    """The configurations for sm_90, where products are asynchronous, pass ``test_compile.py`` with another version."""
     folder = ROOT / "build/triton" / version
     if not folder.exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", f"triton=={version}"]

@@ -1,5 +1,7 @@
-"""The Triton kernels on CPUs: in Triton's interpreter, which has to be chosen before Triton is imported, so in
-processes of their own; and what the backend says of itself."""
+"""The Triton kernels on CPUs, in Triton's interpreter, and what the backend says of itself.
+
+The interpreter has to be chosen before Triton is imported. So the kernels run in processes of their own.
+"""
 
 import importlib.util
 import os
@@ -99,7 +101,7 @@ def test_reasons(monkeypatch, asked_anew):
 
 @pytest.mark.parametrize("with_cuda", [True, False])
 def test_each_device_is_served_by_what_it_can_run(monkeypatch, asked_anew, with_cuda):
-    """Where the library holds no kernels in CUDA C++, Triton's serve, and it is said what is missing."""
+    """Where the library holds no kernels in CUDA C++, Triton's serve, and a warning says what is missing."""
     warnings = set()
     monkeypatch.setattr(backends, "_warn", warnings.add)
     monkeypatch.setattr(extension, "unavailable", lambda: None)

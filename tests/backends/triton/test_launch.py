@@ -8,6 +8,41 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from densenet_fast.backends.triton import config, launch
+from densenet_fast.backends.triton.kernels.bn_relu import bn_relu
+
+NAMED = {name: i for i, name in enumerate(bn_relu.arg_names)}
+
+
+def test_arguments_stand_in_the_kernels_order():
+    """The order in which a launch names them makes no difference."""
+    with launch.planning() as launches:
+        launch.launcher(bn_relu)((1,), config.BN_RELU, **dict(reversed(NAMED.items())))
+    ((_, grid, arguments, constants, tile),) = launches
+    assert (grid, tile) == ((1,), config.BN_RELU)
+    assert dict(zip(bn_relu.arg_names, arguments)) | constants == NAMED
+    assert list(constants) != [] and all(name == name.upper() for name in constants)
+
+
+@pytest.mark.parametrize(
+    "lost, added, message",
+    [
+        (["rstd"], [], "got missing rstd$"),
+        (["rstd"], ["std"], "got missing rstd and unknown std$"),
+        (["ROWS", "COLUMNS"], ["ROW"], "got missing COLUMNS, ROWS and unknown ROW$"),
+        ([], ["eps"], "got unknown eps$"),
+    ],
+)
+def test_a_wrong_name_is_an_error_of_the_first_launch(lost, added, message):
+    """The error names the kernel and the argument."""
+    named = {name: i for name, i in NAMED.items() if name not in lost} | dict.fromkeys(added, 0)
+    with launch.planning(), pytest.raises(TypeError, match=f"^bn_relu: expected each argument by its name, {message}"):
+        launch.launcher(bn_relu)((1,), config.BN_RELU, **named)
+
+
+def test_a_name_given_twice_is_an_error():
+    """Python's own error names the kernel and the argument."""
+    with launch.planning(), pytest.raises(TypeError, match=r"bn_relu\(\) got multiple values .* 'rstd'"):
+        launch.launcher(bn_relu)((1,), config.BN_RELU, **NAMED, **{"rstd": 0})
 
 
 @pytest.mark.parametrize("stride", [0, 1, 7, 8, 12, 16, 48, 56, 1 << 40])

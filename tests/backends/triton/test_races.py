@@ -82,7 +82,7 @@ def test_arguments_are_counted():
 
 
 def test_a_kernel_without_one_of_its_barriers():
-    """Two warp groups: the input gradient of the 3x3 convolution races without a barrier, or a wait, of its loop."""
+    """The input gradient of the 3x3 convolution, by two warp groups, races without a barrier or a wait of its loop."""
     name = "bn_relu_conv3x3_grad_input"
     of_two_groups = row_of(name, (90, "half"), Tile(128, 64, 64, 8, 3))
     with config.assume(config.Device(90, 132)), absent_gpu(90), of_two_groups:

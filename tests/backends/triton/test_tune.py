@@ -21,7 +21,7 @@ NOW, FAST, HAZARDOUS, WRONG, LARGE = (Tile(rows, 16, 16, 4, 2) for rows in (16, 
 
 
 class Outcome:
-    """Times, and faults of code and of results, by candidate; what was written."""
+    """Of each candidate a time, and whether its code or its results have a fault. Keeps what was written."""
 
     times = {NOW: 3.0, FAST: 2.0, HAZARDOUS: 1.0, WRONG: 1.5, LARGE: inf}
 

@@ -1,4 +1,4 @@
-"""A = relu(bn(X)), materialised: what the 3x3 convolution's taps read nine times.
+"""A = relu(bn(X)), stored, because the taps of the 3x3 convolution read it nine times.
 
 A[p, b] = relu((X[p, b] - mean_b) * weight_b * rstd_b + bias_b)
 """
@@ -6,8 +6,8 @@ A[p, b] = relu((X[p, b] - mean_b) * weight_b * rstd_b + bias_b)
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import bn_relu as normalise
-from densenet_fast.backends.triton.kernels.pieces import load_affine
+from densenet_fast.backends.triton.kernels import pieces
+from densenet_fast.backends.triton.kernels.pieces import load_affine, tile_of_program
 
 
 @triton.jit(do_not_specialize=["M", "C", "ld_x"])
@@ -28,12 +28,9 @@ def bn_relu(
     WEIGHTED: tl.constexpr,
 ):
     C, ld_x = C * C_UNIT, ld_x * X_UNIT
-    column_tiles = tl.cdiv(C, COLUMNS)
-    rows = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < C
+    _, rows, columns, inside_rows, inside = tile_of_program(M, C, ROWS, COLUMNS)
     m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, columns, inside, WEIGHTED)
     wide_rows = rows.to(tl.int64)[:, None]
-    valid = (rows < M)[:, None] & inside[None, :]
+    valid = inside_rows[:, None] & inside[None, :]
     features = tl.load(x + wide_rows * ld_x + columns[None, :], mask=valid, other=0.0)
-    tl.store(out + wide_rows * C + columns[None, :], normalise(features, m, s, t), mask=valid)
+    tl.store(out + wide_rows * C + columns[None, :], pieces.bn_relu(features, m, s, t), mask=valid)

@@ -1,16 +1,24 @@
-"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored; or, where they are known before,
-relu(bn2(Z)) in its place.
+"""Z = relu(bn(F[:, :C])) @ W1^T and, in the same pass, the statistics of Z as stored.
 
     Z[p, b] = sum_c relu((F[p, c] - mean_c) * scale_c + shift_c) * W1[b, c]  (+ bias_b)
 
-One program makes ROWS x COLUMNS of Z, INNER channels at a time: they are normalised in registers on their way to the
-product. The programs of one row tile are neighbours in the grid, so that further ones find F in the L2 cache.
+Where Z's statistics are known before (THEN), relu(bn2(Z)) is stored in Z's place.
+
+One program makes ROWS x COLUMNS of Z, INNER channels at a time. It normalises them in registers on their way to the
+product. The programs of one row tile are neighbours in the grid, so that all but the first find F in the L2 cache.
 """
 
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import bn_relu, load_affine, settled, store_statistics
+from densenet_fast.backends.triton.kernels.pieces import (
+    add_bias,
+    bn_relu,
+    load_affine,
+    settled,
+    store_result,
+    tile_of_program,
+)
 
 
 @triton.jit(do_not_specialize=["M", "C", "ld_x", "B", "ld_z"])
@@ -47,13 +55,9 @@ def bn_relu_conv1x1(
     PRECISION: tl.constexpr,
 ):
     C, ld_x, B, ld_z = C * C_UNIT, ld_x * X_UNIT, B * B_UNIT, ld_z * Z_UNIT
-    column_tiles = tl.cdiv(B, COLUMNS)
-    tile = tl.program_id(0) // column_tiles
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside_columns = rows < M, columns < B
-    wide_rows = rows.to(tl.int64)
-    x_rows = x + wide_rows[:, None] * ld_x
+    place = tile_of_program(M, B, ROWS, COLUMNS)
+    _, rows, columns, inside_rows, inside_columns = place
+    x_rows = x + rows.to(tl.int64)[:, None] * ld_x
     weight_columns = weight + columns[None, :] * C
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -64,14 +68,8 @@ def bn_relu_conv1x1(
         features = tl.load(x_rows + channels[None, :], mask=inside_rows[:, None] & inside[None, :], other=0.0)
         w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
         total = settled(tl.dot(bn_relu(features, m, s, t), w, total, input_precision=PRECISION))
-    if BIAS:
-        total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+    total = add_bias(total, bias, columns, inside_columns, BIAS)
     if THEN:
         m, s, t = load_affine(then_mean, then_rstd, then_bias, then_weight, columns, inside_columns, WEIGHTED)
         total = bn_relu(total, m, s, t)
-    stored = total.to(z.dtype.element_ty)
-    valid = inside_rows[:, None] & inside_columns[None, :]
-    tl.store(z + wide_rows[:, None] * ld_z + columns[None, :], stored, mask=valid)
-    if STATISTICS:
-        count = tl.minimum(M - tile * ROWS, ROWS)
-        store_statistics(stored, partials, tile, columns, count, B, inside_rows, inside_columns)
+    store_result(total, z, ld_z, place, M, B, partials, STATISTICS)

@@ -4,23 +4,23 @@
     G   = source + scale * D
     dW1 = dZ^T @ relu(bn(F));   sum D;   sum D * (F - mean)
 
-One program owns CHANNELS columns of F and a range of rows: it keeps its part of W1, of dW1 and of the two column sums,
-walks down its rows, ROWS at a time, and leaves dW1 and the sums as partial results, one per range. The programs of
+One program owns CHANNELS columns of F and a range of rows. It keeps its part of W1, of dW1 and of the two column sums.
+It walks down its rows, ROWS at a time, and leaves dW1 and the sums as partial results, one per range. The programs of
 one range are neighbours in the grid, so that all but the first find dZ in the L2 cache.
 
 While the products of a tile of ROWS rows run, F, G and dZ of the next STAGES - 2 tiles are on their way into shared
-memory; one more tile is asked for behind them. By default Triton copies ahead only what a product reads, so not G, for
-which every tile would wait; a loop that says its number of stages itself has all its loads copied ahead. ``source`` may
-be ``grad_x``: a tile's G is read before it is written, and by its own program alone.
+memory; one more tile is asked for behind them. By default Triton copies ahead only what a product reads. G is no
+operand, so every tile would wait for it. A loop that says its number of stages itself has all its loads copied ahead.
+``source`` may be ``grad_x``: a tile's G is read before it is written, and by its own program alone.
 
-B above WIDTH takes two launches: one (INPUT) that walks over the B columns of dZ in blocks for each row tile, and one
-(WEIGHT) with a program per block. PLAIN is the product dZ^T @ F alone.
+B above WIDTH takes two launches. One (INPUT) walks over the B columns of dZ in blocks for each row tile. The other
+(WEIGHT) has a program per block. PLAIN is the product dZ^T @ F alone.
 """
 
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import beside, load_affine, store_sums
+from densenet_fast.backends.triton.kernels.pieces import beside, load_affine, normalise, relu, store_sums
 
 
 @triton.jit(
@@ -100,8 +100,7 @@ def bn_relu_conv1x1_backward(
         if UPDATE:
             before = tl.load(source + row * ld_source + source_offsets, mask=valid, other=0.0)
         if not PLAIN:
-            centred = features.to(tl.float32) - m
-            normalised = centred * s + t
+            centred, normalised = normalise(features, m, s, t)
         dz_rows = grad + row * ld_grad + grad_offsets
         if not WIDE:
             dz = tl.load(dz_rows + block[None, :], mask=inside_rows[:, None] & inside_block[None, :], other=0.0)
@@ -129,7 +128,7 @@ def bn_relu_conv1x1_backward(
         if WEIGHT:
             a = features
             if not PLAIN:
-                a = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL).to(features.dtype)
+                a = relu(normalised).to(features.dtype)
             if INPUT and (TURNED or ROWS < 64):  # products of warp groups, from 64 rows, may hold all of it twice
                 a = beside(a, product)
             if TURNED:

@@ -2,14 +2,14 @@
 
     Y[p, j] = sum_{dy, dx, b} A[p + dy * W + dx, b] * W2[j, dy, dx, b]  (+ bias_j, * mask[p, j] * keep_scale)
 
-over the taps dy, dx in -1..1 that stay inside the image. One program makes ROWS x COLUMNS of Y in one loop over taps
-and blocks of INNER channels; a tap outside loads zeros.
+The taps dy, dx run over -1..1 and stay inside the image: a tap outside loads zeros. One program makes ROWS x COLUMNS
+of Y in one loop over taps and blocks of INNER channels.
 """
 
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import store_statistics
+from densenet_fast.backends.triton.kernels.pieces import add_bias, store_result, tile_of_program
 
 
 @triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_out", "taps", "keep_n", "keep_k", "keep_h", "keep_w"])
@@ -44,14 +44,10 @@ def bn_relu_conv3x3(
     PRECISION: tl.constexpr,
 ):
     B, k, ld_out = B * B_UNIT, k * K_UNIT, ld_out * OUT_UNIT
-    column_tiles = tl.cdiv(k, COLUMNS)
-    tile = tl.program_id(0) // column_tiles
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside_columns = rows < M, columns < k
+    place = tile_of_program(M, k, ROWS, COLUMNS)
+    _, rows, columns, inside_rows, inside_columns = place
     y, x = (rows // W) % H, rows % W
-    wide_rows = rows.to(tl.int64)
-    a_rows = a + wide_rows[:, None] * B
+    a_rows = a + rows.to(tl.int64)[:, None] * B
     weight_columns = weight + columns[None, :] * (taps * B)
     blocks = tl.cdiv(B, INNER)
 
@@ -68,15 +64,10 @@ def bn_relu_conv3x3(
             weight_columns + (tap * B + channels)[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0
         )
         total = tl.dot(tapped, w, total, input_precision=PRECISION)
-    if BIAS:
-        total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
-    valid = inside_rows[:, None] & inside_columns[None, :]
+    total = add_bias(total, bias, columns, inside_columns, BIAS)
     if KEEP:
+        valid = inside_rows[:, None] & inside_columns[None, :]
         pixels = (rows // W // H).to(tl.int64) * keep_n + y.to(tl.int64) * keep_h + x.to(tl.int64) * keep_w
         kept = tl.load(keep + pixels[:, None] + columns.to(tl.int64)[None, :] * keep_k, mask=valid, other=0)
         total *= kept.to(tl.float32) * keep_scale
-    stored = total.to(out.dtype.element_ty)
-    tl.store(out + wide_rows[:, None] * ld_out + columns[None, :], stored, mask=valid)
-    if STATISTICS:
-        count = tl.minimum(M - tile * ROWS, ROWS)
-        store_statistics(stored, partials, tile, columns, count, k, inside_rows, inside_columns)
+    store_result(total, out, ld_out, place, M, k, partials, STATISTICS)

@@ -1,12 +1,12 @@
-"""The gradients of Y = conv3x3(relu(bn(Z)), W2) from dY: Z's with its mask and column sums, and W2's.
+"""The gradients of Y = conv3x3(relu(bn(Z)), W2) from dY: Z's, with D's column sums, and W2's.
 
     D[p, b] = (bn(Z)[p, b] > 0) * sum_{dy, dx, j} dY[p - dy * W - dx, j] * W2[j, dy, dx, b]
     scale * D;   sum D;   sum D * (Z - mean);   A = relu(bn(Z)), for the product that follows
     dW2[j, dy, dx, b] = sum_p dY[p - dy * W - dx, j] * A[p, b]
 
-over the shifted pixels that stay inside the image. In the weight gradient A stays where it is and dY is shifted; a
-program takes the three taps of one dy, BLOCK channels and WIDTH outputs, and a range of rows, whose partial result
-it leaves. Further programs complete dZ, which they have nothing to do with:
+The sums are over the shifted pixels that stay inside the image. In the weight gradient A stays where it is and dY is
+shifted. A program takes the three taps of one dy, BLOCK channels, WIDTH outputs and a range of rows. It leaves the
+range's partial result. Further programs of the same launch complete dZ, which this product does not read:
 
     dZ = scale * D + (P + 2 * Q * (Z - mean)) / count
 """
@@ -14,7 +14,14 @@ it leaves. Further programs complete dZ, which they have nothing to do with:
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import complete, load_affine, store_sums
+from densenet_fast.backends.triton.kernels.pieces import (
+    complete,
+    load_affine,
+    normalise,
+    relu,
+    store_sums,
+    tile_of_program,
+)
 
 
 @triton.jit(do_not_specialize=["M", "B", "k", "H", "W", "ld_grad", "ld_z", "ld_scaled", "taps"])
@@ -52,11 +59,7 @@ def bn_relu_conv3x3_grad_input(
 ):
     B, k, ld_grad = B * B_UNIT, k * K_UNIT, ld_grad * GRAD_UNIT
     ld_z, ld_scaled = ld_z * Z_UNIT, ld_scaled * SCALED_UNIT
-    column_tiles = tl.cdiv(B, COLUMNS)
-    tile = tl.program_id(0) // column_tiles
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside_columns = rows < M, columns < B
+    tile, rows, columns, inside_rows, inside_columns = tile_of_program(M, B, ROWS, COLUMNS)
     y, x = (rows // W) % H, rows % W
     wide_rows = rows.to(tl.int64)
     blocks = tl.cdiv(k, INNER)
@@ -81,10 +84,9 @@ def bn_relu_conv3x3_grad_input(
     first, local = tile.to(tl.int64) * ROWS, tl.arange(0, ROWS)[:, None]
     m, s, t = load_affine(mean, rstd, norm_bias, norm_weight, columns, inside_columns, WEIGHTED)
     values = tl.load(z + first * ld_z + (local * ld_z + columns[None, :]), mask=valid, other=0.0)
-    centred = values.to(tl.float32) - m
-    normalised = centred * s + t
+    centred, normalised = normalise(values, m, s, t)
     if KEEP_A:
-        rectified = tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        rectified = relu(normalised)
         tl.store(a + first * B + (local * B + columns[None, :]), rectified.to(a.dtype.element_ty), mask=valid)
     d = tl.where(inside_rows[:, None] & ~(normalised <= 0), total, 0.0)
     place = scaled + first * ld_scaled + (local * ld_scaled + columns[None, :])
@@ -131,7 +133,22 @@ def bn_relu_conv3x3_grad_weight(
     B, k, ld_grad = B * B_UNIT, k * K_UNIT, ld_grad * GRAD_UNIT
     ld_z, ld_dz = ld_z * Z_UNIT, ld_dz * DZ_UNIT
     if tl.program_id(1) < ranges:
-        grad_weight_of_range(grad, a, partials, M, B, k, H, W, ld_grad, range_rows, ROWS, BLOCK, WIDTH, PRECISION)
+        grad_weight_of_range(
+            grad=grad,
+            a=a,
+            partials=partials,
+            M=M,
+            B=B,
+            k=k,
+            H=H,
+            W=W,
+            ld_grad=ld_grad,
+            range_rows=range_rows,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            WIDTH=WIDTH,
+            PRECISION=PRECISION,
+        )
     else:
         program = (tl.program_id(1) - ranges) * tl.num_programs(0) + tl.program_id(0)
         column_tiles = tl.cdiv(B, COMPLETED)
@@ -141,17 +158,29 @@ def bn_relu_conv3x3_grad_weight(
         constant = tl.load(p + columns, mask=inside, other=0.0) / count
         slope = 2 * tl.load(q + columns, mask=inside, other=0.0) / count
         first_row = (program // column_tiles) * chunk_rows
-        last_row = tl.minimum(first_row + chunk_rows, M)
         complete(
-            dz, ld_dz, z, ld_z, dz, ld_dz, m, constant, slope, first_row, last_row, columns, inside, COMPLETED_ROWS
+            grad=dz,
+            ld_grad=ld_dz,
+            x=z,
+            ld_x=ld_z,
+            out=dz,
+            ld_out=ld_dz,
+            m=m,
+            constant=constant,
+            slope=slope,
+            first_row=first_row,
+            last_row=tl.minimum(first_row + chunk_rows, M),
+            columns=columns,
+            inside=inside,
+            ROWS=COMPLETED_ROWS,
         )
 
 
 @triton.jit
 def grad_weight_of_range(
-    grad,
-    a,
-    partials,
+    grad,  # [M, k], rows ld_grad apart
+    a,  # [M, B]
+    partials,  # [ranges, k, 3, 3, B] float32
     M,
     B,
     k,

@@ -3,14 +3,24 @@
     P[q, c] = 1/4 sum_{4 pixels p of window q} relu((F[p, c] - mean_c) * scale_c + shift_c)
     out[q, j] = sum_c P[q, c] * W[j, c]  (+ bias_j)
 
-Pooling and the product are linear and commute, so the pooling comes first: a quarter of the multiplications. In 16 bits
-P is multiplied in two parts, what it is rounded to and what the rounding lost: stock rounds the product alone.
+Pooling and the product are linear and commute. So the pooling comes first, which leaves a quarter of the
+multiplications. In 16 bits P is multiplied in two parts: P as rounded, and what the rounding lost. Stock rounds the
+product alone.
 """
 
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import load_affine, settled, store_statistics, top_left
+from densenet_fast.backends.triton.kernels.pieces import (
+    add_bias,
+    load_affine,
+    normalise,
+    relu,
+    settled,
+    store_result,
+    tile_of_program,
+    top_left,
+)
 
 
 @triton.jit(do_not_specialize=["M", "C", "ld_x", "K", "H", "W"])
@@ -42,11 +52,8 @@ def bn_relu_pool_conv1x1(
     PRECISION: tl.constexpr,
 ):
     C, ld_x, K = C * C_UNIT, ld_x * X_UNIT, K * K_UNIT
-    column_tiles = tl.cdiv(K, COLUMNS)
-    tile = tl.program_id(0) // column_tiles
-    windows = tile * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside_columns = windows < M, columns < K
+    place = tile_of_program(M, K, ROWS, COLUMNS)
+    _, windows, columns, inside_rows, inside_columns = place
     x_rows = x + top_left(windows, H, W)[:, None] * ld_x
     weight_columns = weight + columns[None, :] * C
 
@@ -59,8 +66,7 @@ def bn_relu_pool_conv1x1(
         for i in tl.static_range(4):
             pixels = x_rows + ((i // 2) * W + i % 2) * ld_x + channels[None, :]
             features = tl.load(pixels, mask=inside_rows[:, None] & inside[None, :], other=0.0)
-            normalised = (features.to(tl.float32) - m) * s + t
-            pooled += tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            pooled += relu(normalise(features, m, s, t)[1])
         w = tl.load(weight_columns + channels[:, None], mask=inside[:, None] & inside_columns[None, :], other=0.0)
         pooled *= 0.25
         rounded = pooled.to(w.dtype)
@@ -68,11 +74,5 @@ def bn_relu_pool_conv1x1(
         if w.dtype != tl.float32:
             rest = (pooled - rounded.to(tl.float32)).to(w.dtype)
             total = settled(tl.dot(rest, w, total, input_precision=PRECISION))
-    if BIAS:
-        total += tl.load(bias + columns, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
-    stored = total.to(out.dtype.element_ty)
-    valid = inside_rows[:, None] & inside_columns[None, :]
-    tl.store(out + windows.to(tl.int64)[:, None] * K + columns[None, :], stored, mask=valid)
-    if STATISTICS:
-        count = tl.minimum(M - tile * ROWS, ROWS)
-        store_statistics(stored, partials, tile, columns, count, K, inside_rows, inside_columns)
+    total = add_bias(total, bias, columns, inside_columns, BIAS)
+    store_result(total, out, K, place, M, K, partials, STATISTICS)

@@ -10,7 +10,14 @@ Pixels that the pooling drops are not written.
 import triton
 import triton.language as tl
 
-from densenet_fast.backends.triton.kernels.pieces import load_affine, store_sums, top_left
+from densenet_fast.backends.triton.kernels.pieces import (
+    load_affine,
+    normalise,
+    relu,
+    store_sums,
+    tile_of_program,
+    top_left,
+)
 
 
 @triton.jit(do_not_specialize=["M", "C", "K", "ld_grad", "ld_x", "H", "W"])
@@ -46,11 +53,7 @@ def bn_relu_pool_conv1x1_backward(
 ):
     C, K = C * C_UNIT, K * K_UNIT
     ld_grad, ld_x = ld_grad * GRAD_UNIT, ld_x * X_UNIT
-    column_tiles = tl.cdiv(C, COLUMNS)
-    tile = tl.program_id(0) // column_tiles
-    windows = tile * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside_rows, inside = windows < M, columns < C
+    tile, windows, columns, inside_rows, inside = tile_of_program(M, C, ROWS, COLUMNS)
     valid = inside_rows[:, None] & inside[None, :]
     wide_windows = windows.to(tl.int64)
 
@@ -80,14 +83,13 @@ def bn_relu_pool_conv1x1_backward(
     for i in tl.static_range(4):
         pixels = (first + ((i // 2) * W + i % 2))[:, None]
         features = tl.load(x + pixels * ld_x + columns[None, :], mask=valid, other=0.0)
-        centred = features.to(tl.float32) - m
-        normalised = centred * s + t
+        centred, normalised = normalise(features, m, s, t)
         if INPUT:
             d = tl.where(valid & ~(normalised <= 0), share, 0.0)
             sum_d += d
             sum_dx += d * centred
             tl.store(scaled + pixels * C + columns[None, :], (s * d).to(scaled.dtype.element_ty), mask=valid)
-        mean_a += 0.25 * tl.maximum(normalised, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        mean_a += 0.25 * relu(normalised)
     if INPUT:
         store_sums(tl.sum(sum_d, 0), tl.sum(sum_dx, 0), partials + tile.to(tl.int64) * 2 * C, columns, C, inside)
     if POOLED:

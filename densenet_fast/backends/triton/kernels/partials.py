@@ -1,9 +1,9 @@
-"""Partial results, one row per tile, combined in fixed order: statistics of columns, sums, and what follows from them.
+"""Partial results, one row per tile, combined in a fixed order: statistics of columns, sums, and gradients from these.
 
     mean = sum_t n_t mean_t / M;   M2 = sum_t (M2_t + n_t (mean_t - mean)^2);   variance = M2 / M
 
-Each of LANES lanes merges the tiles t, t + LANES, ... by Chan, Golub and LeVeque's pairwise update; then the lanes are
-combined by the formula above. Never E[x^2] - E[x]^2.
+Each of LANES lanes merges the tiles t, t + LANES, ... by Chan, Golub and LeVeque's pairwise update. Then the formula
+above combines the lanes. Never E[x^2] - E[x]^2.
 """
 
 import triton
@@ -111,9 +111,12 @@ def sum_partials(
     COMPLETED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """What one launch combines: the two sums, by COLUMNS columns, and the gradients through a normalisation that they
-    make; the products' gradients, by WIDE; and gradients of columns that are completed by these P and Q, by COMPLETED
-    columns and chunk_rows rows, each program adding up for itself what it needs."""
+    """What one launch combines, each program one of three things.
+
+    Some add up the two sums of COLUMNS columns and store the gradients through a normalisation that follow. Some add up
+    WIDE elements of a product's gradient. The rest complete COMPLETED columns of a gradient by P and Q, chunk_rows rows
+    each; they add up the sums of their columns for themselves.
+    """
     length, n_weight, C, n_other = length * UNIT, n_weight * UNIT, C * UNIT, n_other * OTHER_UNIT
     first_column, n_columns = first_column * MATRIX_UNIT, n_columns * MATRIX_UNIT
     ld_grad, ld_x, ld_out = ld_grad * MATRIX_UNIT, ld_x * MATRIX_UNIT, ld_out * MATRIX_UNIT
@@ -127,25 +130,50 @@ def sum_partials(
         own = program * COLUMNS + tl.arange(0, COLUMNS)
         gradients = p, q, grad_norm_weight, grad_norm_bias
         store_gradients(
-            pairs,
-            normalisation,
-            gradients,
-            own,
-            own < C,
-            WEIGHTED,
-            BEFORE,
-            THROUGH,
-            GRAD_NORM_WEIGHT,
-            GRAD_NORM_BIAS,
-            RAW,
+            sums=pairs,
+            normalisation=normalisation,
+            gradients=gradients,
+            columns=own,
+            inside=own < C,
+            WEIGHTED=WEIGHTED,
+            BEFORE=BEFORE,
+            THROUGH=THROUGH,
+            GRAD_NORM_WEIGHT=GRAD_NORM_WEIGHT,
+            GRAD_NORM_BIAS=GRAD_NORM_BIAS,
+            RAW=RAW,
         )
     elif program < sums_programs + weight_programs:
         first = (program - sums_programs) * WIDE
-        store_product(partials, tiles, length, grad_weight, first, n_weight, n_weight, 1, 0, 1, WIDE_LANES, WIDE)
+        store_product(
+            partials=partials,
+            tiles=tiles,
+            length=length,
+            out=grad_weight,
+            first=first,
+            n=n_weight,
+            B=n_weight,
+            taps=1,
+            tap_stride=0,
+            channel_stride=1,
+            LANES=WIDE_LANES,
+            COLUMNS=WIDE,
+        )
     elif program < sums_programs + weight_programs + other_programs:
         first = (program - sums_programs - weight_programs) * WIDE
-        layout = B, taps, tap_stride, channel_stride
-        store_product(others, other_tiles, n_other, grad_other, first, n_other, *layout, WIDE_LANES, WIDE)
+        store_product(
+            partials=others,
+            tiles=other_tiles,
+            length=n_other,
+            out=grad_other,
+            first=first,
+            n=n_other,
+            B=B,
+            taps=taps,
+            tap_stride=tap_stride,
+            channel_stride=channel_stride,
+            LANES=WIDE_LANES,
+            COLUMNS=WIDE,
+        )
     else:
         chunk = program - sums_programs - weight_programs - other_programs
         column_tiles = tl.cdiv(n_columns, COMPLETED)
@@ -156,9 +184,23 @@ def sum_partials(
         through = gradients_through(pairs, normalisation, own, own < end, WEIGHTED, BEFORE)
         m = tl.load(mean + own, mask=own < end, other=0.0)
         first_row = (chunk // column_tiles) * chunk_rows
-        rows = first_row, tl.minimum(first_row + chunk_rows, M)
-        coefficients = m, through[0] / count, 2 * through[1] / count
-        complete(grad, ld_grad, x, ld_x, out - first_column, ld_out, *coefficients, *rows, own, own < end, ROWS)
+        last_row = tl.minimum(first_row + chunk_rows, M)
+        complete(
+            grad=grad,
+            ld_grad=ld_grad,
+            x=x,
+            ld_x=ld_x,
+            m=m,
+            constant=through[0] / count,
+            slope=2 * through[1] / count,
+            out=out - first_column,
+            ld_out=ld_out,
+            first_row=first_row,
+            last_row=last_row,
+            columns=own,
+            inside=own < end,
+            ROWS=ROWS,
+        )
 
 
 @triton.jit
@@ -176,7 +218,7 @@ def store_product(
     LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of a product's gradient [k, taps, B] with n elements, COLUMNS from the ``first`` on."""
+    """Adds up and stores COLUMNS of the n elements of a product's gradient [k, taps, B], from the ``first`` on."""
     columns = first + tl.arange(0, COLUMNS)
     total = sum_rows(partials, tiles, length, columns, columns < n, LANES, COLUMNS)
     k, tap, b = columns // (taps * B), columns // B % taps, columns % B
@@ -186,8 +228,8 @@ def store_product(
 
 @triton.jit
 def sum_pairs(sums, C, tiles, length, first, end, LANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """sum D and sum D * (x - mean), which stand C apart in each row of partial results, of COLUMNS columns from the
-    ``first`` on, zero from ``end`` on."""
+    """sum D and sum D * (x - mean) of COLUMNS columns from the ``first`` on; zero from ``end`` on. The two stand C
+    apart in each row of partial results."""
     columns, lane = first + tl.arange(0, COLUMNS), tl.arange(0, LANES)
     total_d = tl.zeros((LANES, COLUMNS), tl.float32)
     total_dx = tl.zeros((LANES, COLUMNS), tl.float32)
@@ -214,7 +256,7 @@ def store_gradients(
     GRAD_NORM_BIAS: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    """What is asked for: P and Q, the gradients of the normalisation's weight and bias, or the sums themselves."""
+    """Stores what is asked for: P and Q, the gradients of the normalisation's weight and bias, or the sums."""
     p, q, grad_norm_weight, grad_norm_bias = gradients
     if RAW:
         tl.store(p + columns, sums[0], mask=inside)

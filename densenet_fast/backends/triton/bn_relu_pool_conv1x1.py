@@ -1,16 +1,14 @@
-"""``aten.bn_relu_pool_conv1x1``, the transition, and its backward pass: by Triton, or by torch, as config says."""
+"""The contract's ``bn_relu_pool_conv1x1``, the transition, and its backward pass, by Triton or by torch."""
 
 from torch import Tensor
 
 from densenet_fast.backends import aten
 from densenet_fast.backends.affine import Affine, Job, Reader, Statistics
 from densenet_fast.backends.triton import config
-from densenet_fast.backends.triton.conv1x1 import product_over_rows
-from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1 import bn_relu_pool_conv1x1 as pool_kernel
-from densenet_fast.backends.triton.kernels.bn_relu_pool_conv1x1_backward import (
-    bn_relu_pool_conv1x1_backward as pool_backward_kernel,
-)
-from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.bn_relu_conv1x1 import product_over_rows
+from densenet_fast.backends.triton.kernels import bn_relu_pool_conv1x1 as forward
+from densenet_fast.backends.triton.kernels import bn_relu_pool_conv1x1_backward as backward
+from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Product,
     Sums,
@@ -18,12 +16,15 @@ from densenet_fast.backends.triton.shared import (
     combine_statistics,
     dot_precision,
     float32,
-    normalisation,
+    or_unread,
     prepare,
     sum_partials,
     tiles_of,
     weight_gradient,
 )
+
+launch_forward = launcher(forward.bn_relu_pool_conv1x1)
+launch_backward = launcher(backward.bn_relu_pool_conv1x1_backward)
 
 
 def bn_relu_pool_conv1x1(
@@ -44,21 +45,24 @@ def bn_relu_pool_conv1x1(
     out = x.new_empty(windows, width)
     partials = float32(x, 0 if statistics is None else tiles, 2, width)
     (c, c_unit), (ld_x, x_unit), (k, k_unit) = units(channels), units(x.stride(0)), units(width)
-    launch(
-        pool_kernel,
+    launch_forward(
         (tiles * tiles_of(width, columns),),
-        x,
-        *normalisation(affine),
-        weight,
-        weight if bias is None else bias,
-        out,
-        partials,
-        windows,
-        c,
-        ld_x,
-        k,
-        *grid[1:],
-        tile=tile,
+        tile,
+        x=x,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        weight=weight,
+        bias=or_unread(bias, weight),
+        out=out,
+        partials=partials,
+        M=windows,
+        C=c,
+        ld_x=ld_x,
+        K=k,
+        H=grid[1],
+        W=grid[2],
         C_UNIT=c_unit,
         X_UNIT=x_unit,
         K_UNIT=k_unit,
@@ -105,23 +109,26 @@ def bn_relu_pool_conv1x1_backward(
     partials = float32(x, tiles, 2 * channels if need_input else 0)
     (c, c_unit), (k, k_unit) = units(channels), units(width)
     (ld_grad, grad_unit), (ld_x, x_unit) = units(grad.stride(0)), units(x.stride(0))
-    launch(
-        pool_backward_kernel,
+    launch_backward(
         (tiles * tiles_of(channels, columns),),
-        grad,
-        x,
-        *normalisation(affine),
-        weight,
-        scaled,
-        pooled,
-        partials,
-        windows,
-        c,
-        k,
-        ld_grad,
-        ld_x,
-        *grid[1:],
-        tile=tile,
+        tile,
+        grad=grad,
+        x=x,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        weight=weight,
+        scaled=scaled,
+        pooled=pooled,
+        partials=partials,
+        M=windows,
+        C=c,
+        K=k,
+        ld_grad=ld_grad,
+        ld_x=ld_x,
+        H=grid[1],
+        W=grid[2],
         C_UNIT=c_unit,
         K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,

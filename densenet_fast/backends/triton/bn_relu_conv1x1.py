@@ -1,14 +1,12 @@
-"""``aten.bn_relu_conv1x1`` and its backward pass: launches of two kernels and of the reductions behind them."""
+"""The contract's ``bn_relu_conv1x1`` and its backward pass: two kernels and the reductions behind them."""
 
 from torch import Tensor
 
 from densenet_fast.backends.affine import Affine, Completion, Reader, Statistics, Unfinished
 from densenet_fast.backends.triton import config
-from densenet_fast.backends.triton.kernels.bn_relu_conv1x1 import bn_relu_conv1x1 as conv1x1_kernel
-from densenet_fast.backends.triton.kernels.bn_relu_conv1x1_backward import (
-    bn_relu_conv1x1_backward as conv1x1_backward_kernel,
-)
-from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.kernels import bn_relu_conv1x1 as forward
+from densenet_fast.backends.triton.kernels import bn_relu_conv1x1_backward as backward
+from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Columns,
     Sums,
@@ -17,11 +15,14 @@ from densenet_fast.backends.triton.shared import (
     dot_precision,
     finalise_gradient,
     float32,
-    normalisation,
+    or_unread,
     sum_partials,
     tiles_of,
     weight_gradient,
 )
+
+launch_forward = launcher(forward.bn_relu_conv1x1)
+launch_backward = launcher(backward.bn_relu_conv1x1_backward)
 
 
 def bn_relu_conv1x1(
@@ -42,24 +43,30 @@ def bn_relu_conv1x1(
     partials = float32(x, 0 if statistics is None else tiles, 2, width)
     if then is not None and (then.weight is None) != (affine.weight is None):
         affine, then = (Affine(a.mean, a.scale, a.bias) for a in (affine, then))
+    behind = affine if then is None else then
     (c, c_unit), (b, b_unit) = units(channels), units(width)
     (ld_x, x_unit), (ld_out, out_unit) = units(x.stride(0)), units(out.stride(0))
-    launch(
-        conv1x1_kernel,
+    launch_forward(
         (tiles * tiles_of(width, columns),),
-        x,
-        *normalisation(affine),
-        weight,
-        weight if bias is None else bias,
-        *normalisation(affine if then is None else then),
-        out,
-        partials,
-        rows,
-        c,
-        ld_x,
-        b,
-        ld_out,
-        tile=tile,
+        tile,
+        x=x,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        weight=weight,
+        bias=or_unread(bias, weight),
+        then_mean=behind.mean,
+        then_rstd=behind.rstd,
+        then_bias=behind.bias,
+        then_weight=or_unread(behind.weight, behind.mean),
+        z=out,
+        partials=partials,
+        M=rows,
+        C=c,
+        ld_x=ld_x,
+        B=b,
+        ld_z=ld_out,
         C_UNIT=c_unit,
         X_UNIT=x_unit,
         B_UNIT=b_unit,
@@ -128,8 +135,11 @@ def _partials(
     need_input: bool,
     need_weight: bool,
 ) -> Tensor:
-    """Updates grad_x, if there is one, and leaves [ranges, n]: dW's B * C columns, if it is needed, and if the input is
-    needed C of sum D and C of sum D * (x - mean). Without an affine, the product of grad and x itself."""
+    """Updates grad_x, if there is one, and returns partial results [ranges, n].
+
+    Their first B * C columns are dW's, if the weight is needed. The next are C of sum D and C of sum D * (x - mean), if
+    the input is needed. Without an affine dW is the product of grad and x itself.
+    """
     (rows, channels), width = x.shape, grad.shape[1]
     device = config.device_of(x.device)
     few = width if affine is not None else min(width, 128)  # one kernel for the plain products of all widths
@@ -140,33 +150,36 @@ def _partials(
     ranges, range_rows = config.ranges(device, rows, tile.rows, column_tiles, per_processor)
     weight_rows = width if need_weight else 0
     partials = float32(x, ranges, (weight_rows + (2 if need_input else 0)) * channels)
-    source, target = x if source is None else source, x if grad_x is None else grad_x
+    vectors = Affine(*(partials,) * 3) if affine is None else affine  # a plain product reads none
+    source, target = or_unread(source, x), or_unread(grad_x, x)
     (c, c_unit), (b, b_unit) = units(channels), units(width)
     (ld_grad, grad_unit), (ld_x, x_unit) = units(grad.stride(0)), units(x.stride(0))
     (ld_source, source_unit), (ld_target, target_unit) = units(source.stride(0)), units(target.stride(0))
 
     def run(with_input: bool, with_weight: bool, blocks: int) -> None:
-        launch(
-            conv1x1_backward_kernel,
+        launch_backward(
             (column_tiles, ranges, blocks),
-            grad,
-            x,
-            *((partials,) * 4 if affine is None else normalisation(affine)),
-            weight,
-            source,
-            target,
-            partials,
-            rows,
-            c,
-            b,
-            ld_grad,
-            ld_x,
-            ld_source,
-            ld_target,
-            range_rows,
-            partials.shape[1] // channels,
-            weight_rows,
-            tile=tile,
+            tile,
+            grad=grad,
+            x=x,
+            mean=vectors.mean,
+            rstd=vectors.rstd,
+            norm_bias=vectors.bias,
+            norm_weight=or_unread(vectors.weight, vectors.mean),
+            weight=weight,
+            source=source,
+            grad_x=target,
+            partials=partials,
+            M=rows,
+            C=c,
+            B=b,
+            ld_grad=ld_grad,
+            ld_x=ld_x,
+            ld_source=ld_source,
+            ld_grad_x=ld_target,
+            range_rows=range_rows,
+            partial_rows=partials.shape[1] // channels,
+            sums_row=weight_rows,
             C_UNIT=c_unit,
             B_UNIT=b_unit,
             GRAD_UNIT=grad_unit,

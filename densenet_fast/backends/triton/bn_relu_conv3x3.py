@@ -1,7 +1,7 @@
-"""``aten.bn_relu_conv3x3`` and its backward pass: by CUDA C++, Triton or torch's convolution, as config says.
+"""The contract's ``bn_relu_conv3x3`` and its backward pass: by CUDA C++, Triton or torch's convolution, as config says.
 
-In CUDA C++ relu(bn(x)) is made in shared memory. In Triton it is materialised once, because the taps read it nine
-times; the backward pass makes it again on the way to the input's gradient.
+CUDA C++ makes relu(bn(x)) in shared memory. Triton stores it once, because the taps read it nine times. The backward
+pass makes it again on the way to the input's gradient.
 """
 
 import torch
@@ -11,13 +11,10 @@ from densenet_fast.backends import aten, cuda_conv3x3
 from densenet_fast.backends.affine import Affine, Reader, Statistics, ThroughStatistics, Unfinished
 from densenet_fast.backends.spatial import convolve
 from densenet_fast.backends.triton import config
-from densenet_fast.backends.triton.kernels.bn_relu import bn_relu as bn_relu_kernel
-from densenet_fast.backends.triton.kernels.bn_relu_conv3x3 import bn_relu_conv3x3 as conv3x3_kernel
-from densenet_fast.backends.triton.kernels.bn_relu_conv3x3_backward import (
-    bn_relu_conv3x3_grad_input,
-    bn_relu_conv3x3_grad_weight,
-)
-from densenet_fast.backends.triton.launch import launch, units
+from densenet_fast.backends.triton.kernels import bn_relu as rectification
+from densenet_fast.backends.triton.kernels import bn_relu_conv3x3 as forward
+from densenet_fast.backends.triton.kernels import bn_relu_conv3x3_backward as backward
+from densenet_fast.backends.triton.launch import launcher, units
 from densenet_fast.backends.triton.shared import (
     Product,
     Sums,
@@ -27,10 +24,15 @@ from densenet_fast.backends.triton.shared import (
     dot_precision,
     evenly_laid,
     float32,
-    normalisation,
+    or_unread,
     sum_partials,
     tiles_of,
 )
+
+launch_bn_relu = launcher(rectification.bn_relu)
+launch_forward = launcher(forward.bn_relu_conv3x3)
+launch_grad_input = launcher(backward.bn_relu_conv3x3_grad_input)
+launch_grad_weight = launcher(backward.bn_relu_conv3x3_grad_weight)
 
 
 def bn_relu_conv3x3(
@@ -68,24 +70,28 @@ def bn_relu_conv3x3(
     tiles = tiles_of(rows, tile.rows)
     partials = float32(x, 0 if statistics is None else tiles, 2, width)
     (b, b_unit), (k, k_unit), (ld_out, out_unit) = units(channels), units(width), units(out.stride(0))
-    launch(
-        conv3x3_kernel,
+    keep_n, keep_k, keep_h, keep_w = (0,) * 4 if mask is None else mask.stride()
+    launch_forward(
         (tiles * tiles_of(width, columns),),
-        a,
-        weight,
-        weight if bias is None else bias,
-        weight if mask is None else mask,
-        out,
-        partials,
-        rows,
-        b,
-        k,
-        *grid[1:],
-        ld_out,
-        9,
-        *((0, 0, 0, 0) if mask is None else mask.stride()),
-        keep_scale,
-        tile=tile,
+        tile,
+        a=a,
+        weight=weight,
+        bias=or_unread(bias, weight),
+        keep=or_unread(mask, weight),
+        out=out,
+        partials=partials,
+        M=rows,
+        B=b,
+        k=k,
+        H=grid[1],
+        W=grid[2],
+        ld_out=ld_out,
+        taps=9,
+        keep_n=keep_n,
+        keep_k=keep_k,
+        keep_h=keep_h,
+        keep_w=keep_w,
+        keep_scale=keep_scale,
         B_UNIT=b_unit,
         K_UNIT=k_unit,
         OUT_UNIT=out_unit,
@@ -170,7 +176,8 @@ def _conv3x3_grad_input(
     scaled: Tensor,
     keep_a: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """``scaled`` = scale * D; relu(bn(z)) if asked for, and D's column sums in parts; ``weight`` [k, 3, 3, B]."""
+    """``scaled`` becomes scale * D, from ``weight`` [k, 3, 3, B]. Returns relu(bn(z)), if ``keep_a``, and partial
+    results [row tiles, 2 * B] of D's column sums."""
     (rows, channels), outputs = z.shape, grad.shape[1]
     tile = config.tile("bn_relu_conv3x3_grad_input", config.device_of(z.device), z.dtype, channels)
     columns = config.fit(channels, tile.columns)
@@ -179,25 +186,28 @@ def _conv3x3_grad_input(
     partials = float32(z, tiles, 2 * channels)
     (b, b_unit), (k, k_unit), (ld_scaled, scaled_unit) = units(channels), units(outputs), units(scaled.stride(0))
     (ld_grad, grad_unit), (ld_z, z_unit) = units(grad.stride(0)), units(z.stride(0))
-    launch(
-        bn_relu_conv3x3_grad_input,
+    launch_grad_input(
         (tiles * tiles_of(channels, columns),),
-        grad,
-        z,
-        *normalisation(affine),
-        weight,
-        scaled,
-        scaled if a is None else a,
-        partials,
-        rows,
-        b,
-        k,
-        *grid[1:],
-        ld_grad,
-        ld_z,
-        ld_scaled,
-        9,
-        tile=tile,
+        tile,
+        grad=grad,
+        z=z,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        weight=weight,
+        scaled=scaled,
+        a=or_unread(a, scaled),
+        partials=partials,
+        M=rows,
+        B=b,
+        k=k,
+        H=grid[1],
+        W=grid[2],
+        ld_grad=ld_grad,
+        ld_z=ld_z,
+        ld_scaled=ld_scaled,
+        taps=9,
         B_UNIT=b_unit,
         K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,
@@ -221,8 +231,8 @@ def _conv3x3_grad_weight(
     through: ThroughStatistics | None,
     dz: Tensor | None,
 ) -> Product:
-    """dW2 [k, B, 3, 3], ``like`` the parameter if it is given, in parts, from dY [M, k] and A [M, B]; completes dz
-    on the way, if it is to go ``through`` statistics."""
+    """dW2 in parts, as :func:`_product` returns it, from dY [M, k] and A [M, B]. Completes dz on the way, if it is to
+    go ``through`` statistics."""
     (rows, channels), outputs = a.shape, grad.shape[1]
     device = config.device_of(a.device)
     tile = config.tile("bn_relu_conv3x3_grad_weight", device, a.dtype, channels)
@@ -232,36 +242,36 @@ def _conv3x3_grad_weight(
     partials = float32(a, ranges, outputs * 9 * channels)
     (b, b_unit), (k, k_unit), (ld_grad, grad_unit) = units(channels), units(outputs), units(grad.stride(0))
     completion, completed = config.COMPLETION, config.fit(channels, config.COMPLETION.columns)
-    z, mean, p, q, count = (a, partials, partials, partials, 1) if through is None else through
-    dz, more, chunk_rows = a if through is None else dz, 0, 1
+    z, mean, p, q, count = (None, None, None, None, 1) if through is None else through
+    z, dz, more, chunk_rows = or_unread(z, a), a if through is None else dz, 0, 1
     if through is not None:
         column_tiles = tiles_of(channels, completed)
         parts, chunk_rows = config.chunks(device, rows, column_tiles)
         more = tiles_of(parts * column_tiles, programs)
     (ld_z, z_unit), (ld_dz, dz_unit) = units(z.stride(0)), units(dz.stride(0))
-    launch(
-        bn_relu_conv3x3_grad_weight,
+    launch_grad_weight(
         (programs, ranges + more),
-        grad,
-        a,
-        partials,
-        z,
-        dz,
-        mean,
-        p,
-        q,
-        rows,
-        b,
-        k,
-        *grid[1:],
-        ld_grad,
-        range_rows,
-        ranges,
-        ld_z,
-        ld_dz,
-        chunk_rows,
-        float(count),
-        tile=tile,
+        tile,
+        grad=grad,
+        a=a,
+        partials=partials,
+        z=z,
+        dz=dz,
+        mean=or_unread(mean, partials),
+        p=or_unread(p, partials),
+        q=or_unread(q, partials),
+        M=rows,
+        B=b,
+        k=k,
+        H=grid[1],
+        W=grid[2],
+        ld_grad=ld_grad,
+        range_rows=range_rows,
+        ranges=ranges,
+        ld_z=ld_z,
+        ld_dz=ld_dz,
+        chunk_rows=chunk_rows,
+        count=float(count),
         B_UNIT=b_unit,
         K_UNIT=k_unit,
         GRAD_UNIT=grad_unit,
@@ -278,7 +288,8 @@ def _conv3x3_grad_weight(
 
 
 def _product(partials: Tensor, outputs: int, a: Tensor, like: Tensor | None) -> Product:
-    """dW2 [k, B, 3, 3], ``like`` the parameter if it is given, in parts."""
+    """dW2 [k, B, 3, 3] in parts. Its sum has the dtype and the memory layout of the parameter ``like``, if that is
+    given, else those of ``a`` with channels last."""
     channels = a.shape[1]
     out = a.new_empty(outputs, 3, 3, channels).permute(0, 3, 1, 2) if like is None else torch.empty_like(like)
     return Product(partials, out, 9)
@@ -292,16 +303,18 @@ def _bn_relu(x: Tensor, affine: Affine) -> Tensor:
     out = x.new_empty(rows, channels)
     (c, c_unit), (ld_x, x_unit) = units(channels), units(x.stride(0))
     columns = config.fit(channels, tile.columns)
-    launch(
-        bn_relu_kernel,
+    launch_bn_relu(
         (tiles_of(rows, tile.rows) * tiles_of(channels, columns),),
-        x,
-        *normalisation(affine),
-        out,
-        rows,
-        c,
-        ld_x,
-        tile=tile,
+        tile,
+        x=x,
+        mean=affine.mean,
+        rstd=affine.rstd,
+        norm_bias=affine.bias,
+        norm_weight=or_unread(affine.weight, affine.mean),
+        out=out,
+        M=rows,
+        C=c,
+        ld_x=ld_x,
         C_UNIT=c_unit,
         X_UNIT=x_unit,
         ROWS=tile.rows,
