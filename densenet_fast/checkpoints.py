@@ -19,7 +19,7 @@ URLS = {
     "densenet169": "https://download.pytorch.org/models/densenet169-b2777c0a.pth",
     "densenet201": "https://download.pytorch.org/models/densenet201-c1103571.pth",
 }
-"""torchvision's checkpoints; the name's end is the start of the file's SHA-256, checked on download."""
+"""torchvision's checkpoints. Each name ends with the first digits of the file's SHA-256, which the download checks."""
 
 NAMES = ("IMAGENET1K_V1", "DEFAULT")
 
@@ -29,7 +29,7 @@ _NAME = re.compile(r"(?:\w+_Weights\.)?\w+")
 
 
 def enum_name(model: str) -> str:
-    """The name of torchvision's enum of the weights of ``model`` ("densenet121")."""
+    """The name of torchvision's enum with the weights of ``model``, for instance "densenet121"."""
     return f"DenseNet{model.removeprefix('densenet')}_Weights"
 
 
@@ -37,7 +37,7 @@ ENUMS = tuple(enum_name(model) for model in URLS)
 
 
 def enum(name: str) -> type:
-    """torchvision's weights enum of that name.
+    """The weights enum ``name`` of torchvision.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
@@ -52,8 +52,10 @@ def enum(name: str) -> type:
 
 
 class WeightsAnnotation(types.GenericAlias):
-    """The union of all that ``weights`` may be, torchvision's enum among it; torchvision is imported when it is asked
-    for its arguments."""
+    """The union of the types that ``weights`` may have.
+
+    torchvision's enum is one of them. Reading ``__args__`` imports torchvision.
+    """
 
     def __new__(cls, name: str) -> "WeightsAnnotation":
         return super().__new__(cls, Union, (name, str, PathLike[str], type(None)))
@@ -71,14 +73,16 @@ class WeightsAnnotation(types.GenericAlias):
 
 
 def annotated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, named as a model is, with an annotation that ``torchvision.models.get_model_weights`` reads."""
+    """Annotates ``function``, which has a model's name, for ``torchvision.models.get_model_weights``."""
     function.__annotations__["weights"] = WeightsAnnotation(enum_name(function.__name__))
     return function
 
 
 def legacy_argument(model: str, weights: Any, kwargs: dict[str, Any]) -> Any:
-    """``weights``, or what torchvision's former ``pretrained=True`` (also as first argument) stands for, with
-    torchvision's warnings, in the name of the caller's caller's caller.
+    """Translates torchvision's former ``pretrained=True``, also as first argument, to ``weights``.
+
+    Warns as torchvision does. The warnings point at the code that calls the model's function. Other ``weights`` are
+    returned as they are.
 
     Raises:
         TypeError: both ``weights`` and ``pretrained`` are given.
@@ -107,7 +111,7 @@ def legacy_argument(model: str, weights: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
-    """The state dict of ``weights`` for the architecture named ``model`` ("densenet121"), with today's key names.
+    """The state dict of ``weights`` for the architecture ``model``, for instance "densenet121", with today's key names.
 
     Args:
         weights: None, torchvision's name or enum member, or the path of a checkpoint.
@@ -115,8 +119,8 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
 
     Raises:
         KeyError: no weights have that name.
-        TypeError: ``weights`` is of another kind, or a member of another model's enum.
-        ValueError: none are hosted for that model, or the file is missing or holds none.
+        TypeError: ``weights`` has another type, or is a member of another model's enum.
+        ValueError: no weights are hosted for the model, or the file does not exist or has no weights.
     """
     if weights is None:
         return None
@@ -124,9 +128,9 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
         path = Path(weights).expanduser()
         if path.is_file():
             return normalised(_read(path))
-        url = _named(model, weights)
+        url = _url_by_name(model, weights)
     else:
-        url = _url(model, weights)
+        url = _url_of_member(model, weights)
     return normalised(
         torch.hub.load_state_dict_from_url(
             url, map_location="cpu", progress=progress, check_hash=True, weights_only=True
@@ -134,8 +138,8 @@ def load(model: str, weights: Any, progress: bool) -> dict[str, Tensor] | None:
     )
 
 
-def _url(model: str, weights: Any) -> str:
-    """The address of a member of torchvision's enum."""
+def _url_of_member(model: str, weights: Any) -> str:
+    """The URL of ``weights``, a member of torchvision's enum."""
     if not hasattr(weights, "url"):
         expected = "None, a name, a torchvision weights enum member or a path"
         raise TypeError(f"weights: expected {expected}, got {type(weights).__name__}")
@@ -144,8 +148,8 @@ def _url(model: str, weights: Any) -> str:
     return weights.url
 
 
-def _named(model: str, weights: str | PathLike[str]) -> str:
-    """The address of the weights of that name, which is no file's."""
+def _url_by_name(model: str, weights: str | PathLike[str]) -> str:
+    """The URL of the weights with the name ``weights``."""
     if str(weights).removeprefix(f"{enum_name(model)}.") not in NAMES:
         error = KeyError if isinstance(weights, str) and _NAME.fullmatch(weights) else ValueError
         raise error(f"weights: expected one of {NAMES} or the path of a file that exists, got {str(weights)!r}")
@@ -162,14 +166,14 @@ def _read(path: Path) -> Any:
 
 
 def normalised(checkpoint: Any) -> dict[str, Tensor]:
-    """The model's state dict in ``checkpoint``, in today's key names.
+    """The model's state dict in ``checkpoint``, with today's key names.
 
-    Unpacks a training checkpoint (``state_dict``, ``model_state_dict`` or ``model``), strips the prefixes ``module.``
-    of DataParallel and ``_orig_mod.`` of torch.compile, and writes ``denselayer1.norm1`` for the former
-    ``denselayer1.norm.1``.
+    Unpacks a training checkpoint (``state_dict``, ``model_state_dict`` or ``model``). Removes the prefixes ``module.``
+    of DataParallel and ``_orig_mod.`` of torch.compile. Renames the former ``denselayer1.norm.1`` to
+    ``denselayer1.norm1``.
 
     Raises:
-        ValueError: it is no state dict of a DenseNet.
+        ValueError: ``checkpoint`` has no state dict of a DenseNet.
     """
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
@@ -184,5 +188,5 @@ def normalised(checkpoint: Any) -> dict[str, Tensor]:
 
 
 def num_classes(state_dict: dict[str, Tensor]) -> int:
-    """The number of classes that ``state_dict`` distinguishes."""
+    """The number of classes of the model with this ``state_dict``."""
     return state_dict["classifier.weight"].shape[0]

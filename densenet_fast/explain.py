@@ -23,7 +23,7 @@ SLOW = {
     "aten": "On CPUs this dtype runs on plain torch operations: in less memory than stock, but slower.",
     "cpu": "Slower than stock, on any device: second derivatives.",
 }
-"""What is said below a table of the backends that serve CPUs; docs/limits.md has the figures and reasons."""
+"""Notes below the table, by the backends of CPUs in it; docs/limits.md has the figures and reasons."""
 VOLUME_POOLS = (nn.MaxPool3d, nn.AvgPool3d)
 LEFT_OUT = {
     "fused": False,
@@ -34,23 +34,26 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What one dense block, transition, BN-ReLU-Conv1x1, stem or head does when called, and did."""
+    """One dense block, transition, BN-ReLU-Conv1x1, stem or head: whether it runs fused, and its last call."""
 
     name: str
     kind: str
     fused: bool
     reason: str
-    """Why it does not run fused; empty if it does."""
+    """Why the part does not run fused; empty if it does."""
     backend: str
-    """The backend that its parameters' device and dtype select; "stock torch" where it does not run fused."""
+    """The backend for the device and dtype of its parameters; "stock torch" if it does not run fused."""
     device: str
     last_call: str
-    """"fused", on a GPU with "planned" or "walked: " and why not planned; "stock: " and why; empty if it was not called
-    yet, or compiled."""
+    """How the last call ran.
+
+    "fused", on a GPU followed by "planned", or by "walked: " and why it was not planned; or "stock: " and why it was
+    not fused. Empty before the first call, and for compiled calls.
+    """
 
 
 class Report(list[ModuleReport]):
-    """A list of :class:`ModuleReport`, printed as a table, and below it what is slower than stock there."""
+    """A list of :class:`ModuleReport`. It prints as a table, with notes on backends that are slower than stock."""
 
     def __str__(self) -> str:
         rows = [(r.name, r.kind, "yes" if r.fused else "no", r.backend, r.device, r.last_call, r.reason) for r in self]
@@ -62,16 +65,19 @@ class Report(list[ModuleReport]):
 
 
 def explain(model: nn.Module) -> Report:
-    """Lists the parts of ``model`` that may run fused: whether each does on ordinary input on its device, by which
-    backend, and why not otherwise; and what its last call did.
+    """Lists the parts of ``model`` that may run fused.
 
-    The parts are the dense blocks, transitions and BN-ReLU-Conv1x1 modules, a :class:`densenet_fast.DenseNet`'s stem
-    (from ``norm0`` to ``pool0``) and its head (``norm5``, and the ReLU and the average behind it). Those of another
-    library, or what resembles one, are listed too: converted (:func:`densenet_fast.convert`), not converted yet, or
-    left alone, and why. What children of an nn.Sequential are together has a name such as ``stage1.unit1...unit6``.
+    For each part it says whether it runs fused on ordinary input on its device, on which backend, and if not, why. It
+    also says how the last call ran.
 
-    A part that was never called, though two others were, does not count as fused: its network leaves it out, or runs
-    its children one by one.
+    The parts are dense blocks, transitions and BN-ReLU-Conv1x1 modules, and of a :class:`densenet_fast.DenseNet` the
+    stem (``norm0`` to ``pool0``) and the head (``norm5``, the ReLU and the average behind it). Parts of another library
+    are listed as converted (:func:`densenet_fast.convert`) or not converted yet. Modules that only resemble such a part
+    are listed as left alone, with the reason. A part that consists of consecutive children of an nn.Sequential has a
+    name such as ``stage1.unit1...unit6``.
+
+    A part that was never called does not count as fused if two others were: the network does not use it, or runs its
+    children one by one.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -82,7 +88,7 @@ def explain(model: nn.Module) -> Report:
     others: dict[int, list[conversion.Part]] = {}
     for part in conversion.survey(model):
         others.setdefault(id(part.first), []).append(part)
-    given = _dtypes_given(model, others)
+    input_dtypes = _input_dtypes(model, others)
     for name, module in model.named_modules():
         kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
         if kind is not None:
@@ -94,20 +100,22 @@ def explain(model: nn.Module) -> Report:
         elif isinstance(module, DenseNet):
             call = calls.last(module, "Head")
             heads.append(_part(_join(name, "features.norm5"), "Head", module, 2, module.head_obstacle(), call))
-        report += [_other(part, given.get(id(module))) for part in others.get(id(module), [])]
+        report += [_other(part, input_dtypes.get(id(module))) for part in others.get(id(module), [])]
     report = Report(report + heads)
     called = sum(bool(row.last_call) for row in report)
     return Report(replace(row, **LEFT_OUT) if called > 1 and row.fused and not row.last_call else row for row in report)
 
 
-def _dtypes_given(model: nn.Module, others: dict[int, list[conversion.Part]]) -> dict[int, torch.dtype]:
-    """The dtypes in which other libraries' parts are called, by where they stand, if modules are called in order: those
-    of their parameters, but under autocast its own behind a convolution, and float32 behind a pooling of volumes on
-    CPUs."""
-    like = _example(model)
-    device, dtype = like.device, like.dtype
+def _input_dtypes(model: nn.Module, others: dict[int, list[conversion.Part]]) -> dict[int, torch.dtype]:
+    """The input dtypes of other libraries' parts, by the id of their first module.
+
+    Assumes that modules are called in order. Without autocast, the inputs have the dtype of the parameters. Under
+    autocast, they have autocast's dtype behind a convolution, and float32 behind a pooling of volumes on CPUs.
+    """
+    example = _example(model)
+    device, dtype = example.device, example.dtype
     lower = None if dtype == torch.float64 else autocast_dtype(device)
-    given: dict[int, torch.dtype] = {}
+    input_dtypes: dict[int, torch.dtype] = {}
     inside: set[int] = set()
     for module in model.modules():
         if id(module) in inside:
@@ -115,24 +123,24 @@ def _dtypes_given(model: nn.Module, others: dict[int, list[conversion.Part]]) ->
         part = next((part for part in others.get(id(module), []) if part.layout is not None), None)
         convolves, pools_volumes = isinstance(module, _ConvNd), isinstance(module, VOLUME_POOLS)
         if part is not None:
-            given[id(module)] = dtype
+            input_dtypes[id(module)] = dtype
             inside = {id(m) for m in part.body.modules()}
             convolves, pools_volumes = fused.convolves(part.layout), fused.pools_volumes(part.layout)
         if lower is not None and convolves:
             dtype = lower
         if lower is not None and pools_volumes and device.type == "cpu":
             dtype = torch.float32
-    return given
+    return input_dtypes
 
 
-def _other(part: conversion.Part, given: torch.dtype | None) -> ModuleReport:
-    """A part of another library's model, called in the dtype ``given``."""
+def _other(part: conversion.Part, input_dtype: torch.dtype | None) -> ModuleReport:
+    """The report on a part of another library's model, called with ``input_dtype``."""
     call = calls.last(part.module, part.key)
     if part.layout is None:
         return _row(part.name, part.kind, part.body, f"left alone: {part.reason}", call)
     if not part.converted:
         return _row(part.name, part.kind, part.body, "not converted; densenet_fast.convert(model) converts it", call)
-    reason = fused.autocast_obstacle(given, _example(part.body).device, part.layout) or part.obstacle()
+    reason = fused.autocast_obstacle(input_dtype, _example(part.body).device, part.layout) or part.obstacle()
     return _part(part.name, part.kind, part.body, part.layout.dims, reason, call)
 
 
@@ -144,19 +152,19 @@ def _part(
 
 
 def _row(name: str, kind: str, module: nn.Module, reason: str, call: calls.Call | None) -> ModuleReport:
-    like = _example(module)
-    backend = STOCK if reason else select(like.device, like.dtype).name
-    return ModuleReport(name, kind, not reason, reason, backend, str(like.device), _told(call, like.device))
+    example = _example(module)
+    backend = STOCK if reason else select(example.device, example.dtype).name
+    return ModuleReport(name, kind, not reason, reason, backend, str(example.device), _last_call(call, example.device))
 
 
 def _example(module: nn.Module) -> Tensor:
-    """One of the module's floating tensors; a frozen normalisation has buffers alone."""
+    """A floating-point parameter of ``module``, or a buffer: a frozen normalisation has no parameters."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((t for t in tensors if t.dtype.is_floating_point), torch.empty(0))
 
 
-def _told(call: calls.Call | None, device: torch.device) -> str:
-    """What the last call was."""
+def _last_call(call: calls.Call | None, device: torch.device) -> str:
+    """The text of :attr:`ModuleReport.last_call`."""
     if call is None:
         return ""
     if call.reason is not None:

@@ -1,4 +1,4 @@
-"""What runs where, and why."""
+"""Reports versions, devices, and the backends that serve each of them."""
 
 import importlib.metadata
 import platform
@@ -15,8 +15,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def facts() -> dict[str, Any]:
-    """What :func:`report` says, for programs: of strings, booleans, lists and dictionaries; None for a package that is
-    not installed, and for an optional function without a kernel. Keys stay as they are and others may join them::
+    """The content of :func:`report` for programs, as strings, booleans, lists and dictionaries.
+
+    None stands for a package that is not installed, and for an optional function without a kernel. Keys never change;
+    new ones may be added::
 
         versions: {package: version}
         devices: [{name, description, backends: {dtype: backend}, functions: {dtype: {function: backend}}}]
@@ -24,7 +26,7 @@ def facts() -> dict[str, Any]:
         launch_plans: {available, detail}
     """
     versions = {"densenet_fast": densenet_fast.__version__, "python": platform.python_version()}
-    missing = _without_plans()
+    missing = _plans_obstacle()
     plans = missing or f"by cuLaunchKernel and {triton.describe()}"
     return {
         "versions": versions | {package: _version(package) for package in PACKAGES},
@@ -41,7 +43,7 @@ def facts() -> dict[str, Any]:
 
 
 def report() -> str:
-    """Versions, devices, and for each device the backend that serves each dtype and why the others do not."""
+    """Versions, devices, the backend that serves each dtype on each device, and why other backends do not."""
     found = facts()
     versions = [(package, version or "not installed") for package, version in found["versions"].items()]
     devices = [(device["name"], device["description"]) for device in found["devices"]]
@@ -63,8 +65,8 @@ def _state(found: dict[str, Any], mark: str) -> str:
     return f"available{mark}{found['detail']}" if found["available"] else found["detail"]
 
 
-def _without_plans() -> str | None:
-    """Why ops are not planned on GPUs, or None."""
+def _plans_obstacle() -> str | None:
+    """Why launches on GPUs cannot be planned, or None."""
     missing = plan.unavailable() or (cuda.unavailable() if not cuda_kernels.emulated() else "the kernels are emulated")
     return missing or triton.unavailable()
 
@@ -85,7 +87,7 @@ def _devices() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's name and what torch uses of its instructions."""
+    """The CPU's name and the instruction set that torch uses on it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -95,7 +97,7 @@ def processor() -> str:
 
 
 def _served(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Of each dtype on ``device`` the backend, and the backend whose kernel runs each function."""
+    """For each dtype on ``device``, the backend, and for each function the backend whose kernel runs it."""
     usable = {str(dtype).removeprefix("torch."): (serving(device, dtype), dtype) for dtype in DTYPES}
     return {
         "backends": {name: backends[0].name for name, (backends, _) in usable.items()},
@@ -104,7 +106,7 @@ def _served(device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def _by_function(device: dict[str, Any]) -> str:
-    """The table of the backends whose kernels run each function on a device."""
+    """A table of the functions on a device, with the backend whose kernel runs each of them."""
     by_dtype = device["functions"]
     rows = [(f, *(found[f] or "-" for found in by_dtype.values())) for f in next(iter(by_dtype.values()))]
     return table((f"function on {device['name']}", *by_dtype), rows)

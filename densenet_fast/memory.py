@@ -1,4 +1,4 @@
-"""Peak memory of this process, on the CPU as resident memory, on a GPU as what torch has allocated."""
+"""Peak memory of this process: resident memory on the CPU, memory allocated by torch on a GPU."""
 
 import sys
 from pathlib import Path
@@ -15,19 +15,21 @@ STATUS = Path("/proc/self/status")
 
 
 class MemoryUse(NamedTuple):
-    """Bytes: the highest use since the measurement began, how much of it was added to the use at its beginning, and how
-    much torch's allocator added to what it holds of a GPU's memory (on the CPU, the same as ``added``)."""
+    """Memory use since the measurement began, in bytes."""
 
     peak: int
+    """The highest use."""
     added: int
+    """``peak`` minus the use at the beginning."""
     reserved: int
+    """The GPU memory that torch's allocator reserved in addition; on the CPU, the same as ``added``."""
 
 
 class PeakMemory:
-    """Measures from its construction on; construct it when the model is built and nothing has been trained.
+    """Measures from its construction on. Construct it after the model, before the first training step.
 
-    On Linux the kernel's own high-water mark of the process is set back first, so that what happened earlier (imports,
-    reading the data) does not count. Elsewhere the mark covers the process's whole life.
+    On Linux the constructor resets the kernel's high-water mark of the process, so that earlier use (imports, reading
+    the data) does not count. On other systems the mark covers the whole life of the process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +43,7 @@ class PeakMemory:
             self.baseline = _peak_resident()
 
     def read(self) -> MemoryUse:
-        """The use so far."""
+        """The memory use so far."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             reserved = torch.cuda.max_memory_reserved(self.device) - self.reserved_baseline
@@ -55,11 +57,11 @@ def _reset_peak_resident() -> None:
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
-        return  # not Linux, or not permitted: the mark then covers the process's whole life
+        return  # not Linux, or not permitted: the mark covers the whole life of the process
 
 
 def _peak_resident() -> int:
-    # getrusage's ru_maxrss would include the peak of the process that started this one: exec does not reset it.
+    # getrusage's ru_maxrss may include the peak of the parent process, because exec does not reset it.
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""The drop-in DenseNet: torchvision's models, parameters and initialisation over fused parts."""
+"""The drop-in DenseNet: torchvision's models, parameter names and initialisation, with fused parts."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -21,16 +21,16 @@ class DenseNet(reference.DenseNet):
     """DenseNet with torchvision's arguments, parameter names and initialisation, in a fraction of the memory.
 
     Args:
-        growth_rate: channels that each layer adds, k.
+        growth_rate: number of channels that each layer adds, k.
         block_config: number of layers of each dense block; any number of blocks.
-        num_init_features: channels of the stem.
+        num_init_features: number of channels of the stem.
         bn_size: bottlenecks have bn_size * k channels; None for layers without a bottleneck.
         drop_rate: dropout rate of each layer's new features.
         num_classes: number of classes.
-        memory_efficient: whether to recompute the bottlenecks, and what the stem's convolution makes, in the backward
-            pass instead of keeping them.
-        in_channels: channels of the images.
-        compression: theta; a transition keeps floor(theta * C) of C channels; 1 for none.
+        memory_efficient: whether the backward pass recomputes the bottlenecks and the output of the stem's convolution.
+            They are not stored then.
+        in_channels: number of channels of the images.
+        compression: theta; a transition reduces C channels to floor(theta * C); 1 for no reduction.
         small_inputs: the CIFAR stem (one 3x3 convolution) instead of the ImageNet stem.
         bias: whether the convolutions have biases.
 
@@ -89,12 +89,14 @@ class DenseNet(reference.DenseNet):
         )
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Writes ``config.json``, the arguments of this, and ``model.safetensors``, its tensors, into ``folder``, which
-        is made if it is missing. ``huggingface_hub.upload_folder`` makes a repository of it.
+        """Writes the model's arguments to ``config.json`` and its tensors to ``model.safetensors``, both in ``folder``.
+
+        Creates ``folder`` if it does not exist. ``huggingface_hub.upload_folder`` turns it into a repository.
 
         Raises:
             ModuleNotFoundError: safetensors is not installed.
-            ValueError: ``folder`` is a file, or a part was replaced by another than the arguments make.
+            ValueError: ``folder`` is a file, or a part of the model was replaced, so that the arguments no longer
+                rebuild it.
         """
         arguments = dict(self._arguments)
         if isinstance(self.classifier, nn.Linear):
@@ -113,31 +115,33 @@ class DenseNet(reference.DenseNet):
         local_files_only: bool = False,
         **arguments: Any,
     ) -> "DenseNet":
-        """The model, in eval mode, in a folder that :meth:`save_pretrained` wrote, or in a repository of the Hugging
-        Face Hub: one made of such a folder, or one of timm's ("timm/densenet121.ra_in1k").
+        """Loads a model from a folder or from a repository of the Hugging Face Hub, in eval mode.
+
+        :meth:`save_pretrained` writes such a folder. A repository is an uploaded folder, or one of timm's DenseNets
+        ("timm/densenet121.ra_in1k").
 
         Args:
             source: the folder, or the repository's name, owner/name.
-            revision, token, cache_dir, force_download, local_files_only: as of ``huggingface_hub.hf_hub_download``.
-            **arguments: of :class:`DenseNet`, in place of those that were written.
+            revision, token, cache_dir, force_download, local_files_only: see ``huggingface_hub.hf_hub_download``.
+            **arguments: arguments of :class:`DenseNet` that replace the saved ones.
 
         Raises:
-            ModuleNotFoundError: safetensors, or for a repository huggingface_hub, is not installed.
-            ValueError: there is no such folder, or it holds no model of this class with these arguments.
+            ModuleNotFoundError: safetensors is not installed, or, for a repository, huggingface_hub.
+            ValueError: the folder does not exist, or does not contain a model of this class with these arguments.
         """
         options = dict(revision=revision, token=token, cache_dir=cache_dir, force_download=force_download)
         options["local_files_only"] = local_files_only
-        written, state_dict = pretrained.read(source, arguments, options)
+        config, state_dict = pretrained.read(source, arguments, options)
         try:
-            model = cls(**written)
+            model = cls(**config)
         except TypeError as error:
-            raise ValueError(f"source: expected arguments of {cls.__name__} in {source}, got {written}") from error
-        pretrained.check(f"source: expected in {source}", written, model, state_dict)
+            raise ValueError(f"source: expected arguments of {cls.__name__} in {source}, got {config}") from error
+        pretrained.check(f"source: expected in {source}", config, model, state_dict)
         model.load_state_dict(state_dict)
         return model.eval()
 
     def head_obstacle(self) -> str | None:
-        """Why ``features.norm5`` cannot run as one op with the ReLU and the average behind it, or None."""
+        """Why ``features.norm5``, the ReLU and the average behind it cannot run as one op, or None."""
         if type(self).forward is not DenseNet.forward:
             return f"{type(self).__name__} has a forward of its own"
         features = self.features
@@ -160,12 +164,12 @@ class DenseNet(reference.DenseNet):
         return self.classifier(reference.average(rectified(self.features(x))))
 
 
-def _head_examined(model: DenseNet) -> Found:
+def _examine_head(model: DenseNet) -> Found:
     reason = model.head_obstacle()
     return Found(reason, NormOperands(fusion.batch_norm(model.features.norm5)) if reason is None else None)
 
 
-_head_memory = Memory(_head_examined, lambda model: [model.features, model.features.norm5], (DenseNet,))
+_head_memory = Memory(_examine_head, lambda model: [model.features, model.features.norm5], (DenseNet,))
 
 fusion.watch(DenseNet, "forward")
 
@@ -191,16 +195,18 @@ def densenet121(weights: Weights = None, progress: bool = True, **kwargs: Any) -
 
     Args:
         weights: None; the name of torchvision's weights ("IMAGENET1K_V1" or "DEFAULT", with or without the enum's name
-            before it); a member of torchvision's weights enum; or the path of a local checkpoint.
+            in front); a member of torchvision's weights enum; or the path of a local checkpoint.
         progress: whether to show a progress bar while downloading.
         **kwargs: passed to :class:`DenseNet`; ``num_classes`` is taken from the weights.
 
-    ``pretrained=True``, also as the first argument, is what it was in torchvision: a warning, and "IMAGENET1K_V1".
+    ``pretrained=True``, also as the first argument, works as it did in torchvision: it warns, and loads
+    "IMAGENET1K_V1".
 
     Raises:
         KeyError: no weights have that name.
-        TypeError: ``weights`` is of another kind, or a member of another model's enum.
-        ValueError: the file is missing or holds no such weights, or ``num_classes`` is not the weights'.
+        TypeError: ``weights`` has another type, or is a member of another model's enum.
+        ValueError: the file does not exist or does not contain such weights, or ``num_classes`` differs from the
+            weights.
     """
     return _densenet("densenet121", weights, progress, kwargs)
 
@@ -224,5 +230,5 @@ def densenet201(weights: Weights = None, progress: bool = True, **kwargs: Any) -
 
 
 def densenet264(weights: Weights = None, progress: bool = True, **kwargs: Any) -> DenseNet:
-    """DenseNet-264 of the paper, for which no weights are hosted; ``weights`` takes a local path."""
+    """DenseNet-264 of the paper. No weights are hosted for it; ``weights`` may be a local path."""
     return _densenet("densenet264", weights, progress, kwargs)

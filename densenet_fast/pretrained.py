@@ -1,5 +1,8 @@
-"""A model as a folder, or as a repository of the Hugging Face Hub: ``config.json``, the arguments it was made with, and
-``model.safetensors``, its tensors. Repositories of timm's densenets are read too."""
+"""Saves a model to a folder, and loads it from a folder or from a repository of the Hugging Face Hub.
+
+``config.json`` contains the model's arguments, ``model.safetensors`` its tensors. Repositories of timm's DenseNets work
+too.
+"""
 
 import json
 import re
@@ -20,11 +23,12 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save(model: nn.Module, arguments: Mapping[str, Any], folder: str | PathLike[str]) -> None:
-    """Writes ``model``, which its class makes of ``arguments``, into ``folder``, which is made if it is missing.
+    """Writes ``model`` and the ``arguments`` of its class to ``folder``. Creates the folder if it does not exist.
 
     Raises:
         ModuleNotFoundError: safetensors is not installed.
-        ValueError: the folder is a file, or the model is not what its arguments make: a part was replaced.
+        ValueError: the folder is a file, or a part of the model was replaced, so that its arguments no longer
+            rebuild it.
     """
     thirdparty.needed("safetensors", "save_pretrained")
     from safetensors.torch import save_file
@@ -43,12 +47,16 @@ def save(model: nn.Module, arguments: Mapping[str, Any], folder: str | PathLike[
 def read(
     source: str | PathLike[str], arguments: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments and the tensors of the model in ``source``, a folder or a repository's name, with the ``options``
-    of ``huggingface_hub.hf_hub_download``; other ``arguments`` take the place of those that were written.
+    """Reads the arguments and the tensors of a model.
+
+    Args:
+        source: a folder, or the name of a repository.
+        arguments: replace saved ones of the same name.
+        options: for ``huggingface_hub.hf_hub_download``.
 
     Raises:
-        ModuleNotFoundError: a package is not installed that it takes.
-        ValueError: there is no such folder, or it holds no such model.
+        ModuleNotFoundError: safetensors is not installed, or, for a repository, huggingface_hub.
+        ValueError: the folder does not exist, or does not contain a model.
     """
     thirdparty.needed("safetensors", "from_pretrained")
     from safetensors.torch import load_file
@@ -72,7 +80,7 @@ def read(
 
 
 def _arguments(source: Any, path: Path, state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Those in the configuration at ``path``: ours, or of timm's, which names the architecture."""
+    """The model's arguments in the configuration file at ``path``. timm's configurations name the architecture."""
     try:
         configuration = json.loads(path.read_text())
     except ValueError as error:
@@ -90,17 +98,17 @@ def _arguments(source: Any, path: Path, state_dict: dict[str, Tensor]) -> dict[s
 
 
 def check(what: str, arguments: Mapping[str, Any], model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Raises an error, which begins with ``what``, unless ``state_dict`` holds the tensors of ``model``, made of
-    ``arguments``.
+    """Checks that ``state_dict`` has the tensors of ``model``, which was built with ``arguments``.
 
     Raises:
-        ValueError: one is missing, has another shape, or is one too many.
+        ValueError: a tensor is missing, has another shape, or does not belong to the model. The message begins with
+            ``what``.
     """
     expected = model.state_dict()
     for name in {**expected, **state_dict}:
-        if not name.endswith("num_batches_tracked"):  # which old checkpoints lack
-            wanted, got = (f"{tuple(t[name].shape)}" if name in t else "none" for t in (expected, state_dict))
-            if wanted != got:
-                made = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
-                made = f"{type(model).__name__}({made})"
-                raise ValueError(f"{what} the tensors of {made}, with {name} {wanted}, got {got}")
+        if not name.endswith("num_batches_tracked"):  # old checkpoints do not have it
+            shape, got = (f"{tuple(t[name].shape)}" if name in t else "none" for t in (expected, state_dict))
+            if shape != got:
+                call = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+                call = f"{type(model).__name__}({call})"
+                raise ValueError(f"{what} the tensors of {call}, with {name} {shape}, got {got}")

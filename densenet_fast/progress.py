@@ -9,8 +9,10 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], what: str, total: int | None = None, delay: float = 0) -> Iterator[Item]:
-    """``items``, with a bar called ``what`` after ``delay`` seconds; without one where tqdm is not installed, as in a
-    bare checkout."""
+    """Iterates over ``items``, with a progress bar labelled ``what`` that appears after ``delay`` seconds.
+
+    There is no bar if tqdm is not installed, as in a bare checkout.
+    """
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,11 +1,10 @@
 """The plain DenseNet in stock PyTorch, written to be read: Huang et al., "Densely Connected Convolutional Networks"
 (https://arxiv.org/abs/1608.06993).
 
-It holds no kernel of ours. It defines the architecture (and torchvision's parameter names, their order and
-initialisation) once, is the yardstick of the tests and benchmarks, and its ``forward`` is what a fused module runs when
-it cannot run fused.
+It uses no fused ops. It defines the architecture once, with torchvision's parameter names, their order and their
+initialisation. Tests and benchmarks compare with it. A fused module runs this ``forward`` when it cannot run fused.
 
-One constructor call each:
+Well-known networks and their constructor calls:
 
 =======================================  =======================================================================
 DenseNet-121 (and -161, -169, -201, -264)  ``densenet121()``
@@ -45,14 +44,14 @@ AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """The mask that ``F.dropout(x, p)`` draws for a contiguous ``x``: of its shape, bool, True for what is kept."""
+    """The mask that ``F.dropout(x, p)`` draws for a contiguous ``x``: bool, shaped like ``x``, True for kept values."""
     return torch.native_dropout(torch.empty_like(x, memory_format=torch.contiguous_format), p, True)[1]
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """``F.dropout(x, p, training)`` whose mask does not depend on the memory format of ``x``.
+    """``F.dropout(x, p, training)`` with a mask that does not depend on the memory format of ``x``.
 
-    What is traced or exported holds ``F.dropout`` itself, which a later ``eval()`` of the graph finds.
+    Traced and exported graphs contain ``F.dropout`` itself, so that ``eval()`` of the graph can switch it off.
     """
     if torch.jit.is_scripting():
         return F.dropout(x, p, training)
@@ -69,10 +68,10 @@ class DenseLayer(nn.Module):
     With ``bn_size=None`` it has no bottleneck: BN-ReLU-Conv3x3.
 
     Args:
-        num_input_features: channels it reads, C.
-        growth_rate: channels it makes, k.
+        num_input_features: number of channels of its input, C.
+        growth_rate: number of channels of its output, k.
         bn_size: the bottleneck has bn_size * k channels; None for no bottleneck.
-        drop_rate: probability with which a new feature value is zeroed in training.
+        drop_rate: probability of zeroing a new feature value in training.
         bias: whether the convolutions have biases.
         spatial_dims: 1, 2 or 3.
     """
@@ -105,13 +104,13 @@ class DenseLayer(nn.Module):
         return hasattr(self, "conv2")
 
     def bn_function(self, inputs: list[Tensor]) -> Tensor:
-        """BN-ReLU-convolution of the concatenated ``inputs``: the bottleneck, where there is one."""
+        """BN-ReLU-convolution of the concatenated ``inputs``: the bottleneck, if the layer has one."""
         return self.conv1(self.relu1(self.norm1(torch.cat(inputs, 1))))
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
         """From [N, C, *spatial], whole or as a list to be concatenated, to [N, k, *spatial]."""
         x = self.bn_function([input] if isinstance(input, Tensor) else input)
-        if hasattr(self, "conv2"):  # torch.jit.script decides it from this alone
+        if hasattr(self, "conv2"):  # torch.jit.script can decide this when it compiles
             x = self.conv2(self.relu2(self.norm2(x)))
         if self.drop_rate > 0:
             x = dropout(x, self.drop_rate, self.training)
@@ -119,11 +118,10 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.ModuleDict):
-    """``num_layers`` dense layers, each reading the block's input and all features made before it.
+    """``num_layers`` dense layers. Each reads the block's input and the features of all layers before it.
 
-    Its output is the concatenation of its input and all new features: [N, C + num_layers * k, *spatial]. With
-    ``prepend`` each layer's features come before those that it reads, instead of behind them: the last layer's first,
-    the input last.
+    The output is the concatenation of the input and all new features: [N, C + num_layers * k, *spatial]. By default
+    each layer appends its features. With ``prepend`` it puts them in front, so the last layer's come first.
     """
 
     layer_type = DenseLayer
@@ -152,7 +150,7 @@ class DenseBlock(nn.ModuleDict):
         return self.one_by_one(init_features)
 
     def one_by_one(self, init_features: Tensor) -> Tensor:
-        """Its layers in turn, each called on the list of all features so far."""
+        """Calls the layers in turn, each on the list of all features so far."""
         features = [init_features]
         for layer in self.values():
             features.insert(0 if self.prepend else len(features), layer(features))
@@ -160,7 +158,7 @@ class DenseBlock(nn.ModuleDict):
 
 
 class Transition(nn.Sequential):
-    """BN-ReLU-Conv1x1-AvgPool2: fewer channels, half the resolution (an odd last row or column is dropped)."""
+    """BN-ReLU-Conv1x1-AvgPool2: fewer channels, half the resolution. An odd last row or column is dropped."""
 
     def __init__(
         self, num_input_features: int, num_output_features: int, *, bias: bool = False, spatial_dims: int = 2
@@ -176,14 +174,14 @@ class DenseNet(nn.Module):
     """DenseNet, with torchvision's arguments, parameter names and initialisation.
 
     Args:
-        growth_rate: channels that each layer adds, k.
+        growth_rate: number of channels that each layer adds, k.
         block_config: number of layers of each dense block; any number of blocks.
-        num_init_features: channels of the stem.
+        num_init_features: number of channels of the stem.
         bn_size: bottlenecks have bn_size * k channels; None for layers without a bottleneck.
         drop_rate: dropout rate of each layer's new features.
         num_classes: number of classes.
-        in_channels: channels of the images.
-        compression: theta; a transition keeps floor(theta * C) of C channels.
+        in_channels: number of channels of the images.
+        compression: theta; a transition reduces C channels to floor(theta * C).
         small_inputs: the CIFAR stem (one 3x3 convolution) instead of the ImageNet stem (a 7x7 convolution of stride 2,
             BN, ReLU and a max pool of stride 2).
         bias: whether the convolutions have biases.
@@ -245,7 +243,7 @@ class DenseNet(nn.Module):
 
 
 def average(x: Tensor) -> Tensor:
-    """From [N, C, H, W] the means over all pixels: [N, C]."""
+    """The means over all pixels, from [N, C, H, W] to [N, C]."""
     return torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
 
 
@@ -270,7 +268,7 @@ def _check_configuration(
 
 
 class Architecture(NamedTuple):
-    """What distinguishes one ImageNet DenseNet from another (Table 1 of the paper)."""
+    """The arguments in which the ImageNet DenseNets differ (Table 1 of the paper)."""
 
     growth_rate: int
     block_config: tuple[int, ...]

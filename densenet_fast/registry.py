@@ -1,4 +1,4 @@
-"""Models by name, as in ``torchvision.models``; and in timm's registry."""
+"""Models by name, as in ``torchvision.models``, and their registration in timm."""
 
 import fnmatch
 import importlib
@@ -12,10 +12,10 @@ __all__ = ["get_model", "list_models", "register_timm"]
 
 
 def get_model(name: str, **config: Any) -> models.DenseNet:
-    """The model of that name, as ``torchvision.models.get_model`` has it: ``get_model("densenet121", weights=...)``.
+    """Builds the model ``name``, like ``torchvision.models.get_model``: ``get_model("densenet121", weights=...)``.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such model.
     """
     if not isinstance(name, str) or name.lower() not in ARCHITECTURES:
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}")
@@ -23,9 +23,11 @@ def get_model(name: str, **config: Any) -> models.DenseNet:
 
 
 def list_models(include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None) -> list[str]:
-    """The names that :func:`get_model` knows, or those that match ``include`` (wildcards, one or several) and do not
-    match ``exclude``."""
-    included, excluded = ([given] if isinstance(given, str) else [*(given or ())] for given in (include, exclude))
+    """The names of the models, sorted: those that match ``include`` and do not match ``exclude``.
+
+    Each is a wildcard pattern or several of them. By default all names are returned.
+    """
+    included, excluded = ([p] if isinstance(p, str) else [*(p or ())] for p in (include, exclude))
     return [
         name
         for name in sorted(ARCHITECTURES)
@@ -38,8 +40,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def register_timm() -> list[str]:
-    """Registers timm's densenets, converted, with timm, as ``densenet121_fast`` and so on: ``timm.create_model`` takes
-    these names with the same tags of weights and the same arguments. Returns them.
+    """Registers converted versions of timm's DenseNets in timm, as ``densenet121_fast`` and so on.
+
+    ``timm.create_model`` then takes these names, with the same weight tags and arguments. Returns the names.
 
     Raises:
         ModuleNotFoundError: timm is not installed.

@@ -13,5 +13,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def number(value: float | None, digits: int, unit: str = "") -> str:
-    """A cell of a table: ``value`` with so many digits behind the point; a dash for None."""
+    """``value`` as the text of a table cell, with ``digits`` decimals; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}{unit}"

@@ -1,4 +1,4 @@
-"""Libraries that are used where they are installed."""
+"""Optional libraries, which are used if they are installed."""
 
 import importlib
 import importlib.util
@@ -10,17 +10,17 @@ _declared_operators: list[torch.library.Library] = []
 
 
 def needed(package: str, by: str) -> None:
-    """Raises an error that says what to install, where ``package`` is not.
+    """Checks that ``package``, which ``by`` needs, is installed.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: it is not; the message says what to install.
     """
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"{by} needs {package}, which is not installed: pip install {package}", name=package)
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled operators do not load because torch is built for another device.
+    """Imports torchvision, even if its compiled operators do not load because torch is built for another device.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -30,7 +30,8 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    # Its import describes these two operators to torch, which needs them declared; models and data sets call neither.
+    # torchvision's import registers fake kernels of these two operators, so torch must have their declarations. Models
+    # and data sets call neither.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
@@ -40,10 +41,10 @@ def import_torchvision() -> ModuleType:
 
 
 def import_timm() -> ModuleType:
-    """timm, which imports torchvision.
+    """Imports timm, and torchvision before it, as :func:`import_torchvision` does.
 
     Raises:
-        ModuleNotFoundError: it or torchvision is not installed.
+        ModuleNotFoundError: timm or torchvision is not installed.
     """
     import_torchvision()
     return importlib.import_module("timm")

@@ -1,4 +1,4 @@
-"""timm's densenets, converted. Imported, it registers them with timm, under their names and ``_fast``."""
+"""timm's DenseNets, converted. Importing this module registers them in timm; ``_fast`` is appended to their names."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,17 +13,17 @@ SUFFIX = "_fast"
 __all__: list[str] = []
 
 
-def _of_timms(name: str, tag: str, weights: Any) -> Any:
-    """With the repository of timm's model, which timm would look for under the name of ours."""
+def _with_repository(name: str, tag: str, weights: Any) -> Any:
+    """``weights`` with the repository of timm's model ``name``. By default timm derives it from the registered name."""
     return replace(weights, hf_hub_id=f"timm/{name}.{tag}") if weights.hf_hub_id == "timm/" else weights
 
 
 default_cfgs = {
-    name + SUFFIX: replace(known, cfgs={tag: _of_timms(name, tag, weights) for tag, weights in known.cfgs.items()})
-    for name, known in densenet.default_cfgs.items()
+    name + SUFFIX: replace(config, cfgs={tag: _with_repository(name, tag, w) for tag, w in config.cfgs.items()})
+    for name, config in densenet.default_cfgs.items()
     if name in list_models(module="densenet")
 }
-"""What timm knows of their weights, which are those of its own models."""
+"""timm's configurations of the weights: those of its own models."""
 
 
 def _converted(name: str) -> Callable[..., Any]:

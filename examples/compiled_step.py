@@ -1,4 +1,4 @@
-"""A training step that costs the host nothing: on a GPU captured in a CUDA graph, elsewhere compiled by torch.compile.
+"""A training step with little Python overhead: captured in a CUDA graph on a GPU, compiled by torch.compile elsewhere.
 
 python examples/compiled_step.py [--device cuda]
 """
@@ -14,8 +14,8 @@ import densenet_fast
 
 
 def step_of(model: nn.Module, images: Tensor, labels: Tensor, backend: str = "inductor") -> Callable[[], Tensor]:
-    """A function that adds to the gradients of ``model`` for what ``images`` and ``labels`` hold, and returns the loss.
-    Copy new images into them; with a graph, set gradients to zero in place."""
+    """A function that runs forward and backward on ``images`` and ``labels``, and returns the loss. Gradients add up.
+    Copy new data into the two tensors. With a CUDA graph, set gradients to zero in place."""
     if not images.is_cuda:
         compiled = torch.compile(lambda: F.cross_entropy(model(images), labels), backend=backend)
 

@@ -1,5 +1,5 @@
-"""Fine-tune DenseNet-121 on a folder of images, one subfolder a class. Without a folder it makes one of scikit-learn's
-handwritten digits.
+"""Fine-tune DenseNet-121 on a folder of images with one subfolder per class. The default is a temporary folder with
+scikit-learn's handwritten digits.
 
 python examples/finetune_folder.py [--root DIR] [--weights IMAGENET1K_V1]
 """
@@ -18,7 +18,7 @@ import densenet_fast
 
 
 def write_digits(root: Path, count: int) -> None:
-    """The first ``count`` of the digits as PNG files of 32x32 pixels."""
+    """Writes the first ``count`` digits as PNG files of 32x32 pixels."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -29,7 +29,7 @@ def write_digits(root: Path, count: int) -> None:
 
 
 def main(root: Path, weights: str | None = None, epochs: int = 3, batch: int = 32) -> float:
-    """Trains on four fifths of the images; the accuracy on the rest."""
+    """Trains on four fifths of the images. Returns the accuracy on the rest."""
     torch.manual_seed(0)
     transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
     images = ImageFolder(root, transform)

@@ -1,6 +1,6 @@
-"""Grad-CAM (Selvaraju et al., https://arxiv.org/abs/1610.02391): where an image says what DenseNet-121 sees in it.
+"""Grad-CAM (Selvaraju et al., https://arxiv.org/abs/1610.02391): which regions of an image DenseNet-121 decides by.
 
-The blocks stay fused: a hook on a block, or on a normalisation behind it, is given what it is given in torchvision's.
+The blocks stay fused. A hook on a block, or on a normalisation behind it, gets the same tensors as in torchvision.
 
 python examples/grad_cam.py IMAGE [--weights IMAGENET1K_V1]
 """
@@ -14,8 +14,11 @@ import densenet_fast
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Heat maps [N, height, width] in 0 to 1 of ``images`` [N, 3, height, width] for ``classes`` [N], by default the
-    most probable ones: relu(sum over channels of (mean gradient) * (map of ``layer``))."""
+    """Heat maps [N, height, width] between 0 and 1 of ``images`` [N, 3, height, width] for ``classes`` [N].
+
+    By default, these are the most probable classes. A heat map is relu(sum over channels of (mean gradient) * (map of
+    ``layer``)), scaled to the images' size and a maximum of 1.
+    """
     maps: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, inputs, output: maps.append(output))
     try:

@@ -1,4 +1,4 @@
-"""Convert MONAI's three-dimensional DenseNet-121 and train it on volumes with a bright ball or without.
+"""Convert MONAI's three-dimensional DenseNet-121, and train it to find volumes with a bright ball.
 
 python examples/monai_volumes.py
 """
@@ -11,7 +11,7 @@ import densenet_fast
 
 
 def volumes(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise [count, 1, size, size, size]; every second volume holds a ball somewhere. And which do."""
+    """Noise [count, 1, size, size, size] with a ball in every second volume, and the labels [count], 1 for a ball."""
     x = 0.3 * torch.randn(count, 1, size, size, size)
     labels = torch.arange(count) % 2
     axes = torch.stack(torch.meshgrid(*[torch.arange(size)] * 3, indexing="ij"))
@@ -22,7 +22,7 @@ def volumes(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 20, size: int = 32) -> tuple[float, float]:
-    """The largest difference that converting made to the logits, and the loss of the last step."""
+    """The largest difference between the logits before and after converting, and the loss of the last step."""
     torch.manual_seed(0)
     model = DenseNet121(spatial_dims=3, in_channels=1, out_channels=2)
     x, _ = volumes(2, size)

@@ -12,7 +12,7 @@ import densenet_fast
 
 
 def main(path: str = "densenet121.onnx", model: torch.nn.Module | None = None, size: int = 224) -> float:
-    """The largest difference between the logits of both, relative to the largest logit."""
+    """The largest difference between the logits of PyTorch and of ONNX Runtime, relative to the largest logit."""
     model = model or densenet_fast.densenet121()
     model.eval()
     example = torch.randn(2, 3, size, size)

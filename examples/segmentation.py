@@ -1,4 +1,4 @@
-"""A U-Net of segmentation_models_pytorch with a DenseNet-121 encoder, converted: it finds bright discs.
+"""Convert a U-Net of segmentation_models_pytorch with a DenseNet-121 encoder, and train it to find bright discs.
 
 python examples/segmentation.py
 """
@@ -10,7 +10,7 @@ import densenet_fast
 
 
 def discs(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise with a disc, [count, 3, size, size], and where the disc is, [count, 1, size, size]."""
+    """Noise with a disc in each image, [count, 3, size, size], and the masks of the discs, [count, 1, size, size]."""
     centre = torch.randint(size // 4, 3 * size // 4, (count, 2, 1, 1))
     axes = torch.stack(torch.meshgrid(*[torch.arange(size)] * 2, indexing="ij"))
     mask = (((axes - centre) ** 2).sum(1, keepdim=True) < (size / 5) ** 2).float()
@@ -18,7 +18,7 @@ def discs(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 30, size: int = 64) -> float:
-    """Trains; the intersection over union on new images."""
+    """Trains. Returns the intersection over union on new images."""
     torch.manual_seed(0)
     model = smp.Unet("densenet121", encoder_weights=None, classes=1)
     densenet_fast.convert(model)
@@ -34,8 +34,8 @@ def main(steps: int = 30, size: int = 64) -> float:
     model.eval()
     with torch.inference_mode():
         x, mask = discs(8, size)
-        found = model(x) > 0
-    return ((found & (mask > 0)).sum() / (found | (mask > 0)).sum()).item()
+        predicted = model(x) > 0
+    return ((predicted & (mask > 0)).sum() / (predicted | (mask > 0)).sum()).item()
 
 
 if __name__ == "__main__":

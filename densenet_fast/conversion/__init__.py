@@ -1,26 +1,28 @@
-"""``convert``, ``restore`` and what they look for.
+"""``convert`` and ``restore``, and the search for the parts that they convert.
 
-Why no module is rebuilt: a dense block of another library is an object that users hold, hook, index, slice, count and
-pickle, whose parameters their optimizers hold, whose flags their code sets (timm's ``set_grad_checkpointing`` looks for
-``isinstance(layer, DenseLayer)``) and whose layers they may call one by one. Another module in its place would have to
-answer all of that. So the object stays, with its children, parameters, buffers and hooks; only its class changes, to a
-subclass of its own whose ``forward`` gathers the tensors and runs them as one op
-(:mod:`densenet_fast.conversion.fused`). Whenever that would not be the same (a hook on an inner layer, a replaced
-child, a changed attribute, tracing), it calls the ``forward`` that the module always had. The layers inside keep their
-classes: who calls one alone, or hooks it, gets what the library gives. Nothing is registered, so blocks that loop over
-their children find the children they had.
+Why no module is replaced by another: users hold the modules of a model. They hook, index, slice and pickle them, pass
+their parameters to optimizers, set their flags (timm's ``set_grad_checkpointing`` looks for
+``isinstance(layer, DenseLayer)``) and call their layers one by one. A new module would have to support all of that. So
+the module stays, with its children, parameters, buffers and hooks, and only its class changes. The new class is a
+subclass of the original one; its ``forward`` collects the tensors and runs them as one op
+(:mod:`densenet_fast.conversion.fused`). Where one op would not give the same result (a hook on an inner layer, a
+replaced child, a changed attribute, tracing), it calls the original ``forward``. The layers inside keep their classes,
+so calling or hooking a layer works as before. No submodule is added, so blocks that loop over their children find the
+same children.
 
-How a block is recognised: by what it holds (:mod:`densenet_fast.conversion.layout`), then by what it computes, run on
-random numbers beside the op that would replace it (:mod:`densenet_fast.conversion.probe`). The second step is what
-makes the first one safe: a copy of torchvision's block with a residual scale, dropout in front of a normalisation or
-layers that read their features in another order has the same modules and is left alone. What the modules leave open
-(:mod:`densenet_fast.conversion.candidates`) it decides. What cannot be seen from a run, that a user changes an
-attribute later, is checked at every call.
+How a block is recognised: first by its modules (:mod:`densenet_fast.conversion.layout`), then by its results. The
+module and the op run on the same random input, and both results must agree (:mod:`densenet_fast.conversion.probe`). The
+second step makes the first one safe. For example, a copy of torchvision's block with a residual scale has the same
+modules, but computes something else, and is left alone. So is a block with dropout in front of a normalisation, or one
+whose layers read their features in another order. Where the modules allow several answers
+(:mod:`densenet_fast.conversion.candidates`), the results decide. A user may also change an attribute later, so every
+call checks for that.
 
-An nn.Sequential that holds converted modules, or children that make a part together (the layers of a block that has no
-module of its own, a stem, a head), changes its class too (:mod:`densenet_fast.conversion.sequential`). It runs such
-children as one op; their classes stay. Between parts it keeps feature maps channels last in memory, and behind them it
-gives them the memory format that stock's would have, so that code that calls ``view`` on the result works as before.
+An nn.Sequential changes its class too if it holds converted modules, or if some of its children make up a part
+together: a stem, a head, or the layers of a block without a module around them
+(:mod:`densenet_fast.conversion.sequential`). It runs such children as one op; their classes stay. Between parts,
+feature maps are channels last in memory. Behind the last part they get the memory format of the stock result, so that
+code that calls ``view`` on them works as before.
 """
 
 import copy
@@ -36,11 +38,11 @@ from torch.nn.parameter import is_lazy
 from densenet_fast.conversion import fused, graphs, layout
 from densenet_fast.conversion.expected import STATE
 from densenet_fast.conversion.layout import Layout
-from densenet_fast.conversion.recognition import OURS, Recognised, examine, runs_in_turn, segments
+from densenet_fast.conversion.recognition import FUSED_MODULES, Recognised, examine, runs_in_turn, segments
 from densenet_fast.conversion.sequential import (
     FusedSequential,
     Segment,
-    Stretch,
+    SequentialSlice,
     follow_each_other,
     segment_obstacle,
     segments_of,
@@ -54,7 +56,7 @@ LOOKED_FOR = (
     "in an nn.Sequential) and transitions (batch normalisation, ReLU, 1x1 convolution, average pooling over 2)"
 )
 EXTRAS = ("Stem", "Head", "BNReLUConv1x1")
-"""What makes no DenseNet by itself."""
+"""Parts that other networks have too: a model with nothing else is not converted."""
 
 
 class Part(NamedTuple):
@@ -64,11 +66,11 @@ class Part(NamedTuple):
     kind: str
     module: nn.Module
     layout: Layout | None
-    """What it is converted to, or can be; None if it is left alone."""
+    """How it is built, if it is converted or can be; None if it is left alone."""
     reason: str
     """Why it is left alone."""
     names: tuple[str, ...] = ()
-    """The children that it consists of, if it is not the whole module: of an nn.Sequential, one behind the other."""
+    """The consecutive children of the nn.Sequential ``module`` that make up the part; empty if all of it does."""
 
     @property
     def converted(self) -> bool:
@@ -78,53 +80,54 @@ class Part(NamedTuple):
 
     @property
     def first(self) -> nn.Module:
-        """Where it stands: the module, or the first of the children."""
+        """The first of its children, or the module itself."""
         return self.module._modules[self.names[0]] if self.names else self.module
 
     @property
     def body(self) -> nn.Module:
-        """The module, or one of the children alone."""
-        return Stretch(self.module, self.names) if self.names else self.module
+        """The module, or an nn.Sequential of its children."""
+        return SequentialSlice(self.module, self.names) if self.names else self.module
 
     @property
     def key(self) -> str:
-        """The name under which its calls are noted for the module."""
+        """The name under which :mod:`densenet_fast.nn.calls` records its calls."""
         return self.names[0] if self.names else ""
 
     def obstacle(self) -> str | None:
-        """Why it, which is converted, cannot run as one op now, or None."""
+        """Why this converted part cannot run as one op now, or None."""
         if self.names:
             return segment_obstacle(self.module, Segment(self.names, self.layout))
         return layout.obstacle(self.module, self.layout)
 
 
 def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
-    """Makes every dense block and transition of ``model``, and the stem, run as one op, as densenet_fast's own do.
+    """Converts a DenseNet of another library: each dense block, each transition and the stem then run as one op.
 
-    ``model`` may be of torchvision, timm, MONAI, torchxrayvision, gpleiss/efficient_densenet_pytorch, d2l.ai, or a copy
-    of one of these: they are recognised by what they hold and compute, on 1, 2 or 3 spatial dimensions, and
-    :func:`densenet_fast.explain` lists what was converted, what was left and why. A graph that torch.fx or torch.export
-    made of a model cannot be converted: convert the model before.
+    ``model`` may come from torchvision, timm, MONAI, torchxrayvision, gpleiss/efficient_densenet_pytorch or d2l.ai, or
+    be a copy of one of these, with 1, 2 or 3 spatial dimensions. Its parts are recognised by their modules and by their
+    results. :func:`densenet_fast.explain` lists the parts that were converted, the parts that were left alone, and why.
+    A graph that torch.fx or torch.export made of a model cannot be converted: convert the model before.
 
-    Parameters, buffers, module names, ``state_dict``, hooks, modes, optimizers, copies and pickles of the model are as
-    before, and so are its numbers, but for rounding and one correction: with ``memory_efficient`` (torchvision,
-    ``efficient`` in gpleiss, ``set_grad_checkpointing`` in timm), which stays in force, running statistics are updated
-    once per step instead of twice. Feature maps between converted parts are channels last in memory. Under autocast, a
-    block whose input is in another dtype runs as before, but for volumes on CPUs, which stock pools in float32: it
-    computes in autocast's dtype and returns its input's.
+    The parameters, buffers, module names, ``state_dict``, hooks, modes, optimizers, copies and pickles of the model
+    stay as they are. Its results stay the same up to rounding, with one correction: recomputation in the backward pass
+    (``memory_efficient`` in torchvision, ``efficient`` in gpleiss, ``set_grad_checkpointing`` in timm) stays in force,
+    but running statistics are then updated once per step instead of twice. Feature maps between converted parts are
+    channels last in memory. Under autocast, a block whose input is not in autocast's dtype runs its original forward.
+    Volumes on CPUs are the exception, because stock pools them in float32: the block then computes in autocast's dtype
+    and returns the dtype of its input.
 
-    A model that was converted before may be converted again: what was edited since is looked at anew.
+    A converted model may be converted again: parts that were edited since are examined again.
 
     Args:
-        model: a module that holds dense blocks, or is one.
-        inplace: whether to convert ``model`` itself instead of a deep copy.
+        model: a dense block, or a module with dense blocks.
+        inplace: whether to convert ``model`` itself or a deep copy.
 
     Returns:
         ``model``, or its converted copy.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it has nothing to convert, or lazy modules that have seen no input yet.
+        ValueError: ``model`` has nothing to convert, or lazy modules that have seen no input yet.
     """
     _check_module(model)
     if not inplace:
@@ -137,35 +140,37 @@ def convert(model: nn.Module, *, inplace: bool = True) -> nn.Module:
     usable = [part for part in parts if part.layout is not None]
     if all(part.kind in EXTRAS for part in usable):
         left = [f"; {part.name or 'the model itself'} was left alone: {part.reason}" for part in parts if part.reason]
-        if any(isinstance(module, OURS) for module in model.modules()):
+        if any(isinstance(module, FUSED_MODULES) for module in model.modules()):
             left.append("; its blocks are densenet_fast's own already")
         raise ValueError(f"model: expected {LOOKED_FOR}, found none in a {type(model).__name__}{''.join(left)}")
-    held: dict[nn.Module, list[Segment]] = {}
+    segments_in: dict[nn.Module, list[Segment]] = {}
     for part in usable:
         if part.names:
-            held.setdefault(part.module, []).append(Segment(part.names, part.layout))
+            segments_in.setdefault(part.module, []).append(Segment(part.names, part.layout))
         elif not part.converted:
             fused.change_class(part.module, fused.Fused, part.layout)
     for module in reversed(list(model.modules())):
-        chains = any(isinstance(child, fused.Converted) for child in module._modules.values())
-        if (module in held or chains) and type(module).forward is nn.Sequential.forward:
-            fused.change_class(module, FusedSequential, (*held[module],) if module in held else None)
+        has_converted = any(isinstance(child, fused.Converted) for child in module._modules.values())
+        if (module in segments_in or has_converted) and type(module).forward is nn.Sequential.forward:
+            fused.change_class(module, FusedSequential, (*segments_in[module],) if module in segments_in else None)
     return model
 
 
 def _revert_edited(model: nn.Module) -> None:
-    """Undoes :func:`convert` for the parts of ``model`` that were edited since, and for all Sequentials, whose children
-    are looked at anew."""
+    """Undoes :func:`convert` for the parts of ``model`` that were edited since.
+
+    Reverts every nn.Sequential too, so that its children are examined again.
+    """
     for module in model.modules():
         if fused.is_converted(module):
-            known = vars(module).get(STATE)
-            chains = fused.mixin(module) is FusedSequential
-            if chains or (known is not None and layout.outdated(module, known)):
+            recognised = vars(module).get(STATE)
+            is_sequential = fused.mixin(module) is FusedSequential
+            if is_sequential or (recognised is not None and layout.outdated(module, recognised)):
                 fused.revert(module)
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes :func:`convert` in place: every module has the class it had. Returns ``model``.
+    """Undoes :func:`convert` in place: every module gets its original class back. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -182,25 +187,28 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def survey(model: nn.Module) -> Iterator[Part]:
-    """The dense blocks and transitions of ``model`` that are not densenet_fast's own, and what resembles one; with them
-    stems and heads."""
+    """The dense blocks, transitions, stems and heads in ``model``, and modules that resemble one.
+
+    Modules of densenet_fast are not among them. Stems and heads that could be converted count only in a model that also
+    has a dense block or transition.
+    """
     parts = [*_survey(model, "", set())]
-    some = any(part.layout is not None and part.kind not in EXTRAS for part in parts)
-    return (part for part in parts if some or part.layout is None or part.converted)
+    is_densenet = any(part.layout is not None and part.kind not in EXTRAS for part in parts)
+    return (part for part in parts if is_densenet or part.layout is None or part.converted)
 
 
 def _survey(module: nn.Module, name: str, seen: set[int]) -> Iterator[Part]:
-    if id(module) in seen or isinstance(module, OURS):
+    if id(module) in seen or isinstance(module, FUSED_MODULES):
         return
     seen.add(id(module))
     if isinstance(module, torch.fx.GraphModule):
-        reason = graphs.taken_apart(module)
+        reason = graphs.graph_obstacle(module)
         if reason is not None:
             yield Part(name, "Graph", module, None, reason)
-        for path, child in graphs.called(module).items():
+        for path, child in graphs.called_modules(module).items():
             yield from _survey(child, _join(name, path), seen)
         return
-    whole, pieces = _found(module)
+    whole, pieces = _examine(module)
     if whole is not None:
         yield Part(name, whole.kind, module, whole.layout, whole.reason)
         if whole.layout is not None:
@@ -217,13 +225,13 @@ def _survey(module: nn.Module, name: str, seen: set[int]) -> Iterator[Part]:
             yield from _survey(submodule, _join(name, child), seen)
 
 
-def _found(module: nn.Module) -> tuple[Recognised | None, list[Recognised]]:
-    """What ``module`` is as a whole, or resembles, and what some of its children are together."""
+def _examine(module: nn.Module) -> tuple[Recognised | None, list[Recognised]]:
+    """The part that ``module`` is or resembles as a whole, and the parts that some of its children make up."""
     if fused.is_converted(module):
         if fused.mixin(module) is FusedSequential:
-            there = [s for s in segments_of(module) if follow_each_other(module, s.names)]
-            known = [Recognised(s.layout.kind, s.layout, "", s.names) for s in there]
-            pieces = known + segments(module, {name for piece in known for name in piece.names})
+            intact = [s for s in segments_of(module) if follow_each_other(module, s.names)]
+            already_found = [Recognised(s.layout.kind, s.layout, "", s.names) for s in intact]
+            pieces = already_found + segments(module, {name for piece in already_found for name in piece.names})
             return None if any(piece.kind == "DenseBlock" for piece in pieces) else examine(module), pieces
         layout = vars(module).get(STATE)
         return (None if layout is None else Recognised(layout.kind, layout, "")), []

@@ -1,4 +1,4 @@
-"""What a module was when it was recognised, and whether it still is."""
+"""The state of a module when it was recognised, and changes since."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -11,52 +11,52 @@ from densenet_fast import reference
 from densenet_fast.nn import fusion
 
 RECOMPUTATION_FLAGS = ("memory_efficient", "grad_checkpointing", "efficient")
-"""Attributes by which libraries ask for a bottleneck to be recomputed in the backward pass."""
+"""Flags of libraries that make the backward pass recompute the bottlenecks."""
 
 STATE = "_densenet_fast"
 """Where a converted module keeps its layout."""
-_OWN = set(vars(nn.Module())) | {*RECOMPUTATION_FLAGS, STATE}
-_NORM = set(vars(nn.BatchNorm2d(1)))
-_STOCK = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}
+_MODULE_ATTRIBUTES = set(vars(nn.Module())) | {*RECOMPUTATION_FLAGS, STATE}
+_NORM_ATTRIBUTES = set(vars(nn.BatchNorm2d(1)))
+_UNCHECKED = {nn.Identity, *reference.BATCH_NORMS.values(), *reference.AVERAGE_POOLS.values(), *fusion.SYNC_BATCH_NORMS}
 
 
 class Expected(NamedTuple):
-    """What a module was when it was recognised; another class, child or attribute may compute something else."""
+    """The class, attributes and children of a module when it was recognised. With others its results may differ."""
 
     kind: type[nn.Module]
     attributes: tuple[tuple[str, Any], ...]
-    free: str | None
-    """The attribute that may change: a rate that is read at every call."""
+    rate: str | None
+    """The attribute that holds a dropout rate. It may change, because every call reads it."""
     size: int | None
-    """How many attributes it had, of whatever name; None if they do not count."""
+    """The number of all attributes; None if they do not matter."""
     children: tuple[tuple[str, "Expected"], ...]
 
 
-def expected_of(module: nn.Module, free: Mapping[str, str], path: str = "") -> Expected:
-    """What to hold ``module`` to; of a module below it the attribute that ``free`` names by its path may change."""
-    own = free.get(path)
-    if isinstance(module, (_ConvNd, nn.ReLU, nn.modules.dropout._DropoutNd)) or type(module) in _STOCK:
-        attributes, size = (), None  # what counts of these is read, or checked, at every call
+def expected_of(module: nn.Module, rates: Mapping[str, str], path: str = "") -> Expected:
+    """The current state of ``module``. ``rates`` gives, by path, the attributes with dropout rates; they may change."""
+    rate = rates.get(path)
+    if isinstance(module, (_ConvNd, nn.ReLU, nn.modules.dropout._DropoutNd)) or type(module) in _UNCHECKED:
+        attributes, size = (), None  # every call reads or checks those that matter
     else:
-        ignored = _OWN | (_NORM if isinstance(module, _BatchNorm) else set()) | {own}
+        ignored = _MODULE_ATTRIBUTES | (_NORM_ATTRIBUTES if isinstance(module, _BatchNorm) else set()) | {rate}
         attributes = tuple((name, value) for name, value in vars(module).items() if name not in ignored)
         size = len(vars(module)) + (not path)  # a converted module keeps its layout too
     children = [
-        (name, expected_of(child, free, f"{path}.{name}" if path else name))
+        (name, expected_of(child, rates, f"{path}.{name}" if path else name))
         for name, child in module._modules.items()
         if child is not None
     ]
-    return Expected(type(module), attributes, own, size, tuple(children))
+    return Expected(type(module), attributes, rate, size, tuple(children))
 
 
 def changed(module: nn.Module, expected: Expected, path: str = "", hooks: bool = True) -> str | None:
-    """Which module below ``module`` has a hook, or which has changed since ``expected``, or None."""
+    """The first difference between ``module`` and ``expected``, or the first module below it with a hook, or None."""
     for name, value in expected.attributes:
         now = getattr(module, name, None)
         if now is not value and not (type(now) is type(value) and isinstance(now, (int, float, str)) and now == value):
             return f"{path}{name} has changed since the conversion"
     if expected.size not in (None, len(module.__dict__)):
-        added = _hiding(module, {name for name, _ in expected.attributes} | {expected.free})
+        added = _shadowing(module, {name for name, _ in expected.attributes} | {expected.rate})
         if added is not None:
             return f"{path}{added} has changed since the conversion"
     if [name for name, _ in expected.children] != [name for name, m in module._modules.items() if m is not None]:
@@ -74,7 +74,7 @@ def changed(module: nn.Module, expected: Expected, path: str = "", hooks: bool =
     return None
 
 
-def _hiding(module: nn.Module, known: Collection[str | None]) -> str | None:
-    """An attribute that ``module`` has got since, in front of one of its class, or None."""
-    ignored = _OWN | {"forward"}
-    return next((n for n in vars(module) if n not in known and n not in ignored and hasattr(type(module), n)), None)
+def _shadowing(module: nn.Module, expected: Collection[str | None]) -> str | None:
+    """An attribute of ``module`` that is new and shadows one of its class, or None."""
+    ignored = _MODULE_ATTRIBUTES | {"forward"}
+    return next((n for n in vars(module) if n not in expected and n not in ignored and hasattr(type(module), n)), None)

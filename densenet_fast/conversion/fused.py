@@ -1,7 +1,7 @@
-"""What a converted module does when called: one op where it can, its own class's forward where it cannot.
+"""The class of a converted module: its ``forward`` runs one op where it can, else the original class's ``forward``.
 
-A converted module's class is a subclass of its own, made here, that differs in ``forward``; pickles and copies make it
-again from the original class.
+The class is a subclass of the original one and is created here. Pickles and copies name the original class, and create
+the subclass again.
 """
 
 import copyreg
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from densenet_fast import functional
 from densenet_fast.conversion.expected import RECOMPUTATION_FLAGS, STATE
-from densenet_fast.conversion.layout import BlockLayout, Layout, obstacle, rate_now, replaced
+from densenet_fast.conversion.layout import BlockLayout, Layout, current_rate, obstacle, replaced
 from densenet_fast.conversion.stem import HeadOperands, StemOperands
 from densenet_fast.conversion.transition import TransitionOperands
 from densenet_fast.functional import BatchStatistics, Updates
@@ -27,7 +27,7 @@ Operands = BlockOperands | TransitionOperands | StemOperands | HeadOperands
 
 
 class Converted(nn.Module):
-    """Mixed into a converted module's class, before the class it had."""
+    """The mixin of a converted module's class; the original class is the other base."""
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -35,13 +35,13 @@ class Converted(nn.Module):
             raise TypeError(
                 f"densenet_fast.restore() the model first: {type(self).__name__} pickles in a way of its own"
             )
-        return _new, (own_class(self), mixin(self)), *reduced[2:]
+        return _new, (original_class(self), mixin(self)), *reduced[2:]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` calls first.
+        """Called by ``torch.jit.script``.
 
         Raises:
-            NotImplementedError: always, and says what to use instead.
+            NotImplementedError: always; the message says what to use instead.
         """
         raise NotImplementedError(
             "torch.jit.script: expected stock modules, got a converted model, whose fused ops have no TorchScript; "
@@ -52,89 +52,97 @@ class Converted(nn.Module):
 
 
 class Fused(Converted):
-    """A dense block, a transition or a stem."""
+    """A converted dense block, transition or stem."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        reason, operands = self._found(args, kwargs)
+        reason, operands = self._examine_call(args, kwargs)
         calls.note(self, reason, operands)
         if reason is not None:
             return super().forward(*args, **kwargs)
-        return alone(args[0], operands, self.__dict__[STATE])
+        return run_alone(args[0], operands, self.__dict__[STATE])
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+    def _examine_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
         layout = self.__dict__.get(STATE)
         if layout is None:
             return Found("it was not converted", None)
         if kwargs or len(args) != 1:
             return Found("it was called with more than one tensor", None)
-        return found(self, layout, args[0])
+        return examine_call(self, layout, args[0])
 
 
-def found(module: nn.Module, layout: Layout, x: Any) -> Found:
-    """Why a call of ``module`` with ``x`` cannot run as one op, or its operands."""
+def examine_call(module: nn.Module, layout: Layout, x: Any) -> Found:
+    """The operands for a call of ``module`` with ``x``, or the reason why it cannot run as one op."""
     reason = call_obstacle(x, layout)
-    return structure(module, layout) if reason is None else Found(reason, None)
+    return examine_structure(module, layout) if reason is None else Found(reason, None)
 
 
-def structure(module: nn.Module, layout: Layout) -> Found:
-    """Why no call of ``module`` can run as one op, or its operands."""
+def examine_structure(module: nn.Module, layout: Layout) -> Found:
+    """The operands for any call of ``module``, or the reason why none can run as one op."""
     reason = replaced(layout)
     return _memory(module) if reason is None else Found(reason, None)
 
 
-def _examined(module: nn.Module) -> Found:
+def _examine(module: nn.Module) -> Found:
     layout = vars(module)[STATE]
     reason = obstacle(module, layout)
-    return Found(reason, gathered(module, layout) if reason is None else None)
+    return Found(reason, operands_of(module, layout) if reason is None else None)
 
 
-_memory = Memory(_examined, all_below, known=[STATE])
+_memory = Memory(_examine, all_below, known=[STATE])
 
 
-def alone(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
-    """The part that ``layout`` describes as one op on ``x``: in the memory format that stock's result would have, and a
-    copy if it is kept for the backward pass and may be changed in place, or a part of what the op makes."""
+def run_alone(x: Tensor, operands: Operands, layout: Layout) -> Tensor:
+    """Runs the part with this ``layout`` as one op on ``x``, outside a chain of fused parts.
+
+    The result has the dtype and the memory format of the stock result. The caller may change it in place: it is a copy
+    if the backward pass needs the op's output, or if that has more channels.
+    """
 
     def part(x: Tensor) -> Tensor:
-        channels_last = after(operands, is_channels_last(x))
-        made = apply(operands, x)[0]
-        returned = wanted(made, x, layout)
-        if returned is not made:
+        channels_last = output_channels_last(operands, is_channels_last(x))
+        output = apply(operands, x)[0]
+        returned = returned_part(output, x, layout)
+        if returned is not output:
             return copied(returned, channels_last)
-        return handed_over(made, result_dtype(x.dtype, x.device, layout), channels_last, keeps_output(operands))
+        return to_stock_format(output, result_dtype(x.dtype, x.device, layout), channels_last, keeps_output(operands))
 
     return fusion.run(part, x)
 
 
-def handed_over(x: Tensor, dtype: torch.dtype, channels_last: bool, kept: bool) -> Tensor:
-    """``x`` for who is no fused part, in the dtype and the memory format that stock's would have; ``kept`` as in
-    :func:`handed_out`."""
+def to_stock_format(x: Tensor, dtype: torch.dtype, channels_last: bool, kept: bool) -> Tensor:
+    """``x`` in the stock result's ``dtype`` and memory format, for a reader that is no fused part.
+
+    ``kept``: see :func:`densenet_fast.nn.memory_format.handed_out`.
+    """
     if x.dtype != dtype:
         return x.to(dtype, memory_format=torch.preserve_format if channels_last else torch.contiguous_format)
     return handed_out(x, channels_last, kept) if x.dim() > 2 else x
 
 
 def keeps_output(operands: Operands) -> bool:
-    """Whether the backward pass needs the output of the op that takes ``operands`` unchanged."""
+    """Whether the backward pass of the op with these ``operands`` needs the op's output unchanged."""
     return isinstance(operands, BlockOperands)
 
 
-def after(operands: Operands, before: bool) -> bool:
-    """Whether stock's output would be channels last, if its input is so ``before``."""
-    return before if isinstance(operands, BlockOperands) else operands.channels_last(before)
+def output_channels_last(operands: Operands, input_channels_last: bool) -> bool:
+    """Whether the stock layers would return channels last, given whether their input is."""
+    return input_channels_last if isinstance(operands, BlockOperands) else operands.channels_last(input_channels_last)
 
 
 def apply(
     operands: Operands,
     x: Tensor,
     statistics: BatchStatistics | None = None,
-    describe: bool = False,
+    return_statistics: bool = False,
     updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
-    """The op that takes ``operands``, with its result's statistics if it is to be described and they are known."""
+    """Runs the op with these ``operands`` on ``x``, whose ``statistics`` are given if they are known.
+
+    If asked to return the statistics of its result, it does so where the op computes them; else None.
+    """
     if isinstance(operands, BlockOperands):
-        return functional.run_dense_block(x, operands, statistics, describe, updates)
-    return operands.run(x, statistics, describe, updates)
+        return functional.run_dense_block(x, operands, statistics, return_statistics, updates)
+    return operands.run(x, statistics, return_statistics, updates)
 
 
 def apply_both(
@@ -142,35 +150,37 @@ def apply_both(
     reader: Operands,
     x: Tensor,
     statistics: BatchStatistics | None,
-    describe: bool,
+    return_statistics: bool,
     updates: Updates | None,
 ) -> tuple[Tensor, BatchStatistics | None] | None:
-    """A dense block and what reads its result as one call, from which :func:`apply` would return that of the second;
-    None where they are not that, or have to be called one after the other."""
-    behind = None if isinstance(reader, BlockOperands) else reader.reads_block()
-    if updates is None or behind is None or not isinstance(block, BlockOperands):
+    """Runs a dense block and the part that reads its result in one call, and returns what the reader returns.
+
+    None if ``block`` is no dense block, or if the two have to be called one after the other.
+    """
+    second = None if isinstance(reader, BlockOperands) else reader.reads_block()
+    if updates is None or second is None or not isinstance(block, BlockOperands):
         return None
-    return functional.run_dense_block_and_reader(x, block, behind, statistics, describe, updates)
+    return functional.run_dense_block_and_reader(x, block, second, statistics, return_statistics, updates)
 
 
-def wanted(made: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """Of what the op ``made`` of ``x`` that which the module returns."""
+def returned_part(output: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """The channels of the op's ``output`` on ``x`` that the module returns."""
     if not isinstance(layout, BlockLayout) or not layout.new_only:
-        return made
-    start, count = 0 if layout.prepend else x.shape[1], made.shape[1] - x.shape[1]
-    return made.narrow(1, start, count)
+        return output
+    start, count = 0 if layout.prepend else x.shape[1], output.shape[1] - x.shape[1]
+    return output.narrow(1, start, count)
 
 
-def gathered(module: nn.Module, layout: Layout) -> Operands:
-    """What the op that ``layout`` says ``module`` is takes: its tensors, modes and rates as they are now."""
+def operands_of(module: nn.Module, layout: Layout) -> Operands:
+    """The operands of the op for ``module``: its current tensors, modes and rates."""
     if not isinstance(layout, BlockLayout):
-        return layout.gathered(module)
+        return layout.operands_of(module)
     dropouts = [dropout for layer in layout.layers for dropout in layer.dropouts]
     if not any(layer.dropouts[:-1] != (None,) * (len(layer.units) - 1) for layer in layout.layers):
-        dropouts = [layer.dropouts[-1] for layer in layout.layers]  # none behind the 1x1 convolutions
+        dropouts = [layer.dropouts[-1] for layer in layout.layers]  # no dropout behind 1x1 convolutions
     return BlockOperands(
         [[fusion.unit(module, unit.norm, unit.conv) for unit in layer.units] for layer in layout.layers],
-        [rate_now(module, dropout) for dropout in dropouts],
+        [current_rate(module, dropout) for dropout in dropouts],
         _recomputes(module, layout),
         any(dropout is not None and dropout.whole_channels for dropout in dropouts),
         layout.prepend,
@@ -178,88 +188,90 @@ def gathered(module: nn.Module, layout: Layout) -> Operands:
 
 
 def _recomputes(block: nn.Module, layout: BlockLayout) -> list[bool]:
-    """Of each layer, whether it or the block asks for its bottleneck to be recomputed in the backward pass."""
-    whole = _asks(block)
-    return [whole or _asks(fusion.child(block, layer.path)) for layer in layout.layers]
+    """For each layer, whether a flag of the layer or of the block makes the backward pass recompute its bottleneck."""
+    all_layers = _requests_recomputation(block)
+    return [all_layers or _requests_recomputation(fusion.child(block, layer.path)) for layer in layout.layers]
 
 
-def _asks(holder: nn.Module) -> bool:
-    return any(holder.__dict__.get(flag) for flag in RECOMPUTATION_FLAGS)
+def _requests_recomputation(module: nn.Module) -> bool:
+    return any(module.__dict__.get(flag) for flag in RECOMPUTATION_FLAGS)
 
 
 def call_obstacle(x: Any, layout: Layout) -> str | None:
-    """Why a call with ``x`` cannot run as one op whatever the module's structure, or None."""
+    """Why a call with ``x`` cannot run as one op, whatever the module's children, or None."""
     reason = fusion.call_obstacle(x, layout.dims)
     if reason is not None:
         return reason
     return autocast_obstacle(x.dtype, x.device, layout)
 
 
-def autocast_obstacle(given: torch.dtype, device: torch.device, layout: Layout) -> str | None:
-    """Why autocast, if it is on, keeps a call with a tensor of dtype ``given`` from running as one op, or None."""
+def autocast_obstacle(input_dtype: torch.dtype, device: torch.device, layout: Layout) -> str | None:
+    """Why a call with a tensor of dtype ``input_dtype`` cannot run as one op under autocast, or None."""
     dtype = autocast_dtype(device)
-    if dtype in (None, given) or given == torch.float64 or layout.kind in ("Stem", "Head"):
+    if dtype in (None, input_dtype) or input_dtype == torch.float64 or layout.kind in ("Stem", "Head"):
         return None
-    widened = layout.dims == 3 and device.type == "cpu" and given == torch.float32
-    return None if widened else f"under autocast stock keeps what is in {given}"
+    widened = layout.dims == 3 and device.type == "cpu" and input_dtype == torch.float32
+    return None if widened else f"under autocast stock keeps what is in {input_dtype}"
 
 
-def result_dtype(given: torch.dtype, device: torch.device, layout: Layout) -> torch.dtype:
-    """The dtype of stock's result for a tensor of dtype ``given``. Under autocast on CPUs it pools volumes in float32,
-    and concatenates in the widest dtype."""
+def result_dtype(input_dtype: torch.dtype, device: torch.device, layout: Layout) -> torch.dtype:
+    """The dtype of the stock result for an input of dtype ``input_dtype``.
+
+    Under autocast, stock pools volumes on CPUs in float32, and concatenates in the widest dtype.
+    """
     dtype = autocast_dtype(device)
-    if dtype is None or given == torch.float64:
-        return given
+    if dtype is None or input_dtype == torch.float64:
+        return input_dtype
     if pools_volumes(layout) and device.type == "cpu":
         return torch.float32
-    makes_all = layout.new_only if isinstance(layout, BlockLayout) else convolves(layout)
-    return dtype if makes_all else given
+    convolutions_only = layout.new_only if isinstance(layout, BlockLayout) else convolves(layout)
+    return dtype if convolutions_only else input_dtype
 
 
 def convolves(layout: Layout) -> bool:
-    """Whether the result's dtype is that of a convolution. A block's is that of its input."""
+    """Whether the result has the dtype of a convolution. A dense block's result has that of its input."""
     return not isinstance(layout, BlockLayout) and layout.convolves
 
 
 def pools_volumes(layout: Layout) -> bool:
-    """Whether it ends with a pool of volumes."""
+    """Whether the part ends with pooling of volumes."""
     return not isinstance(layout, BlockLayout) and layout.pools and layout.dims == 3
 
 
 def change_class(module: nn.Module, mixed_in: type[Converted], state: Any = None) -> None:
-    """Makes ``module`` a converted one, in place, which keeps ``state``, if it is given."""
+    """Converts ``module`` in place, and stores ``state`` in it, if given."""
     module.__class__ = _subclass(mixed_in, type(module))
     if state is not None:
         vars(module)[STATE] = state
 
 
 def revert(module: nn.Module) -> None:
-    """Gives a converted module its own class back, in place."""
-    module.__class__ = own_class(module)
+    """Gives a converted module its original class back, in place."""
+    module.__class__ = original_class(module)
     vars(module).pop(STATE, None)
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a converted module had."""
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a converted module before the conversion."""
     return type(module).__bases__[1]
 
 
 def mixin(module: nn.Module) -> type[Converted]:
-    """What makes its class a converted module's."""
+    """The subclass of :class:`Converted` that is a base of a converted module's class."""
     return type(module).__bases__[0]
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether its class was made here, and has not been changed since."""
+    """Whether the class of ``module`` is one that :func:`change_class` sets, and was not changed again."""
     return isinstance(module, Converted) and mixin(module) in Converted.__subclasses__()
 
 
 @functools.cache
-def _subclass(mixed_in: type[Converted], own: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own)(own.__name__, (mixed_in, own), names)
+def _subclass(mixed_in: type[Converted], original: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return type(original)(original.__name__, (mixed_in, original), names)
 
 
-def _new(own: type[nn.Module], mixed_in: type[Converted]) -> nn.Module:
-    made = _subclass(mixed_in, own)
-    return made.__new__(made)
+def _new(original: type[nn.Module], mixed_in: type[Converted]) -> nn.Module:
+    subclass = _subclass(mixed_in, original)
+    return subclass.__new__(subclass)

@@ -1,4 +1,4 @@
-"""Graphs that torch.fx or torch.export made of a network: what of it they took apart cannot be converted any more."""
+"""Graphs that torch.fx or torch.export made of a network. The parts that they traced cannot be converted any more."""
 
 import torch
 from torch import nn
@@ -17,9 +17,11 @@ EXPORTED = (
 )
 
 
-def taken_apart(module: nn.Module) -> str | None:
-    """Why nothing of a graph module can be converted but the modules that it calls, if it has dense layers: a batch
-    normalisation of what was concatenated; else None."""
+def graph_obstacle(module: nn.Module) -> str | None:
+    """Why a graph module cannot be converted, or None if it has no dense layers.
+
+    A batch normalisation of a concatenation counts as a dense layer. Modules that the graph calls may be converted.
+    """
     if not isinstance(module, torch.fx.GraphModule):
         return None
     for node in module.graph.nodes:
@@ -28,7 +30,7 @@ def taken_apart(module: nn.Module) -> str | None:
     return None
 
 
-def called(module: "torch.fx.GraphModule") -> dict[str, nn.Module]:
+def called_modules(module: "torch.fx.GraphModule") -> dict[str, nn.Module]:
     """The modules that a graph module calls, by path."""
     paths = {node.target for node in module.graph.nodes if node.op == "call_module"}
     return {path: child for path, child in module.named_modules() if path in paths}

@@ -1,8 +1,8 @@
-"""Whether a module computes what its layout says: it is run on random numbers beside the op.
+"""Tests whether a module computes what its layout says, by running it and the op on the same random numbers.
 
-Modules do not tell what their ``forward`` does with them. So a candidate is copied in float64 onto the CPU, with random
-parameters and running statistics and without hooks, and run by its own ``forward`` in training and in inference; the op
-that would replace it must make the same outputs and the same buffers.
+A module's children do not show what its ``forward`` does with them. So the module is copied to the CPU in float64, with
+random parameters and running statistics and without hooks. The copy runs its own ``forward``, in training and in
+inference. The op that would replace it must return the same output and update the buffers in the same way.
 """
 
 import functools
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from densenet_fast import reference
-from densenet_fast.conversion.fused import apply, gathered, wanted
-from densenet_fast.conversion.layout import BlockLayout, Layout, at
+from densenet_fast.conversion.fused import apply, operands_of, returned_part
+from densenet_fast.conversion.layout import BlockLayout, Layout, module_at
 from densenet_fast.nn import fusion
 
 SPATIAL = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
 STEM_SPATIAL = {1: (19,), 2: (13, 16), 3: (9, 8, 11)}
 TOLERANCE = 1e-8
-"""Relative; what rounding makes in float64 is less, another eps or order of features more."""
+"""Relative. Rounding in float64 stays below it; another eps or another order of features exceeds it."""
 
 DROP_RATES = (0.5, 0.25)
-"""Two that show, and differ: behind the first unit of a layer, and behind the last."""
+"""Behind the first and behind the last unit of a layer. They differ, so that an exchange of the two is noticed."""
 
 
 def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, False)) -> str | None:
-    """Why ``module`` does not compute what ``layout`` says, in training (True) and inference (False), or None."""
+    """How ``module`` differs from ``layout`` in these ``modes``, training (True) and inference (False), or None."""
     generator, state, threads = (
         torch.Generator("cpu").manual_seed(0),
         torch.default_generator.get_state(),
         torch.get_num_threads(),
     )
     sizes = (STEM_SPATIAL if layout.kind == "Stem" else SPATIAL)[layout.dims]
-    torch.set_num_threads(1)  # too little work to divide
+    torch.set_num_threads(1)  # the work is too small to divide
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             x = torch.randn(2, layout.channels(module), *sizes, generator=generator, dtype=torch.float64)
@@ -54,11 +54,11 @@ def differs(module: nn.Module, layout: Layout, modes: Sequence[bool] = (True, Fa
 
 
 class _Runs:
-    """What a copy of the module and one run as the op make of x, with the same random numbers."""
+    """The results on ``x`` of a copy of the module and of a copy that runs as the op, with the same dropout masks."""
 
     def __init__(self, clones: "Clones", x: Tensor, training: bool, drop_rates: Sequence[float]) -> None:
         self.x, self.training, self.error = x, training, None
-        stock, ours = clones.make(training, drop_rates), clones.make(training, drop_rates)
+        stock, fused = clones.make(training, drop_rates), clones.make(training, drop_rates)
         torch.default_generator.manual_seed(0)
         try:
             self.expected = stock.forward(x.clone())
@@ -66,26 +66,26 @@ class _Runs:
             self.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
         torch.default_generator.manual_seed(0)
-        self.got = wanted(apply(gathered(ours, clones.layout), x)[0], x, clones.layout)
-        self.buffers = list(zip(ours.buffers(), stock.named_buffers()))
+        self.got = returned_part(apply(operands_of(fused, clones.layout), x)[0], x, clones.layout)
+        self.buffers = list(zip(fused.buffers(), stock.named_buffers()))
 
     def agree(self) -> bool:
-        """Whether the outputs are the same, and the buffers."""
-        return self.error is None and _same(self.got, self.expected) and self.other_buffer() is None
+        """Whether both have the same output and the same buffers."""
+        return self.error is None and _same(self.got, self.expected) and self.different_buffer() is None
 
-    def other_buffer(self) -> str | None:
+    def different_buffer(self) -> str | None:
         """The name of a buffer that differs, or None."""
-        return next((name for ours, (name, stock) in self.buffers if not _same(ours, stock)), None)
+        return next((name for fused, (name, stock) in self.buffers if not _same(fused, stock)), None)
 
 
 def _difference(runs: _Runs, clones: "Clones") -> tuple[str, str]:
-    """What the module's forward does otherwise than the op, and what to do about it."""
+    """How the module's forward differs from the op, and how to change it."""
     got, expected = runs.got, runs.expected
     if not isinstance(expected, Tensor):
         return f"returns a {type(expected).__name__}, not a feature map", ""
     block = isinstance(clones.layout, BlockLayout)
     if _same(got, expected):
-        return f"updates {runs.other_buffer()} otherwise", ""
+        return f"updates {runs.different_buffer()} otherwise", ""
     if _Runs(clones, runs.x, runs.training, (0.0, 0.0)).agree():
         places = PLACES if block else PLACE
         return ("drops out in another place or in another way", places) if runs.training else ("drops out", INFERENCE)
@@ -116,13 +116,16 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _is_reordered(clones: "Clones", runs: _Runs) -> bool:
-    """Whether the module, whose layout says that new features are appended, makes the same ones, but returns the input
-    amid others, or what it returns in another order. Layers that read them in another order make other ones."""
+    """Whether the module makes the same features as the op, but returns them in another order.
+
+    Only for layouts that append new features. The block's input may also be between the new features. If the layers
+    read their features in another order, they make other features, and the answer is False.
+    """
     layout, expected, widths = clones.layout, runs.expected, clones.widths()
     if layout.prepend or layout.new_only or expected.dtype != runs.got.dtype or expected.dim() != runs.got.dim():
         return False
-    given, channels = widths[0], expected.shape[1]
-    if any(_same(runs.x, expected[:, start : start + given]) for start in range(1, channels - given)):
+    width, channels = widths[0], expected.shape[1]
+    if any(_same(runs.x, expected[:, start : start + width]) for start in range(1, channels - width)):
         return True
     parts, start = list(runs.got.split(widths, 1)), 0
     if channels == sum(widths[1:]):
@@ -144,33 +147,33 @@ def _same(got: Tensor, expected: Any) -> bool:
 
 
 class Clones:
-    """Copies of a module with the same random tensors, parameters shared and buffers their own, and without hooks."""
+    """Copies of a module without hooks. They share random parameters; each has its own copy of random buffers."""
 
     def __init__(self, module: nn.Module, layout: Layout, generator: torch.Generator) -> None:
         self.module, self.layout, self.generator = module, layout, generator
         self.values: dict[int, Tensor] = {}
 
     def widths(self) -> list[int]:
-        """How many channels a block is given, and makes in each layer."""
+        """The number of channels of a block's input, then the number that each layer makes."""
         convs = [[fusion.child(self.module, unit.conv) for unit in layer.units] for layer in self.layout.layers]
         return [convs[0][0].in_channels, *(layer[-1].out_channels for layer in convs)]
 
     def make(self, training: bool, drop_rates: Sequence[float]) -> nn.Module:
-        """One copy, with dropout at these rates behind the first and the last unit of a layer."""
+        """A copy with these dropout rates behind the first and the last unit of each layer."""
         clone = self._copy(self.module, {})
         for part in clone.modules():
             part.training = training
             if type(part) in fusion.SYNC_BATCH_NORMS:
                 part.__class__ = reference.BATCH_NORMS[self.layout.dims]
             elif isinstance(part, nn.SyncBatchNorm) and training and torch.distributed.is_initialized():
-                part.__class__ = _alone(self.layout.dims)
+                part.__class__ = _local_norm(self.layout.dims)
         block = isinstance(self.layout, BlockLayout)
         for dropout in () if block else self.layout.dropouts():
-            setattr(at(clone, dropout.path), dropout.rate, drop_rates[0])
+            setattr(module_at(clone, dropout.path), dropout.rate, drop_rates[0])
         for layer in self.layout.layers if block else ():
             for dropout, rate in zip(reversed(layer.dropouts), reversed(drop_rates)):
                 if dropout is not None:
-                    setattr(at(clone, dropout.path), dropout.rate, rate)
+                    setattr(module_at(clone, dropout.path), dropout.rate, rate)
         return clone
 
     def _copy(self, module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
@@ -199,21 +202,24 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _alone(dims: int) -> type[nn.Module]:
-    """The class of batch normalisations that stand in, on a CPU, for synchronised ones that hold their activation:
-    torch's takes no CPU tensors where processes are joined."""
+def _local_norm(dims: int) -> type[nn.Module]:
+    """A class of batch normalisations that are not synchronised. They apply their children, such as an activation, too.
 
-    class Alone(reference.BATCH_NORMS[dims]):
+    It replaces subclasses of ``nn.SyncBatchNorm``, which refuse CPU tensors in a process group.
+    """
+
+    class LocalNorm(reference.BATCH_NORMS[dims]):
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)
             for child in self._modules.values():
                 x = child(x)
             return x
 
-    return Alone
+    return LocalNorm
 
 
 def _random(tensor: Tensor, name: str, of_norm: bool, generator: torch.Generator) -> Tensor:
+    """Random float64 values for the parameter or buffer ``name``, in the range of a trained network."""
     if not tensor.dtype.is_floating_point:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

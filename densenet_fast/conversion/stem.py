@@ -1,7 +1,7 @@
-"""Stems and heads of any library: how one is built, read from its modules alone, and what its call takes.
+"""Stems and heads of any library: their layouts, read from their modules alone, and their operands.
 
-A stem is batch normalisation, ReLU and a maximum over windows of 3, with the convolution before them if the same module
-holds it. A head is batch normalisation, ReLU, the mean over all pixels and the flattening behind it.
+A stem is batch normalisation, ReLU and max pooling over windows of 3. The convolution before them belongs to the
+stem if it is in the same module. A head is batch normalisation, ReLU, the mean over all pixels and a flattening.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from densenet_fast import functional
 from densenet_fast.conversion import layout
 from densenet_fast.conversion.classes import Classes
 from densenet_fast.conversion.expected import Expected, expected_of
-from densenet_fast.conversion.layout import Dropout, Unlike
+from densenet_fast.conversion.layout import Dropout, NotRecognised
 from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import fusion
 from densenet_fast.nn.memory_format import convolved, is_channels_last
@@ -55,37 +55,37 @@ class StemLayout(NamedTuple):
     def dropouts(self) -> list[Dropout]:
         return []
 
-    def gathered(self, module: nn.Module) -> "StemOperands":
+    def operands_of(self, module: nn.Module) -> "StemOperands":
         convolution = None if self.conv is None else fusion.child(module, self.conv)
         return StemOperands(convolution, NormOperands(fusion.batch_norm(fusion.child(module, self.norm))))
 
 
 class StemOperands:
-    """A stem gathered for many calls, behind its ``convolution``, if it has one."""
+    """The operands of a stem for many calls, and its ``convolution``, if it has one."""
 
     reads_statistics = False
 
     def __init__(self, convolution: nn.Module | None, operands: NormOperands) -> None:
         self.convolution, self.operands, self.outcome = convolution, operands, operands.outcome
 
-    def channels_last(self, before: bool) -> bool:
-        """Whether stock's output would be channels last, if its input is so ``before``."""
-        return before or (self.convolution is not None and is_channels_last(self.convolution.weight))
+    def channels_last(self, input_channels_last: bool) -> bool:
+        """Whether the stock layers would return channels last, given whether their input is."""
+        return input_channels_last or (self.convolution is not None and is_channels_last(self.convolution.weight))
 
     def reads_block(self) -> None:
-        """No dense block stands before it."""
+        """None: a stem does not read a dense block."""
         return None
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """From ``x`` to the result and, if asked to describe it, its statistics."""
+        """Runs the stem on ``x``. Returns the result and, if asked, its statistics."""
         if self.convolution is not None:
-            made = None if describe else functional.run_stem(x, self.convolution, self.operands, updates)
-            if made is not None:
-                return made, None
+            output = None if return_statistics else functional.run_stem(x, self.convolution, self.operands, updates)
+            if output is not None:
+                return output, None
             x = convolved(self.convolution, x)
-        return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
+        return functional.run_bn_relu_maxpool(x, self.operands, return_statistics, updates)
 
 
 class HeadLayout(NamedTuple):
@@ -119,52 +119,52 @@ class HeadLayout(NamedTuple):
     def dropouts(self) -> list[Dropout]:
         return []
 
-    def gathered(self, module: nn.Module) -> "HeadOperands":
+    def operands_of(self, module: nn.Module) -> "HeadOperands":
         return HeadOperands(NormOperands(fusion.batch_norm(fusion.child(module, self.norm))))
 
 
 class HeadOperands:
-    """A head gathered for many calls."""
+    """The operands of a head for many calls."""
 
     def __init__(self, operands: NormOperands) -> None:
         self.operands, self.outcome, self.reads_statistics = operands, operands.outcome, operands.reads_statistics
 
-    def channels_last(self, before: bool) -> bool:
-        """Whether stock's output would be channels last: it has no pixels."""
-        return before
+    def channels_last(self, input_channels_last: bool) -> bool:
+        """As the input: the output has no pixels, so its memory format does not matter."""
+        return input_channels_last
 
     def reads_block(self) -> NormOperands:
-        """Its operands: it can run as one with the dense block before it."""
+        """Its operands, to run it in one call with the dense block before it."""
         return self.operands
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        """From ``x`` and its statistics to the result [N, C]."""
+        """Runs the head on ``x``, whose ``statistics`` are given if they are known. Returns [N, C] and None."""
         return functional.run_bn_relu_global_avgpool(x, self.operands, statistics, updates), None
 
 
 def stem_layouts(module: nn.Module) -> Iterator[StemLayout]:
-    """What ``module`` may be as a stem, by its modules.
+    """The layout of ``module`` as a stem, by its modules.
 
     Raises:
-        Unlike: it is built in another way.
+        NotRecognised: ``module`` is built in another way.
     """
-    leaves, known = _read(module)
+    leaves, expected = _read(module)
     kinds = {path: type(fusion.child(module, path)) for path in leaves.others}
     pools = [path for path, kind in kinds.items() if kind in fusion.MAX_POOLS.values()]
     other = next((path for path in leaves.others if path not in pools), None)
     if other is not None:
-        raise Unlike(f"{other} is a {kinds[other].__name__}, not a part of convolution-BN-ReLU-maximum")
+        raise NotRecognised(f"{other} is a {kinds[other].__name__}, not a part of convolution-BN-ReLU-maximum")
     if len(leaves.norms) != 1 or len(leaves.convs) > 1 or len(pools) != 1:
-        raise Unlike("it is not one convolution, one batch normalisation, ReLU and a maximum over 3x3 windows")
+        raise NotRecognised("it is not one convolution, one batch normalisation, ReLU and a maximum over 3x3 windows")
     dims = next(d for d, kind in fusion.MAX_POOLS.items() if kinds[pools[0]] is kind)
     conv = leaves.convs[0] if leaves.convs else None
-    yield _checked(module, StemLayout(dims, conv, leaves.norms[0], pools[0], *known))
+    yield _checked(module, StemLayout(dims, conv, leaves.norms[0], pools[0], *expected))
 
 
 def is_stem_pool(module: nn.Module) -> bool:
-    """Whether ``module`` is a maximum over windows of 3 at distance 2, however it pads."""
+    """Whether ``module`` is max pooling over windows of 3 with stride 2 and any padding."""
     settings = [getattr(module, name, None) for name in ("kernel_size", "stride")]
     return isinstance(module, (*fusion.MAX_POOLS.values(),)) and all(
         {*(setting if isinstance(setting, (tuple, list)) else [setting])} == {size}
@@ -178,8 +178,7 @@ def resembles_norm(module: nn.Module) -> bool:
 
 
 def resembles_stem(module: nn.Module) -> bool:
-    """Whether ``module`` holds a convolution, a normalisation of any kind and a maximum over windows of 3, and perhaps
-    an activation."""
+    """Whether ``module`` has a convolution, any normalisation, max pooling over windows of 3, perhaps an activation."""
     children = [child for child in module._modules.values() if child is not None]
     if not 3 <= len(children) <= 4 or len(layout.convolutions(module)) != 1:
         return False
@@ -187,29 +186,30 @@ def resembles_stem(module: nn.Module) -> bool:
 
 
 def head_layouts(module: nn.Module) -> Iterator[HeadLayout]:
-    """What ``module`` may be as a head, by its modules.
+    """The layout of ``module`` as a head, by its modules.
 
     Raises:
-        Unlike: it is built in another way.
+        NotRecognised: ``module`` is built in another way.
     """
-    leaves, known = _read(module)
+    leaves, expected = _read(module)
     kinds = [type(fusion.child(module, path)) for path in leaves.others]
     dims = next((d for d, kind in MEANS.items() if kinds == [kind, nn.Flatten]), None)
     if dims is None or len(leaves.norms) != 1 or leaves.convs:
-        raise Unlike("it is not batch normalisation, ReLU, a mean over all pixels and a flattening")
-    yield _checked(module, HeadLayout(dims, leaves.norms[0], *leaves.others, *known))
+        raise NotRecognised("it is not batch normalisation, ReLU, a mean over all pixels and a flattening")
+    yield _checked(module, HeadLayout(dims, leaves.norms[0], *leaves.others, *expected))
 
 
 def _read(module: nn.Module) -> tuple[layout.Leaves, tuple[Expected, Classes]]:
+    """The modules that ``module`` consists of, and the last two fields of its layout."""
     leaves = layout.leaves_of(module, "")
     layout.refuse_tensors(module, "it")
     if leaves.dropouts:
-        raise Unlike(f"{leaves.dropouts[0]} drops out")
+        raise NotRecognised(f"{leaves.dropouts[0]} drops out")
     return leaves, (expected_of(module, {}), layout.classes_below(module))
 
 
 def _checked(module: nn.Module, found: StemLayout | HeadLayout) -> StemLayout | HeadLayout:
     reason = found.obstacle(module)
     if reason is not None:
-        raise Unlike(reason)
+        raise NotRecognised(reason)
     return found
