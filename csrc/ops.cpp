@@ -47,12 +47,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, float count, Tensor(a!) out) -> ()");
   m.def(
       "cpu_dense_block(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
-      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var, bool describe, bool "
+      "Tensor(b!)[] bottlenecks, Tensor(c!) mean, Tensor(d!) var, bool return_statistics, bool "
       "prepend=False, Tensor? x=None, Tensor? x_mean=None, Tensor? x_var=None) -> ()");
   m.def(
       "cpu_dense_block_backward(Tensor grad, Tensor(e!) total, Tensor features, Tensor[] bottlenecks, Tensor mean, "
       "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "
-      "Tensor(c!) p, Tensor(d!) q, bool described, bool prepend=False) -> ()");
+      "Tensor(c!) p, Tensor(d!) q, bool return_statistics, bool prepend=False) -> ()");
   m.def(
       "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "bool prepend=False) -> ()");

@@ -68,13 +68,13 @@ struct Layer {
 struct Block {
   std::vector<Layer> layers;
   int64_t columns, packed, widest = 0;
-  int64_t own = 0;  // the first column of the block's input
-  bool described;   // the statistics of all features have a reader behind the block
+  int64_t own = 0;         // the first column of the block's input
+  bool return_statistics;  // the statistics of all features have a reader behind the block
 
   // With `prepend` new features come before those that are read, else behind them
-  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels, bool described,
+  Block(const std::vector<Tensor>& tensors, const std::vector<double>& eps, int64_t in_channels, bool return_statistics,
         bool prepend)
-      : columns(in_channels), described(described) {
+      : columns(in_channels), return_statistics(return_statistics) {
     STD_TORCH_CHECK(eps.size() % 2 == 0 && tensors.size() == kStageTensors * eps.size(),
                     "tensors: expected six for each of two stages a layer");
     for (size_t i = 0; i < eps.size(); i += 2) {
@@ -104,7 +104,7 @@ struct Block {
 
   // Whether layer i or a later one, or a reader behind the block, normalises its input by the batch
   bool normalised_by_batch(size_t i) const {
-    return described ||
+    return return_statistics ||
            std::any_of(layers.begin() + i, layers.end(), [](const Layer& layer) { return !layer.first.frozen(); });
   }
 };
@@ -162,13 +162,13 @@ class Bottlenecks {
 // x into out, with its statistics, which are copied if they are given
 template <typename T>
 void take_input(const Matrix<const T>& x, const std::optional<Tensor>& x_mean, const std::optional<Tensor>& x_var,
-                bool described, const Matrix<T>& out, const StatisticsOutput& statistics) {
+                bool return_statistics, const Matrix<T>& out, const StatisticsOutput& statistics) {
   STD_TORCH_CHECK(x.rows == out.rows && x.cols == out.cols, "x: expected [", out.rows, ", ", out.cols, "]");
   STD_TORCH_CHECK(x_mean.has_value() == x_var.has_value(), "x_mean: expected with x_var");
   Tiles(x.rows, x.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
     for (int64_t row = first; row < first + n; ++row) std::copy_n(x.row(row), x.cols, out.row(row));
   });
-  if (!described) return;
+  if (!return_statistics) return;
   if (!x_mean) return column_statistics(x, statistics);
   std::copy_n(vector(*x_mean, x.cols, "x_mean"), x.cols, statistics.mean);
   std::copy_n(vector(*x_var, x.cols, "x_var"), x.cols, statistics.var);
@@ -177,11 +177,12 @@ void take_input(const Matrix<const T>& x, const std::optional<Tensor>& x_mean, c
 // Fills the columns of features but those of the block's input, which are there with their statistics unless `x` is
 // given, and the bottlenecks that are kept.
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
-                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var, bool describe,
-                 bool prepend, std::optional<Tensor> x, std::optional<Tensor> x_mean, std::optional<Tensor> x_var) {
+                 std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
+                 bool return_statistics, bool prepend, std::optional<Tensor> x, std::optional<Tensor> x_mean,
+                 std::optional<Tensor> x_var) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
-    const Block block(tensors, eps, in_channels, describe, prepend);
+    const Block block(tensors, eps, in_channels, return_statistics, prepend);
     const Matrix<T> f(features, "features");
     STD_TORCH_CHECK(f.cols == block.columns, "features: expected ", block.columns, " columns, got ", f.cols);
     float *m = output(mean, block.packed, "mean"), *v = output(var, block.packed, "var");
@@ -250,11 +251,11 @@ void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Mat
 void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean,
                           Tensor var, double count, std::vector<Tensor> tensors, std::vector<double> eps,
                           std::vector<int64_t> grid, Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed,
-                          Tensor q_packed, bool described, bool prepend) {
+                          Tensor q_packed, bool return_statistics, bool prepend) {
   by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<T> result(grad_x, "grad_x");
-    const Block block(tensors, eps, result.cols, described, prepend);
+    const Block block(tensors, eps, result.cols, return_statistics, prepend);
     const Matrix<const T> f(features, "features"), incoming(grad, "grad");
     STD_TORCH_CHECK(
         f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,

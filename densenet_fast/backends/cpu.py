@@ -259,13 +259,13 @@ class Cpu(Aten):
         block: Block,
         in_channels: int,
         *,
-        describe: bool,
+        return_statistics: bool,
         x: Tensor | None = None,
         x_mean: Tensor | None = None,
         x_var: Tensor | None = None,
     ) -> None:
         features, *rest, prepend = block
-        kernels.cpu_dense_block(features, in_channels, *rest, describe, prepend, x, x_mean, x_var)
+        kernels.cpu_dense_block(features, in_channels, *rest, return_statistics, prepend, x, x_mean, x_var)
 
     def dense_block_backward(
         self,
@@ -278,12 +278,12 @@ class Cpu(Aten):
         p: Tensor,
         q: Tensor,
         *,
-        described: bool,
+        return_statistics: bool,
     ) -> None:
         features, tensors, eps, grid, bottlenecks, mean, var, prepend = block
         made = (features, bottlenecks, mean, var, float(count))
         out = (grad_x, gradients, p, q)
-        kernels.cpu_dense_block_backward(grad, total, *made, tensors, eps, grid, *out, described, prepend)
+        kernels.cpu_dense_block_backward(grad, total, *made, tensors, eps, grid, *out, return_statistics, prepend)
 
     def dense_block_inference(
         self,

@@ -44,7 +44,7 @@ class OptionalFunctions:
         block: Block,
         in_channels: int,
         *,
-        describe: bool,
+        return_statistics: bool,
         x: Tensor | None = None,
         x_mean: Tensor | None = None,
         x_var: Tensor | None = None,
@@ -56,7 +56,7 @@ class OptionalFunctions:
 
         Args:
             in_channels: how many columns of the features are the block's input.
-            describe: whether statistics of all features are wanted, and not of those alone that a layer reads.
+            return_statistics: whether to compute the statistics of all features, not only of those that a layer reads.
             x: the block's input [M, C0], which is copied among the features; without it, the input is there already,
                 and so are its statistics.
             x_mean, x_var: the statistics of x [C0], if they are known.
@@ -74,7 +74,7 @@ class OptionalFunctions:
         p: Tensor,
         q: Tensor,
         *,
-        described: bool,
+        return_statistics: bool,
     ) -> None:
         """Runs the backward pass of all layers, for grad [M, C_total].
 
@@ -87,7 +87,8 @@ class OptionalFunctions:
             gradients: become those of the stages' weights, biases and convolutions, float32, in the places of the
                 block's ``tensors``.
             p, q: the gradients with respect to the packed statistics. The block's own are added to them.
-            described: whether p and q may be other than zero.
+            return_statistics: whether the forward pass returned the statistics of all features. If not, p and q are
+                zero.
         """
         raise NotImplementedError
 

@@ -88,7 +88,7 @@ def _examine(module: nn.Module) -> Found:
     return Found(reason, operands_of(module, layout) if reason is None else None)
 
 
-_memory = Memory(_examine, all_below, known=[STATE])
+_memory = Memory(_examine, all_below, constant_names=[STATE])
 
 
 def run_alone(x: Tensor, operands: Operands, layout: Layout) -> Tensor:

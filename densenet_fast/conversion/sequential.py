@@ -204,7 +204,7 @@ def _segment_modules(module: nn.Module) -> list[nn.Module]:
     return [part for child in children for part in child.modules()]
 
 
-_memory = Memory(_examine, _segment_modules, known=[STATE])
+_memory = Memory(_examine, _segment_modules, constant_names=[STATE])
 
 
 def _run(x: Any, steps: Sequence[Step]) -> Any:

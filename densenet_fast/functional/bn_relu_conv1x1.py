@@ -74,12 +74,12 @@ def run_bn_relu_conv1x1_avgpool(
     x: Tensor,
     operands: ConvOperands,
     statistics: BatchStatistics | None = None,
-    describe: bool = False,
+    return_statistics: bool = False,
     updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
-    """:func:`bn_relu_conv1x1_avgpool`, with its result's statistics if it is to be described."""
+    """:func:`bn_relu_conv1x1_avgpool`, with the statistics of its result if they are asked for."""
     check_poolable(x)
-    return _bn_relu_conv1x1(x, operands, operands.admit, True, statistics, describe, updates)
+    return _bn_relu_conv1x1(x, operands, operands.admit, True, statistics, return_statistics, updates)
 
 
 def _bn_relu_conv1x1(
@@ -88,20 +88,20 @@ def _bn_relu_conv1x1(
     check_input: Callable[[Tensor], None],
     pool: bool,
     statistics: BatchStatistics | None,
-    describe: bool,
+    return_statistics: bool,
     updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = shared.autocast(x, statistics)
     check_input(x)
-    if pool and not describe:
+    if pool and not return_statistics:
         made = inference.transition(x, operands, shared.room(updates))
         if made is not None:
             return made, None
     group = operands.group()
     mean, var = shared.known(x, operands.reader, statistics, group)
-    outputs = ops.bn_relu_conv1x1(x, mean, var, operands.stages, pool, describe, group)
+    outputs = ops.bn_relu_conv1x1(x, mean, var, operands.stages, pool, return_statistics, group)
     if shared.beyond_range(x, outputs[2], group):
         convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
         outputs = shared.on_stock(convolve, x, *operands.stages, None, None)
     shared.update_running_statistics(x, operands, *outputs[1:4], updates)
-    return outputs[0], BatchStatistics(*outputs[4:6]) if describe else None
+    return outputs[0], BatchStatistics(*outputs[4:6]) if return_statistics else None

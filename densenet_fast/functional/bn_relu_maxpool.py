@@ -38,11 +38,11 @@ def bn_relu_maxpool(
 
 
 def run_bn_relu_maxpool(
-    x: Tensor, operands: NormOperands, describe: bool, updates: Updates | None = None
+    x: Tensor, operands: NormOperands, return_statistics: bool, updates: Updates | None = None
 ) -> tuple[Tensor, BatchStatistics | None]:
-    """:func:`bn_relu_maxpool`, with its result's statistics if it is to be described."""
+    """:func:`bn_relu_maxpool`, with the statistics of its result if they are asked for."""
     operands.admit(x)
-    return _bn_relu_maxpool(x, operands, describe, updates)
+    return _bn_relu_maxpool(x, operands, return_statistics, updates)
 
 
 def run_stem(images: Tensor, convolution: nn.Module, operands: NormOperands, updates: Updates | None) -> Tensor | None:
@@ -55,12 +55,12 @@ def run_stem(images: Tensor, convolution: nn.Module, operands: NormOperands, upd
 
 
 def _bn_relu_maxpool(
-    x: Tensor, operands: NormOperands, describe: bool, updates: Updates | None = None
+    x: Tensor, operands: NormOperands, return_statistics: bool, updates: Updates | None = None
 ) -> tuple[Tensor, BatchStatistics | None]:
     group = operands.group()
-    outputs = ops.bn_relu_maxpool(x, None, None, operands.stages, describe, group)
+    outputs = ops.bn_relu_maxpool(x, None, None, operands.stages, return_statistics, group)
     if shared.beyond_range(x, outputs[2], group):
         out, *own = shared.on_stock(stock.bn_relu_maxpool, x, *operands.stages, None, None)
         outputs = (out, *own[:3], None, *own[3:])
     shared.update_running_statistics(x, operands, *outputs[1:4], updates)
-    return outputs[0], BatchStatistics(*outputs[5:7]) if describe else None
+    return outputs[0], BatchStatistics(*outputs[5:7]) if return_statistics else None

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from densenet_fast.functional import shared
-from densenet_fast.functional.dense_block import link
+from densenet_fast.functional.dense_block import stand_in
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, check_poolable
 from densenet_fast.ops import planned
@@ -18,7 +18,7 @@ def run_dense_block_and_reader(
     operands: BlockOperands,
     reader: ConvOperands | NormOperands,
     statistics: BatchStatistics | None,
-    describe: bool,
+    return_statistics: bool,
     updates: Updates,
 ) -> tuple[Tensor, BatchStatistics | None] | None:
     """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call.
@@ -46,15 +46,15 @@ def run_dense_block_and_reader(
         drop_rates=operands.drop_rates,
         bottleneck=operands.bottleneck,
         saved=operands.saved(x, differentiable),
-        described=reader.reads_statistics,
+        return_statistics=reader.reads_statistics,
         prepend=operands.prepend,
-        link=link(x) if differentiable and x.requires_grad else None,
+        x_stand_in=stand_in(x) if differentiable and x.requires_grad else None,
         read_stages=reader.stages,
-        options=(True, describe) if is_transition else (),
+        options=(True, return_statistics) if is_transition else (),
     )
     out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(*call)
     if not is_planned and (shared.beyond_range(x, var, group) or shared.beyond_range(x, own[1], group)):
         return None
     shared.update_running_statistics(x, operands, mean, var, count, updates)
     shared.update_running_statistics(x, reader, *own[:3], updates)
-    return out, BatchStatistics(*own[3:5]) if describe else None
+    return out, BatchStatistics(*own[3:5]) if return_statistics else None

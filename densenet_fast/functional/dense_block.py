@@ -16,7 +16,7 @@ from densenet_fast.ops import stock
 from densenet_fast.ops.op import seen_by_dispatcher
 from densenet_fast.reference import dropout_mask
 
-__all__ = ["dense_block", "link", "run_dense_block"]
+__all__ = ["dense_block", "stand_in", "run_dense_block"]
 
 
 def dense_block(
@@ -69,11 +69,11 @@ def run_dense_block(
     x: Tensor,
     operands: BlockOperands,
     statistics: BatchStatistics | None = None,
-    describe: bool = False,
+    return_statistics: bool = False,
     updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
-    """:func:`dense_block`, with its result's statistics if it is to be described."""
-    return _dense_block(x, operands, operands.admit, statistics, describe, updates)
+    """:func:`dense_block`, with the statistics of its result if they are asked for."""
+    return _dense_block(x, operands, operands.admit, statistics, return_statistics, updates)
 
 
 def _dense_block(
@@ -81,19 +81,19 @@ def _dense_block(
     operands: BlockOperands,
     check_input: Callable[[Tensor], None],
     statistics: BatchStatistics | None,
-    describe: bool,
+    return_statistics: bool,
     updates: Updates | None = None,
 ) -> tuple[Tensor, BatchStatistics | None]:
     x, statistics = shared.autocast(x, statistics)
     check_input(x)
-    if not describe:
+    if not return_statistics:
         made = inference.dense_block(x, operands, shared.room(updates))
         if made is not None:
             return made, None
     rates, stages, group = operands.drop_rates, operands.stages, operands.group()
     masks = _masks(x, operands)
     differentiable = operands.differentiable(x)
-    features, *described, count, mean, var = ops.dense_block(
+    features, *returned, count, mean, var = ops.dense_block(
         x,
         *shared.known(x, operands.reader, statistics, group),
         stages,
@@ -101,9 +101,9 @@ def _dense_block(
         rates,
         operands.bottleneck,
         operands.saved(x, differentiable),
-        describe,
+        return_statistics,
         group,
-        link(x) if differentiable and x.requires_grad else None,
+        stand_in(x) if differentiable and x.requires_grad else None,
         operands.prepend,
     )
     if shared.beyond_range(x, var, group):
@@ -114,9 +114,9 @@ def _dense_block(
             stock.dense_block, x, per_layer, masks, rates, operands.prepend, bottlenecks
         )
         mean, var = map(torch.cat, zip(*map(shared.summed_in_float64, [features, *bottlenecks])))
-        described = made[4:]
+        returned = made[4:]
     shared.update_running_statistics(x, operands, mean, var, count, updates)
-    return features, BatchStatistics(*described, group) if describe else None
+    return features, BatchStatistics(*returned, group) if return_statistics else None
 
 
 def _masks(x: Tensor, operands: BlockOperands) -> list[Tensor]:
@@ -162,6 +162,6 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
-def link(x: Tensor) -> Tensor | None:
+def stand_in(x: Tensor) -> Tensor | None:
     """What an op passes the gradient of x through, if it does not keep x; None while torch compiles."""
     return None if torch.compiler.is_compiling() else _linked(x)

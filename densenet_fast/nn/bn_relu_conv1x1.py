@@ -114,17 +114,17 @@ class Transition(_Fusible, reference.Transition):
         x: Tensor,
         operands: ConvOperands,
         statistics: BatchStatistics | None,
-        describe: bool,
+        return_statistics: bool,
         updates: Updates | None = None,
     ) -> tuple[Tensor, BatchStatistics | None]:
         """Runs as one op, which must be possible. ``statistics`` are the batch statistics of x, or None.
 
-        Returns the result, channels last in memory, and with ``describe`` its statistics.
+        Returns the result, channels last in memory, and with ``return_statistics`` its statistics.
         """
-        return functional.run_bn_relu_conv1x1_avgpool(x, operands, statistics, describe, updates)
+        return functional.run_bn_relu_conv1x1_avgpool(x, operands, statistics, return_statistics, updates)
 
     def _op(self, x: Tensor, operands: ConvOperands) -> Tensor:
-        return self.run(x, operands, None, describe=False)[0]
+        return self.run(x, operands, None, return_statistics=False)[0]
 
 
 def _examined(part: _Fusible) -> Found:

@@ -142,15 +142,15 @@ class DenseBlock(reference.DenseBlock):
         x: Tensor,
         operands: BlockOperands,
         statistics: BatchStatistics | None,
-        describe: bool,
+        return_statistics: bool,
         updates: Updates | None = None,
     ) -> tuple[Tensor, BatchStatistics | None]:
         """Runs as one op, which must be possible. ``statistics`` are the batch statistics of x, or None.
 
-        Returns the result, channels last in memory, and with ``describe`` its statistics. The backward pass needs the
-        result unchanged.
+        Returns the result, channels last in memory, and with ``return_statistics`` its statistics. The backward pass
+        needs the result unchanged.
         """
-        return functional.run_dense_block(x, operands, statistics, describe, updates)
+        return functional.run_dense_block(x, operands, statistics, return_statistics, updates)
 
     def forward(self, init_features: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -165,7 +165,7 @@ class DenseBlock(reference.DenseBlock):
         return fusion.run(self._alone, x, operands) if reason is None else self.one_by_one(x)
 
     def _alone(self, x: Tensor, operands: BlockOperands) -> Tensor:
-        return handed_out(self.run(x, operands, None, describe=False)[0], is_channels_last(x), kept=True)
+        return handed_out(self.run(x, operands, None, return_statistics=False)[0], is_channels_last(x), kept=True)
 
 
 def _examined(block: DenseBlock) -> Found:

@@ -63,17 +63,17 @@ class Step:
         return before
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         """Runs fused. ``statistics`` are those of ``x``, or None.
 
-        Returns the result and, with ``describe``, its statistics where they are computed. Running statistics are
-        updated now, or later by ``updates``.
+        Returns the result and, with ``return_statistics``, its statistics where they are computed. Running statistics
+        are updated now, or later by ``updates``.
         """
         raise NotImplementedError
 
     def run_with(
-        self, reader: "Step", x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates
+        self, reader: "Step", x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates
     ) -> tuple[Tensor, BatchStatistics | None] | None:
         """As :meth:`run`, together with the ``reader`` of its result, in one call. The statistics returned are then
         those of the reader's result. None where the two cannot run as one."""
@@ -119,17 +119,19 @@ class Part(Step):
         return self.found.operands is not None and self.found.operands.reads_statistics
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        return self.module.run(x, self.found.operands, statistics, describe, updates)
+        return self.module.run(x, self.found.operands, statistics, return_statistics, updates)
 
     def run_with(
-        self, reader: Step, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates
+        self, reader: Step, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates
     ) -> tuple[Tensor, BatchStatistics | None] | None:
         behind = reader.reads_block()
         if behind is None or type(self.module) is not DenseBlock or reader.obstacle(x) is not None:
             return None
-        return functional.run_dense_block_and_reader(x, self.found.operands, behind, statistics, describe, updates)
+        return functional.run_dense_block_and_reader(
+            x, self.found.operands, behind, statistics, return_statistics, updates
+        )
 
     def block(self) -> BlockOperands | None:
         return self.found.operands if self.keeps_output else None
@@ -167,17 +169,17 @@ class Stem(Step):
         return before or (self.convolution is not None and is_channels_last(self.convolution.weight))
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         if self.convolution is not None:
-            made = None if describe else functional.run_stem(x, self.convolution, self.operands, updates)
+            made = None if return_statistics else functional.run_stem(x, self.convolution, self.operands, updates)
             if made is not None:
                 return made, None
             images, x = x, convolved(self.convolution, x)
             if self.recomputed and not torch.compiler.is_compiling():
                 with convolution_recomputed(self.convolution, images, x):
-                    return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
-        return functional.run_bn_relu_maxpool(x, self.operands, describe, updates)
+                    return functional.run_bn_relu_maxpool(x, self.operands, return_statistics, updates)
+        return functional.run_bn_relu_maxpool(x, self.operands, return_statistics, updates)
 
     def note(self, reason: str | None) -> None:
         calls.note(self.features(), reason, self.operands, "Stem")
@@ -200,7 +202,7 @@ class Head(Step):
         return self.operands
 
     def run(
-        self, x: Tensor, statistics: BatchStatistics | None, describe: bool, updates: Updates | None
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
         return functional.run_bn_relu_global_avgpool(x, self.operands, statistics, updates), None
 

@@ -82,15 +82,15 @@ class Snapshot:
         self._shapes = [*map(_shape, self._arrays)]
 
     @classmethod
-    def of(cls, module: nn.Module, below: Sequence[nn.Module], known: Collection[str]) -> "Snapshot | None":
+    def of(cls, module: nn.Module, below: Sequence[nn.Module], constant_names: Collection[str]) -> "Snapshot | None":
         """Takes a snapshot of all that decides whether ``module`` may run fused, or returns None where that is
         impossible.
 
         It is impossible if a module below has hooks; if a module has an attribute that may change in place or refers to
-        the module (``known`` names are exempt); if a tensor is not a plain leaf; or if batches of several processes are
-        normalised together.
+        the module, and is not one of ``constant_names``; if a tensor is not a plain leaf; or if batches of several
+        processes are normalised together.
         """
-        if not all(_is_plain(part, known) for part in (module, *below)) or any(map(_has_hooks, below)):
+        if not all(_is_plain(part, constant_names) for part in (module, *below)) or any(map(_has_hooks, below)):
             return None
         return cls(module, below)
 
@@ -131,7 +131,7 @@ class Memory:
         kinds: the class of the modules, and those of our own classes that may stand ``below``. A module of a subclass,
             which may redefine anything, is examined every time. Empty for any class, if functions on classes are
             checked elsewhere.
-        known: names of attributes that do not change in place.
+        constant_names: names of attributes that do not change in place.
     """
 
     def __init__(
@@ -139,10 +139,10 @@ class Memory:
         examine: Callable[[Any], Found],
         below: Callable[[Any], Sequence[nn.Module]],
         kinds: tuple[type[nn.Module], ...] = (),
-        known: Collection[str] = (),
+        constant_names: Collection[str] = (),
     ) -> None:
         self._examine, self._below, self._kinds = examine, below, kinds
-        self._known = TORCHS_OWN.union(known)
+        self._constant_names = TORCHS_OWN.union(constant_names)
         ours = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base.__module__.startswith(PACKAGE))
         self._classes = [vars(kind) for kind in ours]
         _memories.append(self)
@@ -162,7 +162,7 @@ class Memory:
         if remembered is not None and remembered[0].unchanged(module):
             return remembered[1]
         found = self._examine(module)
-        snapshot = Snapshot.of(module, self._below(module), self._known) if found.obstacle is None else None
+        snapshot = Snapshot.of(module, self._below(module), self._constant_names) if found.obstacle is None else None
         if snapshot is not None:
             found = self._examine(module)  # again: another thread may have changed it before the snapshot was taken
         if snapshot is None or found.obstacle is not None:
@@ -190,11 +190,11 @@ def all_below(module: nn.Module) -> list[nn.Module]:
     return [*module.modules()][1:]
 
 
-def _is_plain(module: nn.Module, known: Collection[str]) -> bool:
+def _is_plain(module: nn.Module, constant_names: Collection[str]) -> bool:
     attributes = vars(module)
     return (
         all(type(attributes.get(name)) in TABLES for name in (*CONTENTS, *HOOKS))
-        and all(name in known or _is_constant(value) for name, value in attributes.items())
+        and all(name in constant_names or _is_constant(value) for name, value in attributes.items())
         and all(map(_is_plain_tensor, chain(module._parameters.values(), module._buffers.values())))
         and not (isinstance(module, SYNCHRONISED) and module.training)
     )

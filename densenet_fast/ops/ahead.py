@@ -21,7 +21,7 @@ DEVICE = "cuda"
 
 Call = Callable[..., tuple[Tensor, ...]]
 
-_known: set[tuple[Any, ...]] = set()
+_compiled_kinds: set[tuple[Any, ...]] = set()
 
 
 def compile_ahead(
@@ -34,9 +34,9 @@ def compile_ahead(
     layer = tuple((s.frozen, None if s.conv_weight is None else s.conv_weight.shape[0]) for s in stages[:2])
     flags = tuple(c for constant in constants for c in _each(constant) if isinstance(c, bool))
     kind = call, x.device, x.dtype, x.shape[1], mean is None, layer, flags, torch.is_grad_enabled()
-    if kind in _known:
+    if kind in _compiled_kinds:
         return
-    _known.add(kind)
+    _compiled_kinds.add(kind)
     if triton.unavailable() is None and triton.supports(x.device, x.dtype):
         from densenet_fast.backends.triton import config, launch
 

@@ -43,8 +43,8 @@ class BlockTensors:
 class Plan:
     """The layers of a block and where their columns stand.
 
-    All statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn. ``described``
-    says that something behind the block reads the statistics of F.
+    All statistics are packed into one vector: the columns of F, then each layer's bottleneck in turn.
+    ``return_statistics`` says that something behind the block reads the statistics of F.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Plan:
         eps: list[float],
         bottleneck: bool,
         drop_rates: list[float],
-        described: bool = False,
+        return_statistics: bool = False,
         prepend: bool = False,
     ) -> None:
         self.stages, per_layer = unflatten(tensors, eps), 2 if bottleneck else 1
-        self.described, self.prepend = described, prepend
+        self.return_statistics, self.prepend = return_statistics, prepend
         self.layers = [tuple(self.stages[i : i + per_layer]) for i in range(0, len(self.stages), per_layer)]
         self.bottleneck = bottleneck
         self.grid = (x.shape[0], *x.shape[2:])
@@ -135,7 +135,7 @@ class Plan:
 
     def normalised_by_batch(self, i: int) -> bool:
         """Whether layer i, a later layer or a reader behind the block normalises its input by batch statistics."""
-        return self.described or any(not layer[0].frozen for layer in self.layers[i:])
+        return self.return_statistics or any(not layer[0].frozen for layer in self.layers[i:])
 
 
 def plan_of(
@@ -144,17 +144,17 @@ def plan_of(
     eps: list[float],
     bottleneck: bool,
     drop_rates: list[float],
-    described: bool,
+    return_statistics: bool,
     prepend: bool,
 ) -> Plan:
     """The :class:`Plan` of a block. It is kept with ``tensors`` if that is a list that nobody changes."""
 
     def make() -> Plan:
-        return Plan(x, tensors, eps, bottleneck, drop_rates, described, prepend)
+        return Plan(x, tensors, eps, bottleneck, drop_rates, return_statistics, prepend)
 
     if not (type(tensors) is type(eps) is type(drop_rates) is Fixed):
         return make()
-    kind = (tuple(x.shape), bottleneck, eps.split[1], drop_rates.split[1], described, prepend)
+    kind = (tuple(x.shape), bottleneck, eps.split[1], drop_rates.split[1], return_statistics, prepend)
     return tensors.made(kind, make)
 
 

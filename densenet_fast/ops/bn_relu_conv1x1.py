@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
         mean, var: the batch statistics [C] of x, or None to compute them.
         tensors, eps: one stage, flattened.
         pool: whether to halve the spatial sizes, rounding down.
-        describe: whether to return the mean and variance of out.
+        return_statistics: whether to return the mean and variance of out.
         group: name of the process group whose batches are normalised together, None for this process's alone.
     """
 
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     tensors: list[Tensor]
     eps: list[float]
     pool: bool
-    describe: bool
+    return_statistics: bool
     group: str | None
 
 
@@ -56,12 +56,12 @@ def _forward(given: Inputs) -> Outputs:
     """Returns out [N, C', *spatial'], mean [C], var [C], count [], and the mean and variance of out [C'].
 
     ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
-    number of rows they are computed over, and empty without a group. Without ``describe`` the mean and variance of out
-    are empty.
+    number of rows they are computed over, and empty without a group. Without ``return_statistics`` the mean and
+    variance of out are empty.
     """
     ready = Input(given)
     grid = ready.grid
-    made, out_mean, out_var = statistics_of_output(given.x, ready.weight.shape[0], given.describe)
+    made, out_mean, out_var = statistics_of_output(given.x, ready.weight.shape[0], given.return_statistics)
     unit = (ready.affine, ready.weight, ready.bias)
     if given.pool:
         out = ready.backend.bn_relu_pool_conv1x1(ready.matrix, *unit, grid, made)
@@ -77,7 +77,7 @@ def _(given: Inputs) -> Outputs:
     x = given.x
     spatial = [size // 2 for size in x.shape[2:]] if given.pool else x.shape[2:]
     out = empty_image(x, (x.shape[0], *spatial), given.tensors[4].shape[0])
-    return out, *fake_statistics(given), *statistics_of_output(x, out.shape[1], given.describe)[1:]
+    return out, *fake_statistics(given), *statistics_of_output(x, out.shape[1], given.return_statistics)[1:]
 
 
 class BackwardInputs(NamedTuple):
@@ -94,7 +94,7 @@ class BackwardInputs(NamedTuple):
     tensors: list[Tensor]
     eps: list[float]
     pool: bool
-    describe: bool
+    return_statistics: bool
     group: str | None
     needs: list[bool]
 
@@ -130,7 +130,9 @@ def _(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
     return fake_gradients(given)
 
 
-def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, pool: bool, describe: bool) -> Tensor:
+def _stock(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, pool: bool, return_statistics: bool
+) -> Tensor:
     convolve = stock.bn_relu_conv_pool if pool else stock.bn_relu_conv
     return convolve(x, stage, mean, var)
 

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
         x: [N, C, *spatial].
         mean, var: the batch statistics [C] of x, or None to compute them.
         tensors, eps: one stage without convolution, flattened.
-        describe: whether to return the mean and variance of out.
+        return_statistics: whether to return the mean and variance of out.
         group: name of the process group whose batches are normalised together, None for this process's alone.
     """
 
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     var: Tensor | None
     tensors: list[Tensor]
     eps: list[float]
-    describe: bool
+    return_statistics: bool
     group: str | None
 
 
@@ -51,10 +51,10 @@ def _forward(given: Inputs) -> Outputs:
 
     ``mean`` and ``var`` are those that were given, else the batch's; zeros if the stage is frozen. ``count`` is the
     number of rows they are computed over, and empty without a group. ``argmax`` holds the position of each maximum in
-    its window. Without ``describe`` the mean and variance of out are empty.
+    its window. Without ``return_statistics`` the mean and variance of out are empty.
     """
     ready = Input(given)
-    made, out_mean, out_var = statistics_of_output(given.x, given.x.shape[1], given.describe)
+    made, out_mean, out_var = statistics_of_output(given.x, given.x.shape[1], given.return_statistics)
     out, argmax = ready.backend.bn_relu_maxpool(ready.matrix, ready.affine, ready.grid, made)
     image = as_output(to_image(out, (given.x.shape[0], *pooled_sizes(given.x.shape[2:]))))
     return image, *ready.own[:2], ready.count(), argmax, out_mean, out_var
@@ -66,7 +66,7 @@ def _(given: Inputs) -> Outputs:
     grid = (x.shape[0], *pooled_sizes(x.shape[2:]))
     argmax = x.new_empty((math.prod(grid), x.shape[1]), dtype=torch.uint8)
     out = empty_image(x, grid, x.shape[1])
-    return out, *fake_statistics(given), argmax, *statistics_of_output(x, x.shape[1], given.describe)[1:]
+    return out, *fake_statistics(given), argmax, *statistics_of_output(x, x.shape[1], given.return_statistics)[1:]
 
 
 class BackwardInputs(NamedTuple):
@@ -83,7 +83,7 @@ class BackwardInputs(NamedTuple):
     argmax: Tensor
     tensors: list[Tensor]
     eps: list[float]
-    describe: bool
+    return_statistics: bool
     group: str | None
     needs: list[bool]
 
@@ -109,7 +109,7 @@ def _(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
     return fake_gradients(given)
 
 
-def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, describe: bool) -> Tensor:
+def _stock(x: Tensor, mean: Tensor | None, var: Tensor | None, stage: Stage, return_statistics: bool) -> Tensor:
     return stock.bn_relu_maxpool(x, stage, mean, var)
 
 

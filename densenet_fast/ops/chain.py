@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     """The arguments of a chain's forward pass.
 
     They are those of the block's op without masks and group, then those of the reader's op without the features.
-    ``described`` says whether the reader gets the statistics of the features. ``options`` are the reader's own.
+    ``return_statistics`` says whether the reader gets the statistics of the features. ``options`` are the reader's own.
     """
 
     x: Tensor
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     drop_rates: list[float]
     bottleneck: bool
     saved: list[bool]
-    described: bool
+    return_statistics: bool
     prepend: bool
     read_tensors: list[Tensor]
     read_eps: list[float]
@@ -81,7 +81,7 @@ class BackwardInputs(NamedTuple):
 
 class Call(NamedTuple):
     """The arguments of a chain: those of :class:`Inputs`, but with both ops' stages as they are, and with the
-    ``link``."""
+    ``x_stand_in``."""
 
     x: Tensor
     mean: Tensor | None
@@ -90,9 +90,9 @@ class Call(NamedTuple):
     drop_rates: Sequence[float]
     bottleneck: bool
     saved: Sequence[bool]
-    described: bool
+    return_statistics: bool
     prepend: bool
-    link: Tensor | None
+    x_stand_in: Tensor | None
     read_stages: Sequence[Stage]
     options: tuple[Any, ...]
 
@@ -111,25 +111,25 @@ class Chain:
         compile_ahead(self, *arguments)
         call = Call(*arguments)
         stages, read_stages = (s if isinstance(s, Stages) else Stages(s) for s in (call.stages, call.read_stages))
-        block = (call.drop_rates, call.bottleneck, call.saved, call.described, call.prepend)
+        block = (call.drop_rates, call.bottleneck, call.saved, call.return_statistics, call.prepend)
         read = (read_stages.tensors, read_stages.eps, call.options)
         inputs = Inputs(call.x, call.mean, call.var, stages.tensors, stages.eps, *block, *read)
         required = stages.requiring_grad(), read_stages.requiring_grad()
         seen = (call.x, call.mean, call.var, *required[0].tensors, *required[1].tensors)
-        return self.apply(self, inputs, (*required, call.link), *seen)
+        return self.apply(self, inputs, (*required, call.x_stand_in), *seen)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """Takes the fields of :class:`Inputs`. Returns what the block's op returns, then what the reader's op
         returns."""
         given = Inputs(*inputs)
-        x, tensors, described = given.x, given.tensors, given.described
-        block = (tensors, given.eps, [], given.drop_rates, given.bottleneck, given.saved, described, None, None)
+        x, tensors, return_statistics = given.x, given.tensors, given.return_statistics
+        block = (tensors, given.eps, [], given.drop_rates, given.bottleneck, given.saved, return_statistics, None, None)
         with named(block_parts.forward.name, x, lambda: of_stages(x, tensors)):
             features, mean, var, count, bottlenecks = block_parts.forward.body(
                 x, given.mean, given.var, *block, given.prepend
             )
         columns = slice(0, features.shape[1])
-        known = (mean[columns], var[columns]) if described else (None, None)
+        known = (mean[columns], var[columns]) if return_statistics else (None, None)
         with named(self.reader.forward.name, features, lambda: of_stages(features, given.read_tensors)):
             read = (given.read_tensors, given.read_eps, *given.options, None)
             made = self.reader.forward.body(features, *known, *read)
@@ -154,13 +154,16 @@ class Chain:
             grad_x, grads = run(grad, *through, *block, given.prepend)
         return grad_x, grads, own
 
-    def on_stock(self, given: Inputs, value: Tensor, linked: bool, size: int) -> Callable[..., list[Tensor]]:
+    def on_stock(self, given: Inputs, value: Tensor, has_stand_in: bool, size: int) -> Callable[..., list[Tensor]]:
         """Returns a function of x and of both ops' tensors that computes the reader's result with stock torch
-        functions. The block's tensors come first; there are ``size`` of them. If x is ``linked``, it is added to its
-        ``value``."""
+        functions.
+
+        The block's tensors come first; there are ``size`` of them. If x ``has_stand_in``, the function takes that
+        instead of x, and adds it to the ``value`` of x.
+        """
 
         def run(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-            x = value + x if linked else value
+            x = value + x if has_stand_in else value
             plan = Plan(x, tensors[:size], given.eps, given.bottleneck, given.drop_rates)
             made = block_parts.on_stock(x, plan.layers, [], given.drop_rates, given.prepend)
             return [self.reader.on_stock(made, None, None, *unflatten(tensors[size:], given.read_eps), *given.options)]
@@ -183,7 +186,7 @@ class _Node(torch.autograd.Function):
         with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
             made = planned.run(chain.name, chain.forward, given)
         features, mean, var, count, bottlenecks, out, *read = made
-        *ctx.required, link = hidden
+        *ctx.required, x_stand_in = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
         ctx.given = given._replace(x=None, mean=None, var=None, tensors=None, read_tensors=None)
         ctx.block, ctx.reader = SimpleNamespace(), SimpleNamespace()
@@ -191,12 +194,12 @@ class _Node(torch.autograd.Function):
         ctx.sizes = len(stages), len(bottlenecks)
         ctx.mark_non_differentiable(mean, var, count, *read)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, mean, var, count, link, *read[:3], *stages, *bottlenecks, *behind)
+        ctx.save_for_backward(features, mean, var, count, x_stand_in, *read[:3], *stages, *bottlenecks, *behind)
         return out, mean, var, count, *read
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        features, mean, var, count, link, *rest = ctx.saved_tensors
+        features, mean, var, count, x_stand_in, *rest = ctx.saved_tensors
         given: Inputs = ctx.given
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -207,8 +210,8 @@ class _Node(torch.autograd.Function):
         required, behind = ctx.required
         if stock.needed_in_backward(grad):
             value = own_features(features.detach(), ctx.in_channels, given.prepend)
-            run = ctx.chain.on_stock(given, value, link is not None, len(tensors))
-            inputs = [value if link is None else link, *tensors, *read_tensors]
+            run = ctx.chain.on_stock(given, value, x_stand_in is not None, len(tensors))
+            inputs = [value if x_stand_in is None else x_stand_in, *tensors, *read_tensors]
             grad_x, *grads = stock.differentiable_gradients(run, inputs, [grad], None)
             grads, read_grads = grads[: len(tensors)], grads[len(tensors) :]
         else:
@@ -216,7 +219,7 @@ class _Node(torch.autograd.Function):
             middle = 3 + len(required.tensors)
             needs = required.needs(flags[:middle])
             needed = any(flags[:middle])
-            read_needs = behind.needs((needed, needed and given.described, False, *flags[middle:]))
+            read_needs = behind.needs((needed, needed and given.return_statistics, False, *flags[middle:]))
             inputs = BackwardInputs(
                 with_unit_channel_stride(grad),
                 features,

@@ -55,10 +55,10 @@ class Inputs(NamedTuple):
         drop_rates: one per layer, for its new features, or one per stage, for what its convolution makes.
         bottleneck: whether the layers have a bottleneck.
         saved: for each layer, whether to return its Z [M, B] for the backward pass, which otherwise recomputes it.
-        describe: whether to return the statistics of all features, and not only of those that a layer normalises.
+        return_statistics: whether to return the statistics of all features, not only of those that a layer normalises.
         group: name of the process group whose batches are normalised together, None for this process's alone.
-        link: a tensor with the shape and the gradient of x, but without its memory. Second derivatives reach x through
-            it.
+        x_stand_in: a tensor with the shape and the gradient of x, but without its memory. Second derivatives reach x
+            through it.
         prepend: whether new features come before those that a layer reads, instead of behind them.
     """
 
@@ -71,9 +71,9 @@ class Inputs(NamedTuple):
     drop_rates: list[float]
     bottleneck: bool
     saved: list[bool]
-    describe: bool
+    return_statistics: bool
     group: str | None
-    link: Tensor | None
+    x_stand_in: Tensor | None
     prepend: bool = False
 
 
@@ -86,7 +86,9 @@ def _forward(given: Inputs) -> Outputs:
     without a group.
     """
     x, saved, group = given.x, given.saved, given.group
-    plan = plan_of(x, given.tensors, given.eps, given.bottleneck, given.drop_rates, given.describe, given.prepend)
+    plan = plan_of(
+        x, given.tensors, given.eps, given.bottleneck, given.drop_rates, given.return_statistics, given.prepend
+    )
     backend = select(x.device, x.dtype)
     image = empty_image(x, plan.grid, plan.columns)
     features = to_matrix(image)
@@ -97,7 +99,7 @@ def _forward(given: Inputs) -> Outputs:
         kept = for_each_layer(bottlenecks, saved, features)
         block = Block(features, plan.tensors.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
         own = {"x": to_matrix(x), "x_mean": given.x_mean, "x_var": given.x_var}
-        backend.dense_block(block, plan.widths[0], describe=given.describe, **own)
+        backend.dense_block(block, plan.widths[0], return_statistics=given.return_statistics, **own)
         return image, mean, var, global_count(rows, x, group), bottlenecks
     packed = empty_statistics(features, plan.packed, plan.eps)
     prepared = Prepared(plan.stages, backend, x)
@@ -161,12 +163,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: Outputs) -> None:
     given = Inputs(*inputs)
     ctx.eps, ctx.drop_rates, ctx.bottleneck, ctx.saved = given.eps, given.drop_rates, given.bottleneck, given.saved
     ctx.group, ctx.prepend, ctx.in_channels = given.group, given.prepend, given.x.shape[1]
-    *described, count, bottlenecks = outputs
+    *kept, count, bottlenecks = outputs
     ctx.mark_non_differentiable(count, *bottlenecks)
     ctx.set_materialize_grads(False)
     stages = save_stages(ctx, given.tensors)
     ctx.sizes = [len(stages), len(given.masks), len(bottlenecks)]
-    ctx.save_for_backward(*described, count, given.link, *stages, *given.masks, *bottlenecks)
+    ctx.save_for_backward(*kept, count, given.x_stand_in, *stages, *given.masks, *bottlenecks)
 
 
 def _shown(outputs: Outputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -178,14 +180,14 @@ def _shown(outputs: Outputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 def _gradients(
     ctx: Any, needs: list[bool], grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any
 ) -> Gradients:
-    features, mean, var, count, link, *rest = ctx.saved_tensors
+    features, mean, var, count, x_stand_in, *rest = ctx.saved_tensors
     stages, masks, bottlenecks = (rest[sum(ctx.sizes[:i]) :][:n] for i, n in enumerate(ctx.sizes))
     tensors = saved_stages(ctx, stages)
     if grad is None and grad_mean is None and grad_var is None:
         return None, None, None, [None] * len(tensors)
     grads = (grad, grad_mean, grad_var)
     if any(g is not None and stock.needed_in_backward(g) for g in grads):
-        grad_x, *gradients = _differentiable_gradients(ctx, grads, features, link, tensors, masks)
+        grad_x, *gradients = _differentiable_gradients(ctx, grads, features, x_stand_in, tensors, masks)
     else:
         grad = torch.zeros_like(features) if grad is None else grad
         if grad_mean is not grad_var:  # one of them may be None
@@ -201,20 +203,22 @@ def _differentiable_gradients(
     ctx: Any,
     grads: tuple[Tensor | None, ...],
     features: Tensor,
-    link: Tensor | None,
+    x_stand_in: Tensor | None,
     tensors: list[Tensor | None],
     masks: list[Tensor],
 ) -> list[Tensor | None]:
     value = own_features(features.detach(), ctx.in_channels, ctx.prepend)
 
     def block(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        x = value if link is None else value + x
+        x = value if x_stand_in is None else value + x
         plan = Plan(x, tensors, ctx.eps, ctx.bottleneck, ctx.drop_rates)
         made = stock.dense_block(x, plan.layers, masks, ctx.drop_rates, ctx.prepend)
         return made, *stock.batch_statistics(made)
 
     grads = (grads[0], *(None if g is None else g[: features.shape[1]] for g in grads[1:]))
-    return stock.differentiable_gradients(block, [value if link is None else link, *tensors], grads, ctx.group)
+    return stock.differentiable_gradients(
+        block, [value if x_stand_in is None else x_stand_in, *tensors], grads, ctx.group
+    )
 
 
 parts = Parts(_forward, backward, stock.dense_block)

@@ -251,9 +251,9 @@ class BlockGradients:
 def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
     """Computes the op's results. G takes the memory of ``total``, which may be grad; for None it gets its own."""
     features, tensors, saved, needs = given.features, given.tensors, given.saved, given.needs
-    mean, group, described = given.mean, given.group, given.grad_mean is not None
+    mean, group, return_statistics = given.mean, given.group, given.grad_mean is not None
     own = own_features(features, given.in_channels, given.prepend)
-    plan = plan_of(own, tensors, given.eps, given.bottleneck, given.drop_rates, described, given.prepend)
+    plan = plan_of(own, tensors, given.eps, given.bottleneck, given.drop_rates, return_statistics, given.prepend)
     backend = select(features.device, features.dtype)
     if plan.runs_whole_on(backend, features.dtype, group) and all(compress(needs, (True, *plan.tensors.is_trained))):
         trained, like = plan.tensors.trained, plan.tensors.tensors
@@ -262,7 +262,7 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
         for i in trained:
             gradients[i] = torch.empty_like(like[i], dtype=torch.float32)
         p, q = mean.new_zeros(2, *mean.shape).unbind()
-        if described:
+        if return_statistics:
             p[: plan.columns].copy_(given.grad_mean[: plan.columns])
             q[: plan.columns].copy_(given.grad_var[: plan.columns])
         incoming, f = to_matrix(given.grad), to_matrix(features)
@@ -270,12 +270,12 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
         kept, rows = for_each_layer(given.bottlenecks, saved, features), rows_of(given.count, f.shape[0])
         block = Block(f, like, given.eps, plan.grid, kept, mean, given.var, given.prepend)
         out = (to_matrix(image), gradients, p, q)
-        backend.dense_block_backward(incoming, g, block, rows, *out, described=described)
+        backend.dense_block_backward(incoming, g, block, rows, *out, return_statistics=return_statistics)
         made: list[Tensor | None] = [None] * len(tensors)
         for i in trained:
             made[i] = gradients[i] if like[i].dtype == torch.float32 else gradients[i].to(like[i].dtype)
         return image, made
-    behind = (given.grad_mean.contiguous(), given.grad_var.contiguous()) if described else None
+    behind = (given.grad_mean.contiguous(), given.grad_var.contiguous()) if return_statistics else None
     gradients = BlockGradients(plan, features, mean, given.var, given.count, behind, group)
     return gradients.run(given.grad, total is not None, given.bottlenecks, saved, given.masks, needs)
 
