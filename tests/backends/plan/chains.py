@@ -190,14 +190,14 @@ def test_kernels_are_compiled_ahead(monkeypatch):
     monkeypatch.setattr(planned, "DEVICE", "cpu")
     monkeypatch.setattr(plan, "run", lambda *_: plan.FIRST)
     monkeypatch.setattr(ahead, "DEVICE", "cpu")
-    monkeypatch.setattr(ahead, "_known", set())
+    monkeypatch.setattr(ahead, "_compiled_kinds", set())
     monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
     monkeypatch.setattr(launch, "run", ran.append)
     model = network()
     model(images()).sum().backward()
     with torch.no_grad():
         model.eval()(images())
-    assert {name for name, *_ in ahead._known} == {TRANSITION, HEAD}
+    assert {name for name, *_ in ahead._compiled_kinds} == {TRANSITION, HEAD}
     assert ran and {item.variant for item in ran} <= {item.variant for item in compiled}
 
 

@@ -166,7 +166,7 @@ def test_a_first_step_launches_what_was_compiled_ahead(memory_efficient, precisi
     """All that a network's training step and its inference launch is compiled ahead, and only once."""
     compiled = []
     monkeypatch.setattr(ahead, "DEVICE", DEVICE)
-    monkeypatch.setattr(ahead, "_known", set())
+    monkeypatch.setattr(ahead, "_compiled_kinds", set())
     monkeypatch.setattr(launch, "compile_all", lambda items, device: compiled.extend(items))
     monkeypatch.setattr(launch, "run", lambda item: None)
     monkeypatch.setattr(shared, "beyond_range", lambda *_: False)  # values that nothing was written to
@@ -193,7 +193,7 @@ def test_no_hook_of_the_caller_sees_what_is_planned(monkeypatch):
     x, layers = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True), block(2)
 
     def first():
-        monkeypatch.setattr(ahead, "_known", set())
+        monkeypatch.setattr(ahead, "_compiled_kinds", set())
         return functional.dense_block(x, layers)
 
     expected = first()
