@@ -93,7 +93,9 @@ def module_name(path):
 
 def level(name):
     name = next((package for package in PACKAGES if name.startswith(package)), name)
-    return next(i for i, names in enumerate(LEVELS) if name in names)
+    found = next((i for i, names in enumerate(LEVELS) if name in names), None)
+    assert found is not None, f"LEVELS has no {name}"
+    return found
 
 
 def imports(path):

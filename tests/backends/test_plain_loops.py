@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,13 @@ def poolings(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:
     yield Case("bn_relu_global_avgpool_backward", fast, "bn_relu_mean_backward", (m, over, grad))
 
 
+def cases(grid: tuple[int, ...], cols: int, made: int) -> Iterator[Case]:
+    """All cases on a random map [M, cols] of a grid, for convolutions to ``made`` columns."""
+    x = torch.randn(torch.Size(grid).numel(), cols)
+    m = Map(x, torch.randn(cols) * 0.3, torch.rand(cols) + 0.5, torch.randn(cols) * 0.5)
+    return itertools.chain(elementwise(m), convolutions(m, grid, made), poolings(m, grid, made))
+
+
 def compare(folder: Path) -> dict[str, tuple[float, float]]:
     """Of each result of each kernel its distance from the loops in double, and the largest that is allowed: twice that
     of the loops in float, and half a unit in the last place of each value, which is how it is stored."""
@@ -209,9 +217,7 @@ def compare(folder: Path) -> dict[str, tuple[float, float]]:
     torch.manual_seed(0)
     with torch.device("cpu"):
         for grid, (cols, made) in itertools.product(GRIDS, CHANNELS):
-            x = torch.randn(torch.Size(grid).numel(), cols)
-            m = Map(x, torch.randn(cols) * 0.3, torch.rand(cols) + 0.5, torch.randn(cols) * 0.5)
-            for case in (*elementwise(m), *convolutions(m, grid, made), *poolings(m, grid, made)):
+            for case in cases(grid, cols, made):
                 truth, plain = exact.run(case), single.run(case)
                 for name, value in truth.items():
                     off, plain_off = ((got[name].double() - value.double()).norm() for got in (case.fast, plain))
@@ -245,6 +251,12 @@ def test_kernels_of_every_instruction_set_equal_plain_loops(tmp_path):
         assert run.returncode == 0, run.stderr[-3000:]
         found = json.loads(run.stdout)
         assert {key.split(" ")[0] for key in found} >= KERNELS and not wrong(found), (name, wrong(found))
+
+
+def test_every_loop_has_a_kernel_held_to_it():
+    assert extension.unavailable() is None, extension.unavailable()
+    loops = re.findall(r"^void (\w+)\(", SOURCE.read_text(), re.MULTILINE)
+    assert loops and {case.loops for case in cases((2, 5, 7), *CHANNELS[0])} == {*loops}
 
 
 FAULTS = {
