@@ -1,4 +1,4 @@
-"""The vectors between kernels: statistics, what normalises by them, what leads the gradient back through them."""
+"""The vectors between kernels: statistics, the affine that normalises by them, and the gradients through both."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ class Affine(NamedTuple):
 
     @property
     def scale(self) -> Tensor:
-        """In the accumulation dtype."""
+        """``weight * rstd`` in the accumulation dtype."""
         return self.rstd if self.weight is None else self.weight * self.rstd
 
     def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,8 +188,11 @@ NO_VECTORS = (None, None, None)
 
 
 class ThroughStatistics(NamedTuple):
-    """What completes the gradient of a matrix x [M, n] that was normalised by its batch statistics. ``p`` and ``q`` [n]
-    are the gradients with respect to its ``mean`` and its variance, which are over ``count`` rows."""
+    """What completes the gradient of a matrix x [M, n] that was normalised by its batch statistics.
+
+    ``p`` and ``q`` [n] are the gradients with respect to its ``mean`` and its variance. These were computed over
+    ``count`` rows.
+    """
 
     x: Tensor
     mean: Tensor

@@ -18,10 +18,10 @@ class Lifetime(NamedTuple):
 
 
 def layout(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
-    """Returns an aligned offset for each, and the size of all together. What overlaps in time does not overlap in
-    memory.
+    """Returns an aligned offset for each tensor, and the size of the whole allocation.
 
-    The largest are placed first, each in the first gap that it fits into.
+    Tensors that are needed at the same time do not overlap in memory. The largest are placed first, each in the first
+    gap that it fits into.
     """
     offsets, end = [0] * len(lifetimes), 0
     placed: list[int] = []

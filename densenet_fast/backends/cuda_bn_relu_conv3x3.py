@@ -18,7 +18,7 @@ MINIMUM_CAPABILITY = (8, 0)
 MOST_PIXELS = (1 << 30) - 1
 
 RESIDENT = 2
-"""How many blocks of a gradient's kernel are made for each multiprocessor, which has room for them."""
+"""How many blocks of a gradient's kernel run on each multiprocessor. It has room for that many."""
 
 kernels = torch.ops.densenet_fast
 

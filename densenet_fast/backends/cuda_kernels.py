@@ -65,7 +65,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def serve(x: Tensor) -> bool:
-    """Whether these kernels are to be used for x."""
+    """Whether these kernels should run on x."""
     return supports(x.device, x.dtype) and unavailable() is None
 
 
@@ -130,7 +130,7 @@ def _new_sums(affine: Affine) -> Sums:
 
 
 def _asked(reader: Reader | None, sums: Sums | None) -> tuple[Tensor | None, ...]:
-    """The arguments of a backward op that say what it writes: a reader's vectors, or the sums."""
+    """The arguments of a backward op that say what it writes: the vectors of a reader, or the sums."""
     before, after, weight, bias = reader or Reader(None, None, None, None)
     none = (None, None)
     return *(before or none), *(after or none), weight, bias, *(sums or none)

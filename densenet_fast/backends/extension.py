@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(os.environ.get("DENSENET_FAST_LIBRARY") or Path(__file__).parents[1] / "_kernels.so")
-"""Where it is: with the package, or where the environment variable DENSENET_FAST_LIBRARY says."""
+"""The path of the library: beside the package, or the one in the environment variable DENSENET_FAST_LIBRARY."""
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Loads the library; why it cannot be used, or None."""
+    """Loads the library. Returns why it cannot be used, or None."""
     if not LIBRARY.is_file():
         return (
             "the compiled kernels are not installed (pip install --no-build-isolation . with a C++ compiler and ninja)"

@@ -1,5 +1,7 @@
-"""The inputs of an op: its tensors, and apart from them all else. What the op does depends on all else and on the forms
-of the tensors."""
+"""The inputs of an op, split into its tensors and everything else.
+
+What the op does depends on everything else, and on the shapes, strides, dtypes and devices of the tensors.
+"""
 
 import functools
 import itertools
@@ -27,7 +29,7 @@ class Constants(tuple[Any, ...]):
 
 
 class Fixed(list[Any]):
-    """A list among an op's inputs that nobody changes: what a call finds out about it is kept."""
+    """A list among an op's inputs that nobody changes. What a call finds out about it is kept with it."""
 
     @functools.cached_property
     def holds_others(self) -> bool:
@@ -45,7 +47,7 @@ class Fixed(list[Any]):
         return {}
 
     def made(self, kind: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` makes of this list for one ``kind`` of call. The results of sixteen kinds are kept."""
+        """The result of ``make`` on this list, for one ``kind`` of call. The results of sixteen kinds are kept."""
         if kind not in self._made:
             if len(self._made) >= 16:
                 self._made.clear()
@@ -57,7 +59,7 @@ class Fixed(list[Any]):
         return self.split[0]
 
     def restored(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """This list with ``tensors`` in the places of those that were :meth:`saved`; they may be others by now."""
+        """This list with ``tensors`` in the places of those that were :meth:`saved`. They may be others by now."""
         if all(map(operator.is_, self.saved(), tensors)):
             return self
         left = iter(tensors)

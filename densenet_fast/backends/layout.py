@@ -59,6 +59,9 @@ def empty_image(like: Tensor, grid: tuple[int, ...], channels: int) -> Tensor:
 
 
 def as_output(view: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
-    """The memory of ``view`` as a tensor that is not a view: callers may not change in place a view that a custom op
-    returns. ``strides`` may differ from the view's where a size is one."""
+    """Returns the memory of ``view`` as a tensor that is not a view.
+
+    Callers may not change a view in place if a custom op returned it. ``strides`` may differ from the view's where a
+    size is one.
+    """
     return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, strides or view.stride())

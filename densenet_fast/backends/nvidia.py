@@ -17,7 +17,8 @@ _this_thread = _ThisThread()
 
 @contextlib.contextmanager
 def standing_in(device: torch.device) -> Iterator[None]:
-    """Meanwhile backends take this thread's CPU tensors for tensors on ``device``. Nothing is computed on them."""
+    """A context in which backends take this thread's CPU tensors for tensors on ``device``. Nothing is computed on
+    them."""
     before, _this_thread.device = _this_thread.device, device
     try:
         yield
@@ -46,7 +47,7 @@ def obstacles(minimum: tuple[int, int]) -> list[str | None]:
 
 
 def unavailable(minimum: tuple[int, int]) -> str | None:
-    """Why they can run on no GPU here, or None."""
+    """Why these kernels can run on none of the GPUs here, or None."""
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
@@ -56,7 +57,7 @@ def unavailable(minimum: tuple[int, int]) -> str | None:
 
 
 def serves(device: torch.device, minimum: tuple[int, int]) -> bool:
-    """Whether they can run on ``device``."""
+    """Whether these kernels can run on ``device``."""
     if device.type != "cuda" or torch.version.hip:
         return False
     return obstacle(torch.cuda.current_device() if device.index is None else device.index, minimum) is None

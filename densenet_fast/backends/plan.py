@@ -28,7 +28,7 @@ from densenet_fast.backends.triton.parameters import parameters
 kernels = torch.ops.densenet_fast
 
 LIMIT = 256
-"""Of plans and of signatures without one that are kept; the oldest goes first."""
+"""How many plans are kept, and how many signatures without one. The oldest goes first."""
 
 
 class Call(NamedTuple):
@@ -155,7 +155,8 @@ _plans: dict[tuple[Any, ...], Plan | Unplannable] = {}
 _met: set[tuple[Any, ...]] = set()
 """The signatures of calls without a plan so far."""
 _latest: dict[tuple[Any, ...], Plan] = {}
-"""The plan that served last, by all of a call but its tensors, of which the first tells a network's parts apart."""
+"""The plan that ran last for a call's name, constants, settings and first shape. That shape tells a network's parts
+from each other."""
 _making = threading.Lock()
 
 
@@ -221,7 +222,7 @@ def _find(
 
 
 def settings(x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on beside an op's inputs, of which ``x``, a feature map, is the first."""
+    """What a plan depends on besides an op's inputs. ``x``, a feature map, is the first of these."""
     return config.device_of(x.device), config.precision(x.dtype)
 
 
@@ -266,8 +267,8 @@ def _triton_call(item: Launch, recording: Recording, checked: set[int]) -> Call 
 
 
 def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list[Tensor]], tuple[Any, ...]] | None:
-    """What makes a flat ``result``, a tuple of tensors and lists of them, from the ``outputs`` numbered behind
-    ``inputs``; None where it is of another form or a tensor is not a whole output."""
+    """Returns what makes a flat ``result``, a tuple of tensors and lists of them, from the ``outputs`` numbered behind
+    ``inputs``. None where the result has another form, or one of its tensors is not a whole output."""
 
     def place(value: Any) -> int:
         if value is None:
@@ -294,7 +295,7 @@ def whole(result: Any, outputs: list[Allocation], inputs: int) -> Callable[[list
 
 
 def keep(made: Sequence[Call], tensors: list[Tensor], outputs: list[Allocation], arena: int) -> int:
-    """Gives the calls to the compiled library, for inputs like ``tensors``; the number of the plan there."""
+    """Gives the calls to the compiled library, for inputs like ``tensors``. Returns the number of the plan there."""
     rows = [
         (c.own, c.function, *c.grid, *c.block, c.shared, len(c.data), len(c.arguments), len(c.relocations))
         for c in made

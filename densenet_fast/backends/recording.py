@@ -1,4 +1,4 @@
-"""What a body does on symbolic tensors, written down: launches in order, and where their tensors are to stand."""
+"""What a body does on symbolic tensors: its launches in order, and the places of their tensors."""
 
 import math
 import struct
@@ -115,12 +115,12 @@ class Recording:
         return [(at, *self.buffer(address)) for at, address in self._addresses(data)]
 
     def _addresses(self, data: bytes) -> list[tuple[int, int]]:
-        """(offset, address) of every symbolic one."""
+        """Returns (offset, address) of every symbolic address."""
         words = struct.unpack_from(f"<{len(data) // 8}Q", data)
         return [(8 * i, word) for i, word in enumerate(words) if word >= ADDRESSES and self.memory.place(word)]
 
     def _lifetimes(self, allocations: list[Allocation]) -> list[Lifetime]:
-        """From the first launch that has an address in each to the last."""
+        """Returns, for each allocation, the launches from the first to the last that has an address in it."""
         used: dict[Allocation, list[int]] = {a: [] for a in self.memory.allocations}
         for i, step in enumerate(self.steps):
             if isinstance(step, Native):
@@ -162,7 +162,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def replaced(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """``value`` with ``function`` applied to what is of a ``kind`` in nested lists and tuples."""
+    """Returns ``value`` with ``function`` applied to every object of ``kind`` in its nested lists and tuples."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, list | tuple):

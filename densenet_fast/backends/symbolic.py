@@ -1,7 +1,7 @@
-"""Tensors with addresses and without memory, to run code on that only allocates, takes views and launches kernels.
+"""Tensors with addresses and without memory, for code that only allocates, takes views and launches kernels.
 
-They are CPU tensors over addresses that no process has: whoever reads or writes one crashes. What an address belongs
-to is written down.
+They are CPU tensors over addresses that no process has. Reading or writing one crashes the process. For each address it
+is recorded which allocation it belongs to.
 """
 
 import bisect
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densenet_fast.backends.arena import aligned
 
 ADDRESSES = 0x2000_0080_0000_0000
-"""Where they start. No size, stride, pair of 32-bit numbers or float that kernels are given looks like one: as a double
-it is 1e-154, its upper half is above 5e8."""
+"""The first address. No size, stride, pair of 32-bit numbers or float that kernels get looks like one: as a double it
+is 1e-154, and its upper half is above 5e8."""
 
 ALLOCATIONS = {
     f"aten::{name}"
@@ -87,10 +87,10 @@ def extent(t: Tensor) -> int:
 
 
 class Symbolic(TorchDispatchMode):
-    """Gives allocations memory from ``memory``, lets views pass, records calls of the kernels in CUDA C++; raises
-    :class:`Unplannable` at all else.
+    """Gives allocations symbolic memory, lets views pass and records calls of the kernels in CUDA C++.
 
-    Of each such call ``recorded(name, launches, parameters)`` gets what ``cuda_stop_recording`` returns.
+    All else raises :class:`Unplannable`. For each recorded call, ``recorded(name, launches, parameters)`` gets what
+    ``cuda_stop_recording`` returns.
     """
 
     def __init__(self, memory: Memory, recorded: Callable[[str, Tensor, Tensor], None]) -> None:

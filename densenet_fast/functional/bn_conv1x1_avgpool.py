@@ -22,10 +22,10 @@ def bn_conv1x1_avgpool(
     *,
     statistics: BatchStatistics | None = None,
 ) -> Tensor:
-    """The transition without ReLU: ``avg_pool(conv(batch_norm(x), weight, bias), 2)``, pooling first.
+    """The transition without ReLU: ``avg_pool(conv(batch_norm(x), weight, bias), 2)``, computed pooling first.
 
-    Saved for the backward pass: ``x`` and its centred mean over the windows. Arguments, result and errors as for
-    :func:`bn_relu_conv1x1_avgpool`; a RuntimeError too if the batch is normalised over several processes.
+    It saves ``x`` and its centred mean over the windows for the backward pass. Arguments, result and errors are those
+    of :func:`bn_relu_conv1x1_avgpool`. It also raises a RuntimeError if the batch is normalised over several processes.
     """
     check_poolable(x)
     operands = ConvOperands(BNReLUConv(norm, weight, bias))

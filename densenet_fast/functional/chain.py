@@ -21,10 +21,10 @@ def run_dense_block_and_reader(
     return_statistics: bool,
     updates: Updates,
 ) -> tuple[Tensor, BatchStatistics | None] | None:
-    """:func:`run_dense_block` and, of its result, the transition or the head that ``reader`` is of, as one call.
+    """Runs :func:`run_dense_block` and, on its result, the transition or the head of ``reader``, as one call.
 
-    It spares the host work, and the memory of a gradient. Returns None where the two have to be called one after the
-    other: where neither counts, and where there is more to do.
+    That spares work of the host and the memory of a gradient. Returns None where the two have to be called one after
+    the other: where neither saving counts, and where there is more to do.
     """
     if operands.drops or saved_tensors_are_looked_at() or seen_by_dispatcher([x]):
         return None

@@ -1,4 +1,4 @@
-"""A dense block: its layers, their dropout, and the way of a gradient through it."""
+"""A dense block: its layers, their dropout, and second derivatives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -139,8 +139,8 @@ def _mask(x: Tensor, channels: int, p: float, whole_channels: bool) -> Tensor:
     return mask.contiguous(memory_format=layout).expand(-1, -1, *spatial)
 
 
-class _Link(torch.autograd.Function):
-    """One zero, seen in x's shape, whose gradient is x's. It reaches x's graph without keeping x's memory."""
+class _StandIn(torch.autograd.Function):
+    """A single zero expanded to the shape of x. Its gradient goes to x, and it does not keep the memory of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class _Link(torch.autograd.Function):
         return grad
 
 
-_linked = super(torch.autograd.Function, _Link).apply
+_linked = super(torch.autograd.Function, _StandIn).apply
 """Without what torch.func needs: operands are refused under its transforms."""
 
 
@@ -163,5 +163,6 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def stand_in(x: Tensor) -> Tensor | None:
-    """What an op passes the gradient of x through, if it does not keep x; None while torch compiles."""
+    """Returns a stand-in for x that passes gradients on to x, for an op that does not keep x. None while torch
+    compiles."""
     return None if torch.compiler.is_compiling() else _linked(x)

@@ -52,7 +52,7 @@ class Updates:
         self._waiting: list[Update] = []
 
     def add(self, x: Tensor, update: Update) -> None:
-        """Lets an update of an op on x wait."""
+        """Adds an update of an op on x to those that wait."""
         like = x.device, x.dtype
         if like != self._like:
             self.make()
@@ -71,7 +71,7 @@ def room(updates: Updates | None) -> inference.Room | None:
 
 
 def autocast(x: Tensor, statistics: BatchStatistics | None) -> tuple[Tensor, BatchStatistics | None]:
-    """x in autocast's dtype, and its statistics if it was in that dtype already."""
+    """Returns x in autocast's dtype, and its statistics if x had that dtype already."""
     dtype = autocast_dtype(x.device)
     if dtype in (None, x.dtype) or not x.dtype.is_floating_point or x.dtype == torch.float64:
         return x, statistics
@@ -81,7 +81,7 @@ def autocast(x: Tensor, statistics: BatchStatistics | None) -> tuple[Tensor, Bat
 def known(
     x: Tensor, norm: BatchNorm, statistics: BatchStatistics | None, group: str | None
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The mean and variance in ``statistics``, if they are what ``norm`` normalises x by."""
+    """Returns the mean and variance in ``statistics``, or None for both unless ``norm`` normalises x by them."""
     if statistics is None or norm.frozen or statistics.group != group:
         return None, None
     expected = (x.shape[1],), accumulation_dtype(x.dtype), x.device
@@ -132,10 +132,10 @@ def beyond_range(x: Tensor, var: Tensor, group: str | None) -> bool:
 
 
 def on_stock(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """What ``function`` of ``ops.stock`` makes of x.
+    """Runs ``function`` of ``ops.stock`` on x.
 
-    Returns the result, the mean and variance of x and their count, and the mean and variance of the result. Torch sums
-    in float64 where memory is contiguous.
+    Returns the result, the mean and variance of x and their count, and the mean and variance of the result. The sums
+    are float64's where memory is contiguous.
     """
     out = without_autocast(function)(x.contiguous(), *arguments)
     if out.dim() in CHANNELS_LAST:
