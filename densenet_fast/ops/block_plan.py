@@ -85,7 +85,7 @@ class Plan:
         own."""
 
     @functools.cached_property
-    def tensors(self) -> BlockTensors:
+    def block_tensors(self) -> BlockTensors:
         """The tensors for a backend that runs the whole block."""
         return BlockTensors(self.stages)
 
@@ -96,7 +96,7 @@ class Plan:
             and self.bottleneck
             and group is None
             and not any(self.drop_rates)
-            and self.tensors.fits(dtype)
+            and self.block_tensors.fits(dtype)
         )
 
     def read(self, i: int) -> slice:

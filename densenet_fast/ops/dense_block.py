@@ -97,7 +97,7 @@ def _forward(given: Inputs) -> Outputs:
         bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
         mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
         kept = for_each_layer(bottlenecks, saved, features)
-        block = Block(features, plan.tensors.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
+        block = Block(features, plan.block_tensors.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
         own = {"x": to_matrix(x), "x_mean": given.x_mean, "x_var": given.x_var}
         backend.dense_block(block, plan.widths[0], return_statistics=given.return_statistics, **own)
         return image, mean, var, global_count(rows, x, group), bottlenecks
