@@ -255,7 +255,8 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
     own = own_features(features, given.in_channels, given.prepend)
     plan = plan_of(own, tensors, given.eps, given.bottleneck, given.drop_rates, return_statistics, given.prepend)
     backend = select(features.device, features.dtype)
-    if plan.runs_whole_on(backend, features.dtype, group) and all(compress(needs, (True, *plan.block_tensors.is_trained))):
+    whole = plan.runs_whole_on(backend, features.dtype, group)
+    if whole and all(compress(needs, (True, *plan.block_tensors.is_trained))):
         trained, like = plan.block_tensors.trained, plan.block_tensors.tensors
         image = empty_image(features, plan.grid, given.in_channels)
         gradients: list[Tensor] = [features.new_empty(0)] * len(tensors)
