@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """A dense block as a backend takes it that walks over the whole of it."""
+    """A dense block, for a backend that runs the whole of it in one call."""
 
     features: Tensor
     """[M, C_total]: the block's input and what its layers make of it."""
@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 class OptionalFunctions:
-    """What a backend may have. Who calls one of these functions asks before, by the flag or the function above it."""
+    """What a backend may have. A caller of one of these functions first asks the flag or the function above it."""
 
     RECOMPUTES_WIDE_BOTTLENECKS: bool = False
     """Whether the backward pass recomputes a bottleneck that has more channels than its layer reads, instead of keeping

@@ -144,7 +144,8 @@ def layouts_of(competitor: str) -> list[str]:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """``torch.compile`` of it, for one size of images: the same in all processes, which share its cache."""
+    """Returns the network compiled by ``torch.compile`` for one size of images. All processes share its cache on
+    disk."""
     return torch.compile(model, dynamic=False)
 
 

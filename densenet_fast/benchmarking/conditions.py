@@ -20,7 +20,7 @@ PACKAGES = ("torchvision", "timm", "triton")
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """The name that the device's maker gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 

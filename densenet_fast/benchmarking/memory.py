@@ -170,7 +170,7 @@ def held_by(model: nn.Module, train: bool) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes: a GPU's whole memory, of the system's what is available.
+    """The memory that a process may use, in bytes: all of a GPU's, or what the system says is available.
 
     Raises:
         RuntimeError: the system does not say.

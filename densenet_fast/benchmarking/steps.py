@@ -57,7 +57,8 @@ def enqueue(run: Run, images: Tensor, dtype: torch.dtype, train: bool, parameter
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products and convolutions are in full float32 meanwhile: TF32 makes errors that look like disagreement."""
+    """A context in which products and convolutions are in full float32. TF32 makes errors that look like
+    disagreement."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
