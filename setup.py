@@ -33,6 +33,7 @@ FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized"
 CPU_SOURCES = (
     "dispatch",
+    "memory",
     "elementwise",
     "bn_relu_conv1x1",
     "bn_relu_conv3x3",

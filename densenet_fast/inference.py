@@ -62,11 +62,11 @@ class Room:
         self.reader: BlockOperands | None = None
         self._made: tuple[Tensor, Tensor] | None = None
 
-    def image(self, like: Tensor, grid: Grid, channels: int) -> Tensor:
+    def image(self, like: Tensor, grid: Grid, channels: int, backend: Backend) -> Tensor:
         """An uninitialised [N, channels, *spatial] with a channel stride of 1, in the feature buffer of its reader."""
         if self.reader is None or _frozen(self.reader) is None or self.reader.channels != channels:
-            return empty_image(like, grid, channels)
-        features = empty_image(like, grid, self.reader.columns)
+            return empty_image(like, grid, channels, backend.empty)
+        features = empty_image(like, grid, self.reader.columns, backend.empty)
         own = self.reader.own(features)
         self._made = own, features
         return own
@@ -86,7 +86,7 @@ def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor
     backend, frozen = served
     with _noted("dense_block", x, operands):
         if features is None:
-            features = empty_image(x, _grid(x), operands.columns)
+            features = empty_image(x, _grid(x), operands.columns, backend.empty)
             backend.append_features(x, _matrix(operands.own(features)), None)
         backend.dense_block_inference(
             _matrix(features), x.shape[1], frozen.tensors, frozen.eps, _grid(x), operands.prepend
@@ -103,7 +103,7 @@ def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor |
     backend, frozen = served
     with _noted("bn_relu_conv1x1", x, operands):
         grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
-        out = (room or Room()).image(x, grid, operands.unit.weight.shape[0])
+        out = (room or Room()).image(x, grid, operands.unit.weight.shape[0], backend)
         backend.bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
     return out
 
@@ -138,7 +138,7 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     flops = functools.partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
     with _noted("bn_relu_maxpool", images, operands, flops):
         grid = (images.shape[0], *((size + 1) // 2 for size in sizes))
-        out = (room or Room()).image(images, grid, weight.shape[0])
+        out = (room or Room()).image(images, grid, weight.shape[0], backend)
         taps = weight.detach().permute(0, 2, 3, 1).contiguous()
         images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
         backend.stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))

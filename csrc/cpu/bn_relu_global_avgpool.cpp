@@ -19,7 +19,7 @@ int64_t pixels(int64_t rows, int64_t images) {
 template <typename T>
 Tensor means(const Tensor& x, const Matrix<const T>& m, Affine affine, int64_t images) {
   const int64_t size = pixels(m.rows, images);
-  Tensor out = torch::stable::new_empty(x, {images, m.cols});
+  Tensor out = empty(x, {images, m.cols});
   const Matrix<T> result(out, "out");
   torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> bn_relu_global_avgpool_backward(Tensor grad, Tensor x
     STD_TORCH_CHECK(g.cols == m.cols, "grad: expected ", m.cols, " columns, got ", g.cols);
     const Affine a = affine(mean, scale, shift, m.cols);
     const int64_t size = pixels(m.rows, g.rows);
-    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    Tensor out = empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     const Tiles tiles(m.rows, 2 * m.cols * sizeof(T));
     std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);

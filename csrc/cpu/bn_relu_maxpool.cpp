@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, m.cols);
     const Pooling pooling(grid, m.rows);
     const int64_t pooled = pooling.outputs() * pooling.pooled_width;
-    Tensor out = torch::stable::new_empty(x, {pooled, m.cols});
-    Tensor argmax = torch::stable::new_empty(x, {pooled, m.cols}, ScalarType::Byte);
+    Tensor out = empty(x, {pooled, m.cols});
+    Tensor argmax = empty(x, {pooled, m.cols}, ScalarType::Byte);
     const Matrix<T> result(out, "out");
     uint8_t* positions = static_cast<uint8_t*>(argmax.data_ptr());
     const Tiles tiles(pooling.outputs(), kTileLines, 1);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
                         argmax.is_contiguous() && argmax.scalar_type() == ScalarType::Byte,
                     "argmax: expected uint8 of the shape of the maxima, contiguous");
     const uint8_t* positions = static_cast<const uint8_t*>(argmax.data_ptr());
-    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    Tensor out = empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     const Tiles tiles(pooling.lines(), kTileLines, 1);
     std::vector<ColumnSums> sums = column_sums(tiles.chunks, m.cols);

@@ -75,7 +75,7 @@ Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, T
     const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
-    Tensor out = torch::stable::new_empty(x, {pooling.outputs, w.rows});
+    Tensor out = empty(x, {pooling.outputs, w.rows});
     multiply_described<T>(w, vector(bias, w.rows, "bias"), nullptr, Matrix<T>(out, "out"), or_null(statistics),
                           kExact<T>, pooling.window, pooled<T>(m, a, pooling));
     return out;
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Te
     const Pooling pooling(grid, m.rows);
     STD_TORCH_CHECK(g.rows == pooling.outputs && g.cols == w.rows && w.cols == m.cols,
                     "grad, x, weight: sizes do not match");
-    Tensor scaled = torch::stable::new_empty(x, {need_input ? m.rows : 0, m.cols});
+    Tensor scaled = empty(x, {need_input ? m.rows : 0, m.cols});
     const Matrix<T> result(scaled, "scaled");
     advise_huge_pages(result);
     if (pooling.drops_rows()) torch::stable::zero_(scaled);

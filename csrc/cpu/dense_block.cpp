@@ -123,11 +123,7 @@ class Bottlenecks {
   // One for each layer, empty where it is not kept; or none at all. Without `g` in the forward pass.
   Bottlenecks(const std::vector<Tensor>& kept, const Block& block, const Tensor& like, int64_t rows,
               const Matrix<T>* g = nullptr)
-      : kept_(kept),
-        block_(block),
-        rows_(rows),
-        g_(g),
-        shared_(torch::stable::new_empty(like, {rows * widest_shared()})) {}
+      : kept_(kept), block_(block), rows_(rows), g_(g), shared_(empty(like, {rows * widest_shared()})) {}
 
   bool keeps(size_t i) const { return !kept_.empty() && kept_[i].numel() > 0; }
 
@@ -263,7 +259,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
     STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
     const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
     float *p = output(p_packed, block.packed, "p"), *q = output(q_packed, block.packed, "q");
-    const Tensor scaled = torch::stable::new_empty(features, {f.rows * block.widest});
+    const Tensor scaled = empty(features, {f.rows * block.widest});
     const Matrix<T> g(total, "total");
     STD_TORCH_CHECK(g.rows == f.rows && g.cols == f.cols, "total: expected [M, C_total]");
     const Bottlenecks<T> kept(bottlenecks, block, features, f.rows, &g);

@@ -62,7 +62,7 @@ class Block {
       growth_ = std::max(growth_, layer.growth());
       width_ = std::max(width_, layer.width());
     }
-    z_ = torch::stable::new_empty(like, {features.rows * bottleneck_});
+    z_ = empty(like, {features.rows * bottleneck_});
     workspaces_.resize(std::max<int64_t>(torch::stable::get_num_threads(), 1));
   }
 

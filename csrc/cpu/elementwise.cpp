@@ -24,7 +24,7 @@ Tensor bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) {  // [M, C], 
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
     const Affine a = affine(mean, scale, shift, m.cols);
-    Tensor out = torch::stable::new_empty(x, {m.rows, m.cols});
+    Tensor out = empty(x, {m.rows, m.cols});
     const Matrix<T> result(out, "out");
     Tiles(m.rows, m.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
       kernels_of<T>().bn_relu(m.from(first), n, m.cols, a, result.from(first));

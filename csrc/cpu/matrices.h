@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "pool_kernels.h"
 
 namespace densenet_fast {

@@ -66,6 +66,11 @@ class Backend(Serving, OptionalFunctions):
     TAPS_FIRST: bool = False
     """Whether the 3x3 kernels want a weight [k, B, 3, 3] with channels last in memory: [k, 3, 3, B]."""
 
+    def empty(self, like: Tensor, size: Sequence[int], strides: Sequence[int]) -> Tensor:
+        """An uninitialised tensor of ``size`` without gaps between its elements, with the dtype and the device of
+        ``like``. A backend may keep the memory of large ones for the next."""
+        return like.new_empty_strided(size, strides)
+
     @abc.abstractmethod
     def channel_statistics(self, x: Tensor, out: Statistics) -> None:
         """``out`` becomes the statistics of the columns of x [M, C]."""

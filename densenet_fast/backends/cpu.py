@@ -4,6 +4,7 @@ Equal inputs give bitwise equal results for a given number of threads; another n
 rounds otherwise.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -32,6 +33,9 @@ from densenet_fast.backends.spatial import convolve, convolve_backward
 
 kernels = torch.ops.densenet_fast
 
+LARGE = 1 << 20
+"""From so many bytes on a tensor's memory is kept for the next."""
+
 
 class Cpu(Aten):
     """In C++."""
@@ -49,6 +53,10 @@ class Cpu(Aten):
 
     def dtypes(self, device_type: str) -> Collection[torch.dtype]:
         return (torch.float32, torch.bfloat16) if device_type == "cpu" else ()
+
+    def empty(self, like: Tensor, size: Sequence[int], strides: Sequence[int]) -> Tensor:
+        large = math.prod(size) * like.element_size() >= LARGE
+        return (kernels.cpu_empty if large else Tensor.new_empty_strided)(like, size, strides)
 
     def channel_statistics(self, x: Tensor, out: Statistics) -> None:
         kernels.cpu_statistics(x, *out)

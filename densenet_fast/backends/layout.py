@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,11 +51,16 @@ def to_image(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
     return matrix.view(*grid, matrix.shape[1]).movedim(-1, 1)
 
 
-def empty_image(like: Tensor, grid: tuple[int, ...], channels: int) -> Tensor:
-    """An uninitialised [N, channels, *spatial], channels last in memory and not a view."""
+def empty_image(
+    like: Tensor,
+    grid: tuple[int, ...],
+    channels: int,
+    empty: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor] = Tensor.new_empty_strided,
+) -> Tensor:
+    """An uninitialised [N, channels, *spatial], channels last in memory and not a view, that ``empty`` allocates."""
     pixel_strides = [math.prod(grid[i + 1 :]) * channels for i in range(len(grid))]
     strides = (pixel_strides[0], 1, *pixel_strides[1:])
-    return torch.empty_strided((grid[0], channels, *grid[1:]), strides, dtype=like.dtype, device=like.device)
+    return empty(like, (grid[0], channels, *grid[1:]), strides)
 
 
 def as_output(view: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:

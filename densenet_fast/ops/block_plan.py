@@ -118,14 +118,17 @@ class Plan:
         """The dropout mask of each stage, from the masks that the op was given; None where nothing is dropped."""
         return [m if p > 0 else None for m, p in zip(by_stage(masks, len(self.stages), None), self.drop_rates)]
 
-    def bottleneck_buffer(self, features: Tensor) -> Tensor:
+    def bottleneck_buffer(self, features: Tensor, backend: Backend) -> Tensor:
         """A buffer for the largest of the bottlenecks."""
-        return features.new_empty(features.shape[0] * max((c.stop - c.start for c in self.bottlenecks), default=0))
+        size = features.shape[0] * max((c.stop - c.start for c in self.bottlenecks), default=0)
+        return backend.empty(features, (size,), (1,))
 
-    def bottleneck_in(self, buffer: Tensor | None, i: int, features: Tensor) -> Tensor:
-        """An uninitialised matrix [M, B] for layer i's bottleneck, in ``buffer`` or newly allocated."""
-        shape = features.shape[0], self.bottlenecks[i].stop - self.bottlenecks[i].start
-        return features.new_empty(shape) if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
+    def bottleneck_in(self, buffer: Tensor | Backend, i: int, features: Tensor) -> Tensor:
+        """An uninitialised matrix [M, B] for layer i's bottleneck, in a buffer or newly allocated by a backend."""
+        rows, columns = features.shape[0], self.bottlenecks[i].stop - self.bottlenecks[i].start
+        if isinstance(buffer, Tensor):
+            return buffer[: rows * columns].view(rows, columns)
+        return buffer.empty(features, (rows, columns), (columns, 1))
 
     def without_statistics(self) -> list[slice]:
         """The packed ranges for which no statistics are computed."""

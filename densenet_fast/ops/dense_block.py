@@ -90,11 +90,11 @@ def _forward(given: Inputs) -> Outputs:
         x, given.tensors, given.eps, given.bottleneck, given.drop_rates, given.return_statistics, given.prepend
     )
     backend = select(x.device, x.dtype)
-    image = empty_image(x, plan.grid, plan.columns)
+    image = empty_image(x, plan.grid, plan.columns, backend.empty)
     features = to_matrix(image)
     rows = features.shape[0]
     if plan.runs_whole_on(backend, x.dtype, group):
-        bottlenecks = [plan.bottleneck_in(None, i, features) for i in range(len(plan.layers)) if saved[i]]
+        bottlenecks = [plan.bottleneck_in(backend, i, features) for i in range(len(plan.layers)) if saved[i]]
         mean, var = (features.new_zeros(plan.packed, dtype=torch.float32) for _ in range(2))
         kept = for_each_layer(bottlenecks, saved, features)
         block = Block(features, plan.block_tensors.tensors, given.eps, plan.grid, kept, mean, var, given.prepend)
@@ -118,7 +118,7 @@ def _forward(given: Inputs) -> Outputs:
     def affine(j: int) -> Affine:
         return prepared.affine(j, packed.of(plan.ranges[j]))
 
-    shared = None if all(saved) else plan.bottleneck_buffer(features)
+    shared = None if all(saved) else plan.bottleneck_buffer(features, backend)
     masks = plan.masks(given.masks)
     for i, layer in enumerate(plan.layers):
         j, inputs = i * len(layer), features[:, plan.read(i)]
@@ -126,7 +126,7 @@ def _forward(given: Inputs) -> Outputs:
         if given.bottleneck:
             (weight, bias), mask, keep_scale = prepared.weights[j], masks[j], plan.keep_scales[j]
             j += 1
-            z = plan.bottleneck_in(None if saved[i] else shared, i, features)
+            z = plan.bottleneck_in(backend if saved[i] else shared, i, features)
             own = None if layer[1].frozen else packed.of(plan.bottlenecks[i])
             then = affine(j) if layer[1].frozen and not saved[i] and mask is None else None
             made = own if mask is None else None

@@ -102,10 +102,12 @@ class BlockGradients:
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
         self.source = to_matrix(grad)
         """The gradient of F: the incoming one until the last layer has written G, then G."""
-        self.grad = self.source if consumed else self.features.new_empty(self.features.shape)
-        self.z = None if all(saved) else plan.bottleneck_buffer(self.features)
-        self.dz = plan.bottleneck_buffer(self.features)
-        image = empty_image(self.features, plan.grid, plan.widths[0]) if need_x else self.features.new_empty(0)
+        self.grad = self.source if consumed else self.backend.empty(self.features, self.features.shape, self.features.stride())
+        self.z = None if all(saved) else plan.bottleneck_buffer(self.features, self.backend)
+        self.dz = plan.bottleneck_buffer(self.features, self.backend)
+        image = self.features.new_empty(0)
+        if need_x:
+            image = empty_image(self.features, plan.grid, plan.widths[0], self.backend.empty)
         self.masks = plan.masks(masks)
 
         kept, completed = iter(reversed(bottlenecks)), None
@@ -258,7 +260,7 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
     whole = plan.runs_whole_on(backend, features.dtype, group)
     if whole and all(compress(needs, (True, *plan.block_tensors.is_trained))):
         trained, like = plan.block_tensors.trained, plan.block_tensors.tensors
-        image = empty_image(features, plan.grid, given.in_channels)
+        image = empty_image(features, plan.grid, given.in_channels, backend.empty)
         gradients: list[Tensor] = [features.new_empty(0)] * len(tensors)
         for i in trained:
             gradients[i] = torch.empty_like(like[i], dtype=torch.float32)
@@ -267,7 +269,7 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
             p[: plan.columns].copy_(given.grad_mean[: plan.columns])
             q[: plan.columns].copy_(given.grad_var[: plan.columns])
         incoming, f = to_matrix(given.grad), to_matrix(features)
-        g = torch.empty_like(f) if total is None else incoming
+        g = backend.empty(f, f.shape, f.stride()) if total is None else incoming
         kept, rows = for_each_layer(given.bottlenecks, saved, features), rows_of(given.count, f.shape[0])
         block = Block(f, like, given.eps, plan.grid, kept, mean, given.var, given.prepend)
         out = (to_matrix(image), gradients, p, q)
