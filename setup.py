@@ -42,7 +42,7 @@ CPU_SOURCES = (
     "bn_relu_global_avgpool",
     "dense_block",
     "dense_block_inference",
-    "stem_inference",
+    "stem",
 )
 CPU_KERNELS = ("kernels", "pool_kernels")
 """Compiled once for each instruction set."""

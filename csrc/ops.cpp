@@ -54,6 +54,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "cpu_dense_block_backward(Tensor grad, Tensor(e!) total, Tensor features, Tensor[] bottlenecks, Tensor mean, "
       "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "
       "Tensor(c!) p, Tensor(d!) q, bool return_statistics, bool prepend=False) -> ()");
+  m.def("cpu_convolution(Tensor images, Tensor weight, int stride, int padding) -> Tensor");
   m.def(
       "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "bool prepend=False) -> ()");

@@ -43,7 +43,7 @@ LEVELS = [
     ["ops.stage"],
     ["ops.ahead", "ops.block_plan", "ops.flops", "ops.planned"],
     ["ops.stock", "ops.batching", "ops.op"],
-    ["ops.bn_conv1x1_avgpool"],
+    ["ops.bn_conv1x1_avgpool", "ops.convolution"],
     ["ops.single"],
     ["ops.dense_block_backward"],
     ["ops.dense_block", "ops.bn_relu_conv1x1", "ops.bn_relu_maxpool", "ops.bn_relu_global_avgpool"],

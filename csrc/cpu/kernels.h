@@ -66,6 +66,7 @@ struct PanelRows {
 struct Operand {
   const uint32_t* words;
   int64_t row, step;  // distance from row to row (unused for a panel, whose columns are adjacent) and from step to step
+  int64_t parts = 1, part = 0;  // of a left factor of floats: its steps stand in parts, which are this far apart
 };
 
 // Distances in elements between filters of neighbouring input channels (which a product sums over), of neighbouring
@@ -157,7 +158,7 @@ struct Kernels {
   void (*pack)(const T* values, int64_t depth_stride, int64_t col_stride, int64_t depth, int64_t cols, int64_t width,
                uint32_t* out);
   // out [rows, cols], `ld` from row to row, = (or +=) a [rows, steps] * b [steps, cols]; cols is a multiple of 16, at
-  // most 32
+  // most 32. With several parts of a, `steps` are those of a part.
   void (*product)(Operand a, Operand b, int64_t rows, int64_t cols, int64_t steps, float* out, int64_t ld,
                   bool accumulate);
   // unless null, product wants steps of a that are adjacent: copies a [rows, steps], whose rows are, to such

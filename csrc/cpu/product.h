@@ -52,15 +52,17 @@ void block(Operand a, Operand b, int64_t steps, float* out, int64_t ld) {
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Floats{};
   }
-  for (int64_t k = 0; k < steps; ++k) {
-    WordLanes columns[VECTORS];
+  for (int64_t part = 0; part < a.parts; ++part, a.words += a.part, b.words += steps * b.step) {
+    for (int64_t k = 0; k < steps; ++k) {
+      WordLanes columns[VECTORS];
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) columns[j] = load_words(b.words + k * b.step + j * kLanes);
+      for (int j = 0; j < VECTORS; ++j) columns[j] = load_words(b.words + k * b.step + j * kLanes);
 #pragma GCC unroll 14
-    for (int i = 0; i < ROWS; ++i) {
-      const uint32_t row = a.words[i * a.row + k * a.step];
+      for (int i = 0; i < ROWS; ++i) {
+        const uint32_t row = a.words[i * a.row + k * a.step];
 #pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) sum[i][j] = add_product<T>(sum[i][j], row, columns[j]);
+        for (int j = 0; j < VECTORS; ++j) sum[i][j] = add_product<T>(sum[i][j], row, columns[j]);
+      }
     }
   }
 #pragma GCC unroll 14
@@ -88,10 +90,9 @@ inline void product_of_columns(Operand a, Operand b, int64_t rows, int64_t steps
                                bool accumulate) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, larger = rows % blocks;
   int64_t n = rows / blocks + 1;
-  for (int64_t i = 0, first = 0; i < blocks; ++i, first += n) {
+  for (int64_t i = 0; i < blocks; ++i, a.words += n * a.row, out += n * ld) {
     if (i == larger) --n;
-    block_of<T, kBlockRows, VECTORS>(n, {a.words + first * a.row, a.row, a.step}, b, steps, out + first * ld, ld,
-                                     accumulate);
+    block_of<T, kBlockRows, VECTORS>(n, a, b, steps, out, ld, accumulate);
   }
 }
 

@@ -42,6 +42,7 @@ class Cpu(Aten):
 
     name = "cpu"
     RECOMPUTES_WIDE_BOTTLENECKS = True
+    CONVOLVES = True
     INFERS = True
 
     def unavailable(self) -> str | None:
@@ -292,6 +293,9 @@ class Cpu(Aten):
         made = (features, bottlenecks, mean, var, float(count))
         out = (grad_x, gradients, p, q)
         kernels.cpu_dense_block_backward(grad, total, *made, tensors, eps, grid, *out, return_statistics, prepend)
+
+    def convolution(self, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
+        return kernels.cpu_convolution(images, taps, stride, padding)
 
     def dense_block_inference(
         self,

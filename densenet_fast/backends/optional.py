@@ -35,6 +35,16 @@ class OptionalFunctions:
     """Whether the backward pass recomputes a bottleneck that has more channels than its layer reads, instead of keeping
     it. That costs a product of little depth, and the bottleneck is as large as any other."""
 
+    CONVOLVES: bool = False
+    """Whether it has :meth:`convolution`."""
+
+    def convolution(self, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
+        """Returns the convolution [N * H' * W', k] of images [N, c, H, W] and taps [k, h, h, c].
+
+        Windows are ``stride`` apart, and the images are padded by ``padding`` zeros on each side. There are few c.
+        """
+        raise NotImplementedError
+
     def runs_whole_blocks(self, grid: tuple[int, ...]) -> bool:
         """Whether :meth:`dense_block` and :meth:`dense_block_backward` take blocks on this grid."""
         return False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends.layout import CHANNELS_LAST, is_channels_last
+from densenet_fast.ops.convolution import convolution_of_images, convolves
 
 __all__ = ["contiguous_gradient", "convolved", "copied", "handed_out", "is_channels_last"]
 
@@ -59,5 +60,7 @@ def convolved(convolution: nn.Module, images: Tensor) -> Tensor:
 
     The images are made channels last, because the maps made from them are larger.
     """
-    images = contiguous_gradient(images, images.dim() in CHANNELS_LAST)
-    return convolution._conv_forward(images, contiguous_gradient(convolution.weight), convolution.bias)
+    images, weight = contiguous_gradient(images, images.dim() in CHANNELS_LAST), contiguous_gradient(convolution.weight)
+    if convolves(convolution, images):
+        return convolution_of_images(convolution, images, weight)
+    return convolution._conv_forward(images, weight, convolution.bias)

@@ -102,7 +102,8 @@ class BlockGradients:
         first = 0 if need_x else asked.index(True) if any(asked) else len(asked)
         self.source = to_matrix(grad)
         """The gradient of F: the incoming one until the last layer has written G, then G."""
-        self.grad = self.source if consumed else self.backend.empty(self.features, self.features.shape, self.features.stride())
+        own = self.features
+        self.grad = self.source if consumed else self.backend.empty(own, own.shape, own.stride())
         self.z = None if all(saved) else plan.bottleneck_buffer(self.features, self.backend)
         self.dz = plan.bottleneck_buffer(self.features, self.backend)
         image = self.features.new_empty(0)

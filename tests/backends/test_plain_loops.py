@@ -36,7 +36,8 @@ GRIDS = [(1, 17, 19), (2, 5, 7), (3, 1, 4), (3, 37), (1, 2), (2, 3, 5, 6), (1, 2
 CHANNELS = [(37, 13), (5, 48)]
 """Columns that are read and made."""
 BOTH_WAYS = ("bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool_conv1x1", "bn_relu_maxpool", "bn_relu_global_avgpool")
-KERNELS = {"statistics", "bn_relu", "mask", "finalise", "dropout", *BOTH_WAYS, *(f"{k}_backward" for k in BOTH_WAYS)}
+ONE_WAY = ("statistics", "bn_relu", "mask", "finalise", "dropout", "convolution")
+KERNELS = {*ONE_WAY, *BOTH_WAYS, *(f"{k}_backward" for k in BOTH_WAYS)}
 
 pytestmark = [pytest.mark.library, pytest.mark.skipif(shutil.which(CXX) is None, reason="no compiler")]
 
@@ -170,6 +171,13 @@ def convolutions(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:
     sums = kernels.cpu_bn_relu_conv3x3_backward(grad, *m, weight, grid, scaled, grad_weight, None)
     fast = {"grad x": scaled, "sums": sums, "grad weight": grad_weight}
     yield Case("bn_relu_conv3x3_backward", fast, "bn_relu_conv_backward", (m, over, weight, grad, made))
+
+    if dims == 2:  # of values that BN-ReLU would leave as they are
+        images = m._replace(x=m.x.abs(), mean=torch.zeros(cols), scale=torch.ones(cols), shift=torch.zeros(cols))
+        over, weight = Over(grid, (7, 7), stride=2, padding=3), torch.randn(made, cols, 7, 7) / (7 * cols**0.5)
+        taps, image = weight.permute(0, 2, 3, 1).contiguous(), images.x.view(*grid, cols).permute(0, 3, 1, 2)
+        out = kernels.cpu_convolution(image, taps, over.stride, over.padding)
+        yield Case("convolution", {"out": out}, "bn_relu_conv", (images, over, weight, torch.zeros(made), made))
 
 
 def poolings(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:

@@ -1,0 +1,95 @@
+"""The memory of large tensors on CPUs, which is kept for the next ones."""
+
+import random
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from densenet_fast.backends import extension
+from densenet_fast.backends.cpu import LARGE, cpu
+
+pytestmark = [
+    pytest.mark.library,
+    pytest.mark.skipif(sys.platform != "linux" or extension.unavailable() is not None, reason="not Linux's library"),
+]
+
+LIKE = torch.empty(0, device="cpu")
+
+
+def large(size=LARGE // 4):
+    return cpu.empty(LIKE, (size,), (1,))
+
+
+def test_a_tensor_gets_the_lowest_gap_that_is_large_enough():
+    first, second, third = large(), large(3 * LARGE // 4), large()
+    below, between = first.data_ptr(), second.data_ptr()
+    del first, second
+    assert large(2 * LARGE // 4).data_ptr() == below
+    kept = large()
+    assert kept.data_ptr() == below and third.data_ptr() > between
+    assert large(3 * LARGE // 4).data_ptr() == between
+
+
+def test_dtype_size_and_strides_are_as_asked():
+    for dtype in (torch.float32, torch.bfloat16):
+        made = cpu.empty(LIKE.to(dtype), (2, LARGE, 1, 3), (3 * LARGE, 1, LARGE, LARGE))
+        assert (made.dtype, made.shape) == (dtype, (2, LARGE, 1, 3)) and not made._is_view()
+        assert made.stride() == (3 * LARGE, 1, LARGE, LARGE) and made.data_ptr() % 64 == 0
+
+
+def work(seed):
+    """Keeps some tensors at a time, each full of its own number. Returns whether all kept theirs."""
+    at_random, held = random.Random(seed), []
+    for number in range(60):
+        held.append((number, large(at_random.randint(LARGE // 4, LARGE)).fill_(number)))
+        if len(held) > 6:
+            of, tensor = held.pop(at_random.randrange(len(held)))
+            if not torch.equal(tensor, torch.full_like(tensor, of)):
+                return False
+    return True
+
+
+def test_tensors_of_several_threads_do_not_overlap():
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_a_tensor_may_outlive_the_one_that_made_it():
+    tensor = large().fill_(3)
+    view, shared = tensor[5:7], tensor.clone().share_memory_()
+    del tensor
+    assert view.tolist() == [3, 3] and large().fill_(4).sum() == LARGE and view.tolist() == [3, 3]
+    assert shared[0] == 3
+
+
+def in_a_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_system_may_take_what_no_tensor_needs():
+    code = f"""if True:
+        import torch
+        from densenet_fast.backends.cpu import cpu
+        from densenet_fast.backends import extension
+        assert extension.unavailable() is None
+        made = cpu.empty(torch.empty(0), ({16 * LARGE},), (1,)).fill_(1)
+        del made
+        print(open("/proc/self/smaps_rollup").read())
+    """
+    assert int(re.search(r"LazyFree: +(\d+) kB", in_a_process(code))[1]) * 1024 >= 48 * LARGE
+
+
+def test_where_addresses_are_limited_torch_serves():
+    code = f"""if True:
+        import resource, torch
+        from densenet_fast.backends.cpu import cpu
+        from densenet_fast.backends import extension
+        assert extension.unavailable() is None
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 36, resource.RLIM_INFINITY))
+        print(cpu.empty(torch.empty(0), ({LARGE},), (1,)).fill_(1).sum().item())
+    """
+    assert float(in_a_process(code)) == LARGE
