@@ -34,6 +34,9 @@ constexpr size_t kLarge = 1 << 20;  // bytes; torch's allocator serves smaller t
 #if defined(__linux__)
 
 constexpr size_t kPage = 4096, kHugePage = 2 << 20;
+// Between tensors, so that they begin at different places of a page: a load waits for a store to the same place of
+// another
+constexpr size_t kSkew = 1088;
 
 class Range {
  public:
@@ -45,7 +48,7 @@ class Range {
 
   // Null if no gap is large enough
   char* allocate(size_t bytes) {
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    const size_t size = (bytes + kPage - 1) / kPage * kPage + kSkew;
     const std::lock_guard lock(mutex_);
     const auto gap = std::find_if(gaps_.begin(), gaps_.end(), [&](const auto& g) { return g.second >= size; });
     if (gap == gaps_.end()) return nullptr;
