@@ -77,7 +77,7 @@ class Range {
       }
     }
     if (used_.empty()) {
-      madvise(first_, end_ - first_, MADV_FREE);
+      madvise(first_, (end_ - first_) / kHugePage * kHugePage, MADV_FREE);  // a part of a page would split it
       end_ = first_;
     }
   }
