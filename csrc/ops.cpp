@@ -55,6 +55,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "
       "Tensor(c!) p, Tensor(d!) q, bool return_statistics, bool prepend=False) -> ()");
   m.def("cpu_convolution(Tensor images, Tensor weight, int stride, int padding) -> Tensor");
+  m.def("cpu_convolution_grad_weight(Tensor grad, Tensor images, Tensor weight, int stride, int padding) -> Tensor");
   m.def(
       "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "bool prepend=False) -> ()");

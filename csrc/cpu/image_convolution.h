@@ -1,8 +1,8 @@
-// A convolution of few input channels over images, line by line. For each line that a window covers it is a product,
-// whose left factor stands in the padded line itself: row x begins where window x does, and the rows overlap.
+// A convolution of few input channels over images, line by line. Each is a product, whose left factor stands in the
+// padded lines that its windows cover: row x begins where window x does, and the rows overlap.
 //
-//   line y = sum over i of  X_i @ W_i^T;   X_i [width', kernel * C], rows stride * C apart in line y * stride - padding
-//   + i
+//   line y = X @ W^T;   X [columns, kernel * kernel * C], in a part for each padded line, rows stride * C apart there
+//   dW^T = the sum over lines of X^T @ D;   D [columns, B], the gradient of the line
 //
 // Example:
 //
@@ -76,6 +76,28 @@ struct ImageConvolution {
                                   product + 32 * p, ld, false);
     }
     if (!direct) kernels_of<T>().store_rows({product, ld}, columns, made, nullptr, then, out);
+  }
+
+  int64_t sums() const { return weights_.steps * weights_.padded(); }
+  int64_t place(int64_t b, int64_t tap) const { return tap * weights_.padded() + b; }
+
+  // sums = (or +=) what line y of image n has in the weight's gradient, from the line's gradient [columns, B]. That of
+  // output channel b and tap (i, j, c) has its place(b, (i * kernel + j) * C + c).
+  void gradient(Workspace& own, int64_t n, int64_t y, Rows<const T> grad, float* sums, bool accumulate) const {
+    const int64_t ld = weights_.padded(), row = kernel * channels;
+    cover(own, n, y);
+    float* wide = own.product.get();
+    for (int64_t x = 0; x < columns; ++x) {
+      float* end = std::transform(grad.data + x * grad.ld, grad.data + x * grad.ld + made, wide + x * ld, to_float<T>);
+      std::fill(end, wide + (x + 1) * ld, 0.0f);
+    }
+    for (int64_t i = 0; i < kernel; ++i) {
+      const Operand transposed = {as_words(own.lines.get() + i * padded_line()), 1, stride * channels};
+      for (int64_t p = 0; p < weights_.count; ++p) {
+        kernels_of<float>().product(transposed, {as_words(wide) + 32 * p, 0, ld}, row, weights_.width(p), columns,
+                                    sums + i * row * ld + 32 * p, ld, accumulate);
+      }
+    }
   }
 
  private:

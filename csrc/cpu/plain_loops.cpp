@@ -97,18 +97,26 @@ void bn_relu_conv(const Input& in, const Windows& windows, const Real* weight, c
   for (int64_t i = 0; bias && i < windows.outputs() * channels; ++i) out[i] += bias[i % channels];
 }
 
-// Its gradients from grad [outputs, channels]: out, sums as of mask; grad_weight [channels, cols, taps]
-void bn_relu_conv_backward(const Input& in, const Windows& windows, const Real* weight, const Real* grad,
-                           int64_t channels, Real* out, Real* sums, Real* grad_weight) {
-  Map grad_a(in.rows * in.cols);
+// The weight's gradient [channels, cols, taps] from grad [outputs, channels]
+void bn_relu_conv_grad_weight(const Input& in, const Windows& windows, const Real* grad, int64_t channels,
+                              Real* grad_weight) {
   std::fill_n(grad_weight, channels * in.cols * windows.taps(), Real(0));
   windows.each([&](int64_t o, int64_t tap, int64_t pixel) {
     for (int64_t k = 0; k < channels; ++k)
-      for (int64_t c = 0; c < in.cols; ++c) {
-        const int64_t w = (k * in.cols + c) * windows.taps() + tap;
-        grad_a[pixel * in.cols + c] += grad[o * channels + k] * weight[w];
-        grad_weight[w] += grad[o * channels + k] * in.a(pixel, c);
-      }
+      for (int64_t c = 0; c < in.cols; ++c)
+        grad_weight[(k * in.cols + c) * windows.taps() + tap] += grad[o * channels + k] * in.a(pixel, c);
+  });
+}
+
+// All gradients from grad [outputs, channels]: out, sums as of mask; grad_weight
+void bn_relu_conv_backward(const Input& in, const Windows& windows, const Real* weight, const Real* grad,
+                           int64_t channels, Real* out, Real* sums, Real* grad_weight) {
+  Map grad_a(in.rows * in.cols);
+  bn_relu_conv_grad_weight(in, windows, grad, channels, grad_weight);
+  windows.each([&](int64_t o, int64_t tap, int64_t pixel) {
+    for (int64_t k = 0; k < channels; ++k)
+      for (int64_t c = 0; c < in.cols; ++c)
+        grad_a[pixel * in.cols + c] += grad[o * channels + k] * weight[(k * in.cols + c) * windows.taps() + tap];
   });
   mask(in, grad_a.data(), out, sums);
 }

@@ -41,6 +41,41 @@ Tensor convolution(Tensor images, Tensor weight, int64_t stride, int64_t padding
   });
 }
 
+// dW [B, kernel, kernel, C] from grad [N * H' * W', B], in float32: sums in float for a tile, in double over the tiles
+Tensor convolution_grad_weight(Tensor grad, Tensor images, Tensor weight, int64_t stride, int64_t padding) {
+  return by_dtype(images, [&](auto zero) {
+    using T = decltype(zero);
+    const ImageConvolution<T> convolution(images, weight, stride, padding);
+    const int64_t height = convolution.lines, width = convolution.columns, made = convolution.made;
+    const Matrix<const T> g(grad, "grad");
+    STD_TORCH_CHECK(g.rows == convolution.batch * height * width && g.cols == made,
+                    "grad: expected a row for each output pixel, and a column for each output channel");
+    const Tiles tiles(convolution.batch * height, kTileLines, 1);
+    std::vector<std::vector<double>> parts(tiles.chunks, std::vector<double>(convolution.sums()));
+    tiles.run([&](int64_t chunk) {
+      typename ImageConvolution<T>::Workspace own(convolution);
+      std::vector<float> sums(convolution.sums());
+      for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
+        const int64_t first = tiles.begin(tile), end = tiles.begin(tile + 1);
+        for (int64_t line = first; line < end; ++line) {
+          convolution.gradient(own, line / height, line % height, g.from(line * width), sums.data(), line > first);
+        }
+        for (size_t i = 0; first < end && i < sums.size(); ++i) parts[chunk][i] += sums[i];
+      }
+    });
+    Tensor out = new_floats(images, {made, convolution.kernel, convolution.kernel, convolution.channels});
+    float* to = floats_of(out);
+    for (int64_t b = 0, taps = out.numel() / made; b < made; ++b) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        double sum = 0;
+        for (const std::vector<double>& part : parts) sum += part[convolution.place(b, tap)];
+        *to++ = sum;
+      }
+    }
+    return out;
+  });
+}
+
 // out [N * H' * W', B] = maxpool(relu(bn(conv(images, weight))))
 void stem_inference(Tensor images, Tensor weight, std::vector<Tensor> tensors, double eps, int64_t stride,
                     int64_t padding, Tensor out) {  // [N, C, H, W], [B, kernel, kernel, C], [B] each
@@ -83,5 +118,6 @@ void stem_inference(Tensor images, Tensor weight, std::vector<Tensor> tensors, d
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_convolution", TORCH_BOX(&densenet_fast::convolution));
+  m.impl("cpu_convolution_grad_weight", TORCH_BOX(&densenet_fast::convolution_grad_weight));
   m.impl("cpu_stem_inference", TORCH_BOX(&densenet_fast::stem_inference));
 }

@@ -297,6 +297,9 @@ class Cpu(Aten):
     def convolution(self, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
         return kernels.cpu_convolution(images, taps, stride, padding)
 
+    def convolution_grad_weight(self, grad: Tensor, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
+        return kernels.cpu_convolution_grad_weight(grad, images, taps, stride, padding)
+
     def dense_block_inference(
         self,
         features: Tensor,

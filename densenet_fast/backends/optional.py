@@ -36,13 +36,17 @@ class OptionalFunctions:
     it. That costs a product of little depth, and the bottleneck is as large as any other."""
 
     CONVOLVES: bool = False
-    """Whether it has :meth:`convolution`."""
+    """Whether it has :meth:`convolution` and :meth:`convolution_grad_weight`."""
 
     def convolution(self, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
         """Returns the convolution [N * H' * W', k] of images [N, c, H, W] and taps [k, h, h, c].
 
         Windows are ``stride`` apart, and the images are padded by ``padding`` zeros on each side. There are few c.
         """
+        raise NotImplementedError
+
+    def convolution_grad_weight(self, grad: Tensor, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
+        """Returns the gradient of the taps, float32 [k, h, h, c], from that of :meth:`convolution`'s result."""
         raise NotImplementedError
 
     def runs_whole_blocks(self, grid: tuple[int, ...]) -> bool:

@@ -1,4 +1,5 @@
-"""A plain convolution of images with few channels, by the backend's kernel. Its gradients are torch's."""
+"""A plain convolution of images with few channels, by the backend's kernels. The gradient of the images is torch's, and
+so are those that are differentiated themselves."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast.backends import select
-from densenet_fast.backends.layout import as_output, to_image
+from densenet_fast.backends.layout import as_output, to_image, to_matrix
+from densenet_fast.ops import stock
 from densenet_fast.ops.flops import of_convolutions
 from densenet_fast.ops.op import direct_call, named, seen_by_dispatcher
 from densenet_fast.ops.stage import autocast_dtype
@@ -68,6 +70,11 @@ def convolution_of_images(convolution: nn.Module, images: Tensor, weight: Tensor
         return _apply(images.to(dtype), weight.to(dtype), convolution.stride[0], convolution.padding[0], sizes)
 
 
+def with_unit_channels(images: Tensor) -> Tensor:
+    """The images with adjacent channels, as the kernels take them."""
+    return images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
+
+
 def as_taps(weight: Tensor) -> Tensor:
     """The weight [k, C, h, w] as the kernels take it: [k, h, w, C], contiguous."""
     return weight.detach().permute(0, 2, 3, 1).contiguous()
@@ -79,17 +86,28 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(images, weight)
         ctx.stride, ctx.padding = stride, padding
         backend = select(images.device, images.dtype)
-        images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
-        made = backend.convolution(images.detach(), as_taps(weight), stride, padding)
+        made = backend.convolution(with_unit_channels(images), as_taps(weight), stride, padding)
         return as_output(to_image(made, (images.shape[0], *sizes)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, weight = ctx.saved_tensors
-        squares = [[ctx.stride] * 2, [ctx.padding] * 2, [1, 1]]
-        needs = [*ctx.needs_input_grad[:2], False]
-        gradients = torch.ops.aten.convolution_backward(grad, images, weight, None, *squares, False, [0, 0], 1, needs)
-        return *gradients[:2], None, None, None
+        need_images, need_weight = ctx.needs_input_grad[:2]
+        own = need_weight and not stock.needed_in_backward(grad) and not seen_by_dispatcher([grad])
+        grad_images = grad_weight = None
+        if need_images or not own:
+            squares = [[ctx.stride] * 2, [ctx.padding] * 2, [1, 1]]
+            needs = [need_images, need_weight and not own, False]
+            grad_images, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad, images, weight, None, *squares, False, [0, 0], 1, needs
+            )
+        if own:
+            backend, matrix = select(images.device, images.dtype), to_matrix(grad)
+            made = backend.convolution_grad_weight(
+                matrix, with_unit_channels(images), as_taps(weight), ctx.stride, ctx.padding
+            )
+            grad_weight = made.permute(0, 3, 1, 2).to(weight.dtype)
+        return grad_images, grad_weight, None, None, None
 
 
 NAME = "densenet_fast::convolution"

@@ -36,7 +36,7 @@ GRIDS = [(1, 17, 19), (2, 5, 7), (3, 1, 4), (3, 37), (1, 2), (2, 3, 5, 6), (1, 2
 CHANNELS = [(37, 13), (5, 48)]
 """Columns that are read and made."""
 BOTH_WAYS = ("bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool_conv1x1", "bn_relu_maxpool", "bn_relu_global_avgpool")
-ONE_WAY = ("statistics", "bn_relu", "mask", "finalise", "dropout", "convolution")
+ONE_WAY = ("statistics", "bn_relu", "mask", "finalise", "dropout", "convolution", "convolution_grad_weight")
 KERNELS = {*ONE_WAY, *BOTH_WAYS, *(f"{k}_backward" for k in BOTH_WAYS)}
 
 pytestmark = [pytest.mark.library, pytest.mark.skipif(shutil.which(CXX) is None, reason="no compiler")]
@@ -178,6 +178,10 @@ def convolutions(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:
         taps, image = weight.permute(0, 2, 3, 1).contiguous(), images.x.view(*grid, cols).permute(0, 3, 1, 2)
         out = kernels.cpu_convolution(image, taps, over.stride, over.padding)
         yield Case("convolution", {"out": out}, "bn_relu_conv", (images, over, weight, torch.zeros(made), made))
+        grad = torch.randn_like(out)
+        grad_weight = kernels.cpu_convolution_grad_weight(grad, image, taps, over.stride, over.padding)
+        fast = {"grad weight": grad_weight.permute(0, 3, 1, 2)}
+        yield Case("convolution_grad_weight", fast, "bn_relu_conv_grad_weight", (images, over, grad, made))
 
 
 def poolings(m: Map, grid: tuple[int, ...], made: int) -> Iterator[Case]:
