@@ -1,11 +1,13 @@
 """Inference on CPUs by kernels of whole parts, against the ops that it stands for."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import densenet_fast
 from densenet_fast import inference
@@ -48,6 +50,8 @@ def served(monkeypatch):
 
     for name in {*PARTS}:
         monkeypatch.setattr(inference, name, noting(name, getattr(inference, name)))
+    run = inference.Network.run
+    monkeypatch.setattr(inference.Network, "run", lambda *args: (run(*args), seen.extend(PARTS))[0])
     return seen
 
 
@@ -140,6 +144,86 @@ def test_no_weight_is_stale(change, served):
         got, expected = model(x), copy.deepcopy(model)(x)
     assert served == 4 * PARTS and before[0].equal(before[1])
     assert got.equal(expected) and got.equal(before[0]) == (change is CHANGES["the layout"])
+
+
+def spread(tensor):
+    tensor.data = tensor.data.repeat_interleave(2, 0)[::2]
+
+
+def retyped(model):
+    for tensor in model.parameters():
+        tensor.data = tensor.data.to(torch.bfloat16)
+
+
+def hooked(model):
+    model.features.denseblock1.denselayer1.norm1.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+SINCE = {
+    "nothing": lambda model: None,
+    "strides": each(spread),
+    "dtypes": retyped,
+    "another dtype": lambda model: model.double(),
+    "a hook": hooked,
+    "training": lambda model: model.train(),
+    "batch statistics": lambda model: model.features.norm5.train(),
+    "a transition less": lambda model: setattr(model.features, "transition1", nn.Identity()),
+}
+
+
+@contextlib.contextmanager
+def forward_mode():
+    with torch.autograd.forward_ad.dual_level():
+        yield
+
+
+AROUND = {
+    "nothing": contextlib.nullcontext,
+    "autograd": torch.enable_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "switched off": lambda: densenet_fast.set_fused(False),
+    "a counter": lambda: FlopCounterMode(display=False),
+    "forward mode": forward_mode,
+}
+
+
+def outcome(model, x, served):
+    """What a call returns, what ran, and what is said of it; or the error that it raises."""
+    served.clear()
+    try:
+        made = model(x)
+    except Exception as error:
+        return str(error)
+    return made.dtype, made.requires_grad, made.tolist(), [*served], str(densenet_fast.explain(model))
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("since", SINCE.values(), ids=SINCE)
+def test_earlier_calls_make_no_difference(since, around, served):
+    model = network()
+    with torch.no_grad():
+        for sizes in ((2, 3, 45, 38), (1, 3, 64, 64), (2, 3, 45, 38)):
+            model(images(*sizes))
+        new = copy.deepcopy(model)
+        since(model), since(new)
+        for x in (images(), images(1, 3, 40, 40), images(2, 4, 45, 38), images().double(), images(2, 3, 2, 2)):
+            with around():
+                got = outcome(model, x, served)
+            with around():
+                assert got == outcome(new, x, served)
+
+
+def test_the_profiler_and_tracing_see_the_parts(served):
+    model, x = network(), images()
+    with torch.no_grad():
+        model(x), model(x)
+        with torch.profiler.profile() as profiler:
+            model(x)
+        traced = torch.jit.trace(model, x)
+    names = [event.name for event in profiler.events() if event.name.startswith("densenet_fast::")]
+    assert sum("dense_block" in name and "cpu" not in name for name in names) == 2
+    assert "aten::batch_norm" in str(traced.inlined_graph) and error(traced(x), model(x)) < 1e-5
 
 
 def of_other_kind(**options):
