@@ -61,8 +61,8 @@ class Room:
 
     def __init__(self) -> None:
         self.reader: BlockOperands | None = None
-        self.served = 0
-        """The number of parts that ran by these kernels."""
+        self.served: list[Operands] = []
+        """Those of the parts that ran by these kernels, in turn."""
         self._made: tuple[Tensor, Tensor] | None = None
 
     def image(self, like: Tensor, grid: Grid, channels: int) -> Tensor:
@@ -229,7 +229,7 @@ def _grid(x: Tensor) -> Grid:
 def _noted(name: str, x: Tensor, operands: Operands, room: Room | None, *more: Callable[[], int]) -> Any:
     operands.outcome.walked = planned.obstacle(x)
     if room is not None:
-        room.served += 1
+        room.served.append(operands)
     return named(f"densenet_fast::{name}", x, lambda: of_stages(x, operands.stages.tensors), *more)
 
 
@@ -244,6 +244,12 @@ class Network:
         self._convolution, self._blocks = convolution, parts[1::2]
         self._frozen = [*map(_frozen, parts)]
         self._admitted: set[Hashable] = set()
+
+    @staticmethod
+    def consists_of(parts: Sequence[Operands]) -> bool:
+        """Whether the parts are such, in that order."""
+        turns = [BlockOperands, ConvOperands] * (len(parts) // 2)
+        return [*map(type, parts)] == [NormOperands, *turns[:-1], NormOperands]
 
     def admits(self, images: Tensor) -> bool:
         """Whether such images were admitted before, and nothing has to see the parts one by one."""
@@ -289,6 +295,8 @@ def _kind(images: Tensor) -> Hashable:
 
 
 def _block_memory(like: Tensor, grid: Grid, block: BlockOperands) -> tuple[Tensor, Tensor]:
-    """Uninitialised features [M, C_total] of a block, and the part of them that is its input."""
-    features = like.new_empty((math.prod(grid), block.columns))
-    return features, features.narrow(1, block.columns - block.channels if block.prepend else 0, block.channels)
+    """Uninitialised features [M, C_total] of a block, and the columns of them that are its input."""
+    rows, strides = math.prod(grid), (block.columns, 1)
+    features = torch.empty_strided((rows, block.columns), strides, dtype=like.dtype, device=like.device)
+    first = block.columns - block.channels if block.prepend else 0
+    return features, features.as_strided((rows, block.channels), strides, first)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from densenet_fast import functional, inference, reference
 from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
-from densenet_fast.nn.features import Features, Part, Stem, Step, rectified
-from densenet_fast.operands import NormOperands
+from densenet_fast.nn.features import Features, Step, rectified
+from densenet_fast.operands import NormOperands, Operands
 
 
 class Head(Step):
@@ -48,7 +48,7 @@ class Whole:
 
     def __init__(self, head: Head) -> None:
         self._head = head
-        self._known = _Known([], [], None)
+        self._known: _Known | None = None
 
     def means(self, features: Features, images: Tensor) -> Tensor:
         """The means of the rectified features."""
@@ -58,45 +58,38 @@ class Whole:
         if made is not None:
             return made
         given = features.steps()
-        known = self._known
-        if known.given is not given:
-            steps = [*given[:-1], self._head]
-            known = self._known = _Known(given, steps, _network(steps))
-        updates = Updates()
-        made = features.through(images, known.steps, updates)
-        if known.network is not None and updates.room.served == len(known.steps):
-            known.network.admit(images)
+        steps, updates = [*given[:-1], self._head], Updates()
+        made = features.through(images, steps, updates)
+        if len(updates.room.served) == len(steps):
+            self._admit(given, steps, updates.room.served, images)
         return made
 
+    def _admit(self, given: Sequence[Step], steps: Sequence[Step], served: Sequence[Operands], images: Tensor) -> None:
+        """Lets :meth:`_by_kernels` take such images, if it can take the steps, all of which were ``served``."""
+        known = self._known
+        if known is None or known.given is not given:
+            if not inference.Network.consists_of(served):
+                return
+            known = self._known = _Known(given, steps, inference.Network(steps[0].convolution, served))
+        known.network.admit(images)
+
     def _by_kernels(self, features: Features, images: Tensor) -> Tensor | None:
-        """The same by kernels of inference alone. None where they have not run all steps with such images before."""
-        given, steps, network = self._known
-        if network is None or not network.admits(images) or features.held_steps() is not given:
+        """:meth:`means` in one go. None unless such images have been admitted, and no module has changed since."""
+        known = self._known
+        if known is None or not known.network.admits(images) or features.held_steps() is not known.given:
             return None
         try:
-            made = network.run(images)
+            made = known.network.run(images)
         except RuntimeError:  # the steps know what to do, or what is wrong
             return None
-        for step in steps:
+        for step in known.steps:
             step.note(None)
         return made
 
 
 class _Known(NamedTuple):
-    """The steps of the features that were given last, those with the head, and the network that they make, if they make
-    one."""
+    """The steps of the features, those of the whole, and the network that they make."""
 
-    given: list[Step]
-    steps: list[Step]
-    network: inference.Network | None
-
-
-def _network(steps: Sequence[Step]) -> inference.Network | None:
-    """The steps as the kernels of inference take them. None unless they are a stem, dense blocks and transitions by
-    turns, and a head."""
-    stem, *parts, head = steps
-    fused = isinstance(stem, Stem) and stem.convolution is not None and all(isinstance(part, Part) for part in parts)
-    turns = len(parts) % 2 == 1 and all(part.keeps_output == (i % 2 == 0) for i, part in enumerate(parts))
-    if not (fused and turns):
-        return None
-    return inference.Network(stem.convolution, [stem.operands, *(part.found.operands for part in parts), head.operands])
+    given: Sequence[Step]
+    steps: Sequence[Step]
+    network: inference.Network
