@@ -26,6 +26,9 @@ Grid = tuple[int, ...]
 MOST_IMAGE_CHANNELS = 16
 """The most channels that the stem's own convolution takes; it copies the patches that it multiplies."""
 
+MOST_KINDS = 64
+"""The most kinds of images that a network remembers."""
+
 
 class Frozen:
     """The tensors of some stages as the kernels take them.
@@ -266,6 +269,8 @@ class Network:
         Without autocast they must be float32: beside others, weights of either dtype would pass for theirs.
         """
         if images.dtype == torch.float32 or autocast_dtype(images.device) is not None:
+            if len(self._admitted) >= MOST_KINDS:
+                self._admitted.clear()
             self._admitted.add(_kind(images))
 
     def run(self, images: Tensor) -> Tensor:
