@@ -5,7 +5,8 @@ writes its result into the block's feature buffer, so nothing is copied between 
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from densenet_fast.backends.contract import Backend
 from densenet_fast.backends.layout import are_dense, empty_image, to_matrix
 from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 from densenet_fast.ops import planned
+from densenet_fast.ops.convolution import as_taps, is_plain, output_sizes, with_unit_channels
 from densenet_fast.ops.flops import of_convolutions, of_stages
 from densenet_fast.ops.op import named, seen_by_dispatcher
 from densenet_fast.ops.stage import Stage, Stages, autocast_dtype
 
 Grid = tuple[int, ...]
 
-MOST_IMAGE_CHANNELS = 16
-"""The most channels that the stem's own convolution takes; it copies the patches that it multiplies."""
+MOST_KINDS = 64
+"""The most kinds of images that a network remembers."""
 
 
 class Frozen:
@@ -60,6 +62,8 @@ class Room:
 
     def __init__(self) -> None:
         self.reader: BlockOperands | None = None
+        self.served: list[Operands] = []
+        """Those of the parts that ran by these kernels, in turn."""
         self._made: tuple[Tensor, Tensor] | None = None
 
     def image(self, like: Tensor, grid: Grid, channels: int, backend: Backend) -> Tensor:
@@ -84,7 +88,7 @@ def dense_block(x: Tensor, operands: BlockOperands, room: Room | None) -> Tensor
     if served is None or not operands.bottleneck or operands.drops or min(x.shape[2:]) < 2:
         return None
     backend, frozen = served
-    with _noted("dense_block", x, operands):
+    with _noted("dense_block", x, operands, room):
         if features is None:
             features = empty_image(x, _grid(x), operands.columns, backend.empty)
             backend.append_features(x, _matrix(operands.own(features)), None)
@@ -101,20 +105,20 @@ def transition(x: Tensor, operands: ConvOperands, room: Room | None) -> Tensor |
     if served is None:
         return None
     backend, frozen = served
-    with _noted("bn_relu_conv1x1", x, operands):
+    with _noted("bn_relu_conv1x1", x, operands, room):
         grid = (x.shape[0], *(size // 2 for size in x.shape[2:]))
         out = (room or Room()).image(x, grid, operands.unit.weight.shape[0], backend)
         backend.bn_relu_pool_conv1x1_inference(_matrix(x), frozen.tensors, *frozen.eps, _grid(x), _matrix(out))
     return out
 
 
-def global_avgpool(x: Tensor, operands: NormOperands) -> Tensor | None:
+def global_avgpool(x: Tensor, operands: NormOperands, room: Room | None) -> Tensor | None:
     """BN-ReLU and the mean over all pixels of x [N, C, H, W]. None where these kernels do not take it."""
     served = _served(x, operands)
     if served is None:
         return None
     backend, frozen = served
-    with _noted("bn_relu_global_avgpool", x, operands):
+    with _noted("bn_relu_global_avgpool", x, operands, room):
         return backend.bn_relu_global_avgpool_inference(_matrix(x), frozen.tensors, *frozen.eps, x.shape[0])
 
 
@@ -123,43 +127,34 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     not take them."""
     if torch.compiler.is_compiling():
         return None
-    dtype = autocast_dtype(images.device)
-    if dtype is not None and images.dtype == torch.float32:
-        images = images.to(dtype)
+    images = _in_dtype(images, autocast_dtype(images.device))
     weight, (stage,) = convolution.weight, operands.stages
-    kernel, stride, padding = weight.shape[-1], convolution.stride[0], convolution.padding[0]
-    if not _plain_convolution(convolution, images, dtype) or stage.running_mean is None:
+    if not is_plain(convolution, images) or stage.running_mean is None:
         return None
-    sizes = [(size + 2 * padding - kernel) // stride + 1 for size in images.shape[2:]]
+    sizes = output_sizes(convolution, images)
     served = _served(images, operands, weight)
     if served is None or min(sizes) < 1 or stage.running_mean.numel() != weight.shape[0]:
         return None
     backend, frozen = served
     flops = functools.partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
-    with _noted("bn_relu_maxpool", images, operands, flops):
-        grid = (images.shape[0], *((size + 1) // 2 for size in sizes))
-        out = (room or Room()).image(images, grid, weight.shape[0], backend)
-        taps = weight.detach().permute(0, 2, 3, 1).contiguous()
-        images = images if images.stride(1) == 1 else images.contiguous(memory_format=torch.channels_last)
-        backend.stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, _matrix(out))
+    with _noted("bn_relu_maxpool", images, operands, room, flops):
+        out = (room or Room()).image(images, _pooled(images, sizes), weight.shape[0], backend)
+        _stem(backend, images, convolution, frozen, _matrix(out))
     return out
 
 
-def _plain_convolution(convolution: nn.Module, images: Tensor, autocast: torch.dtype | None) -> bool:
-    """Whether it is a convolution with few channels, without a bias, over plain squares."""
-    weight = convolution.weight
-    squares = (weight.shape[2:], convolution.stride, convolution.padding)
-    return (
-        convolution.bias is None
-        and images.dim() == weight.dim() == 4
-        and images.shape[1] == weight.shape[1] <= MOST_IMAGE_CHANNELS
-        and not isinstance(convolution.padding, str)
-        and all(size[0] == size[1] for size in squares)
-        and convolution.dilation == (1, 1)
-        and convolution.groups == 1
-        and convolution.padding_mode == "zeros"
-        and (weight.dtype == images.dtype or (autocast is not None and weight.dtype == torch.float32))
-    )
+def _stem(backend: Backend, images: Tensor, convolution: nn.Module, frozen: Frozen, out: Tensor) -> None:
+    images, taps = with_unit_channels(images), as_taps(convolution.weight)
+    stride, padding = convolution.stride[0], convolution.padding[0]
+    backend.stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, out)
+
+
+def _in_dtype(images: Tensor, autocast: torch.dtype | None) -> Tensor:
+    return images if autocast is None or images.dtype != torch.float32 else images.to(autocast)
+
+
+def _pooled(images: Tensor, sizes: list[int]) -> Grid:
+    return images.shape[0], *((size + 1) // 2 for size in sizes)
 
 
 def _served(x: Tensor, operands: Operands, *others: Tensor) -> tuple[Backend, Frozen] | None:
@@ -207,6 +202,79 @@ def _grid(x: Tensor) -> Grid:
     return x.shape[0], *x.shape[2:]
 
 
-def _noted(name: str, x: Tensor, operands: Operands, *more: Callable[[], int]) -> Any:
+def _noted(name: str, x: Tensor, operands: Operands, room: Room | None, *more: Callable[[], int]) -> Any:
     operands.outcome.walked = planned.obstacle(x)
+    if room is not None:
+        room.served.append(operands)
     return named(f"densenet_fast::{name}", x, lambda: of_stages(x, operands.stages.tensors), *more)
+
+
+class Network:
+    """A stem, dense blocks with a transition between each two, and the average behind the last, without what stands
+    between these parts elsewhere.
+
+    Only such images are admitted with which each part, called by itself, has run by these kernels.
+    """
+
+    def __init__(self, convolution: nn.Module, parts: Sequence[Operands]) -> None:
+        self._convolution, self._blocks = convolution, parts[1::2]
+        self._frozen = [*map(_frozen, parts)]
+        self._admitted: set[Hashable] = set()
+
+    @staticmethod
+    def consists_of(parts: Sequence[Operands]) -> bool:
+        """Whether the parts are such, in that order."""
+        turns = [BlockOperands, ConvOperands] * (len(parts) // 2)
+        return [*map(type, parts)] == [NormOperands, *turns[:-1], NormOperands]
+
+    def admits(self, images: Tensor) -> bool:
+        """Whether such images were admitted before, and nothing has to see the parts one by one."""
+        return (
+            not torch.is_grad_enabled()
+            and _kind(images) in self._admitted
+            and not torch.autograd._profiler_enabled()
+            and not seen_by_dispatcher([images])
+        )
+
+    def admit(self, images: Tensor) -> None:
+        """Admits images of the dtype, the shape and the device of these, under the same autocast.
+
+        Without autocast they must be float32: beside others, weights of either dtype would pass for theirs.
+        """
+        if images.dtype == torch.float32 or autocast_dtype(images.device) is not None:
+            if len(self._admitted) >= MOST_KINDS:
+                self._admitted.clear()
+            self._admitted.add(_kind(images))
+
+    def run(self, images: Tensor) -> Tensor:
+        """The means [N, C] of the rectified features.
+
+        Raises:
+            RuntimeError: the tensors of the parts have changed in place, and do not fit any more.
+        """
+        images = _in_dtype(images, autocast_dtype(images.device))
+        backend, (stem, *parts) = select(images.device, images.dtype), self._frozen
+        grid = _pooled(images, output_sizes(self._convolution, images))
+        features, own = _block_memory(images, grid, self._blocks[0], backend)
+        _stem(backend, images, self._convolution, stem, own)
+        for i, block in enumerate(self._blocks):
+            layers, reader = parts[2 * i : 2 * i + 2]
+            backend.dense_block_inference(features, block.channels, layers.tensors, layers.eps, grid, block.prepend)
+            if i + 1 < len(self._blocks):
+                pooled = (grid[0], grid[1] // 2, grid[2] // 2)
+                following, own = _block_memory(images, pooled, self._blocks[i + 1], backend)
+                backend.bn_relu_pool_conv1x1_inference(features, reader.tensors, *reader.eps, grid, own)
+                features, grid = following, pooled
+        return backend.bn_relu_global_avgpool_inference(features, reader.tensors, *reader.eps, grid[0])
+
+
+def _kind(images: Tensor) -> Hashable:
+    return images.shape, images.dtype, images.device, autocast_dtype(images.device)
+
+
+def _block_memory(like: Tensor, grid: Grid, block: BlockOperands, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Uninitialised features [M, C_total] of a block, and the columns of them that are its input."""
+    rows, strides = math.prod(grid), (block.columns, 1)
+    features = backend.empty(like, (rows, block.columns), strides)
+    first = block.columns - block.channels if block.prepend else 0
+    return features, features.as_strided((rows, block.channels), strides, first)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from densenet_fast import checkpoints, pretrained, reference
 from densenet_fast.nn import DenseBlock, Transition, calls, fusion
-from densenet_fast.nn.features import Features, Head, rectified
+from densenet_fast.nn.features import Features, rectified
 from densenet_fast.nn.snapshot import Found, Memory
-from densenet_fast.operands import NormOperands
+from densenet_fast.nn.whole import Head, Whole
 from densenet_fast.reference import ARCHITECTURES
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
@@ -155,18 +155,18 @@ class DenseNet(reference.DenseNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            reason, operands = fusion.chain_obstacle(x), None
+            reason, whole = fusion.chain_obstacle(x), None
             if reason is None:
-                reason, operands = _head_memory(self)
+                reason, whole = _head_memory(self)
             if reason is None:
-                return self.classifier(self.features.through(x, [*self.features.steps()[:-1], Head(self, operands)]))
+                return self.classifier(whole.means(self.features, x))
             calls.note(self, reason, None, "Head")
         return self.classifier(reference.average(rectified(self.features(x))))
 
 
 def _examine_head(model: DenseNet) -> Found:
     reason = model.head_obstacle()
-    return Found(reason, NormOperands(fusion.batch_norm(model.features.norm5)) if reason is None else None)
+    return Found(reason, Whole(Head(model)) if reason is None else None)
 
 
 _head_memory = Memory(_examine_head, lambda model: [model.features, model.features.norm5], (DenseNet,))

@@ -67,6 +67,7 @@ LEVELS = [
     ["nn.dense_block", "nn.bn_relu_conv1x1"],
     ["nn"],
     ["nn.features"],
+    ["nn.whole"],
     ["conversion.classes", "conversion.expected"],
     ["conversion.layout"],
     ["conversion.transition", "conversion.stem"],

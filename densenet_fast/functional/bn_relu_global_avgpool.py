@@ -34,7 +34,7 @@ def run_bn_relu_global_avgpool(
 def _bn_relu_global_avgpool(
     x: Tensor, operands: NormOperands, statistics: BatchStatistics | None, updates: Updates | None = None
 ) -> Tensor:
-    made = inference.global_avgpool(x, operands)
+    made = inference.global_avgpool(x, operands, shared.room(updates))
     if made is not None:
         return made
     group = operands.group()

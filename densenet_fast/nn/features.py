@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densenet_fast import functional, reference
+from densenet_fast import functional
 from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
 from densenet_fast.nn.bn_relu_conv1x1 import Transition
@@ -185,34 +185,6 @@ class Stem(Step):
         calls.note(self.features(), reason, self.operands, "Stem")
 
 
-class Head(Step):
-    """``norm5`` of ``model.features``, with the ReLU and the average behind it."""
-
-    def __init__(self, model: nn.Module, operands: NormOperands) -> None:
-        super().__init__(model.features.norm5)
-        self.model, self.norm, self.operands = model, model.features.norm5, operands
-
-    def obstacle(self, x: Tensor) -> str | None:
-        return fusion.input_obstacle(x, 2)
-
-    def reads_statistics(self) -> bool:
-        return self.operands.reads_statistics
-
-    def reads_block(self) -> NormOperands:
-        return self.operands
-
-    def run(
-        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
-    ) -> tuple[Tensor, BatchStatistics | None]:
-        return functional.run_bn_relu_global_avgpool(x, self.operands, statistics, updates), None
-
-    def stock(self, x: Tensor) -> Tensor:
-        return reference.average(rectified(self.norm(x)))
-
-    def note(self, reason: str | None) -> None:
-        calls.note(self.model, reason, self.operands, "Head")
-
-
 class Features(nn.Sequential):
     """The convolutional part of the network.
 
@@ -238,11 +210,17 @@ class Features(nn.Sequential):
         """Its children in order. The stem is one step if it can run as one."""
         return _steps_memory(self).operands
 
-    def through(self, x: Tensor, steps: Sequence[Step]) -> Tensor:
-        """Runs ``x`` through ``steps``, the first steps of the network."""
+    def held_steps(self) -> list[Step] | None:
+        """The :meth:`steps` that were found last, if nothing but tensors, in place, may have changed since."""
+        found = _steps_memory.held(self)
+        return None if found is None else found.operands
+
+    def through(self, x: Tensor, steps: Sequence[Step], updates: Updates | None = None) -> Tensor:
+        """Runs ``x`` through ``steps``, the first steps of the network. Their updates are made meanwhile, or when the
+        last has run."""
         if torch.compiler.is_compiling():
             return self._through(x, steps, None)
-        updates = Updates()
+        updates = Updates() if updates is None else updates
         try:
             return self._through(x, steps, updates)
         finally:

@@ -95,7 +95,20 @@ class Snapshot:
         return cls(module, below)
 
     def unchanged(self, module: nn.Module) -> bool:
-        """Whether ``module``, whose snapshot this is, and the modules below it are as they were."""
+        """Whether ``module``, whose snapshot this is, the modules below it and their tensors are as they were."""
+        # Shapes, which are new tuples, are not put into a list: so many at once would wake the garbage collector.
+        return (
+            self.holds(module)
+            and [*map(_dtype, self._tensors)] == self._dtypes
+            and (all(map(_is_cpu, self._tensors)) if self._on_cpu else [*map(_device, self._tensors)] == self._devices)
+            and [*map(Tensor.dim, self._vectors)] == self._ranks
+            and [*map(Tensor.numel, self._vectors)] == self._sizes
+            and all(map(operator.eq, map(_shape, self._arrays), self._shapes))
+        )
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` and the modules below it are as they were, and have the same tensors. These may have
+        changed in place."""
         if vars(module) is not self._attributes[0]:
             return False
         try:
@@ -103,7 +116,6 @@ class Snapshot:
         except Exception:  # an attribute now is what cannot be compared: a tensor, an array
             return False
         flat = chain.from_iterable
-        # Shapes, which are new tuples, are not put into a list: so many at once would wake the garbage collector.
         return (
             same
             and [type(module), *map(type, self._below)] == self._kinds
@@ -111,11 +123,6 @@ class Snapshot:
             and all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._tables))
             and [*flat(self._tables)] == self._keys
             and all(map(operator.is_, flat(map(_values, self._tables)), self._contents))
-            and [*map(_dtype, self._tensors)] == self._dtypes
-            and (all(map(_is_cpu, self._tensors)) if self._on_cpu else [*map(_device, self._tensors)] == self._devices)
-            and [*map(Tensor.dim, self._vectors)] == self._ranks
-            and [*map(Tensor.numel, self._vectors)] == self._sizes
-            and all(map(operator.eq, map(_shape, self._arrays), self._shapes))
         )
 
 
@@ -170,6 +177,13 @@ class Memory:
         else:
             self._remembered[module] = snapshot, found
         return found
+
+    def held(self, module: nn.Module) -> Found | None:
+        """What was found out about ``module`` last, if nothing but its tensors, in place, may have changed since."""
+        if self._classes != self._functions:
+            return None
+        snapshot, found = self._remembered.get(module, (None, None))
+        return found if snapshot is not None and snapshot.holds(module) else None
 
 
 _memories: list[Memory] = []

@@ -1,11 +1,13 @@
 """Inference on CPUs by kernels of whole parts, against the ops that it stands for."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import densenet_fast
 from densenet_fast import inference
@@ -48,6 +50,8 @@ def served(monkeypatch):
 
     for name in {*PARTS}:
         monkeypatch.setattr(inference, name, noting(name, getattr(inference, name)))
+    run = inference.Network.run
+    monkeypatch.setattr(inference.Network, "run", lambda *args: (run(*args), seen.extend(PARTS))[0])
     return seen
 
 
@@ -77,6 +81,22 @@ def test_equals_the_ops(options, layout, autocast, threads, served):
     with torch.no_grad():
         truth = copy.deepcopy(model).double()(x.double())
     assert error(got, truth) <= 1.5 * error(expected, truth) + (1e-3 if autocast else 1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("prepend", [False, True])
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_later_calls_are_bitwise_the_first(options, prepend, autocast, served, monkeypatch):
+    """They do not go through the parts again."""
+    model = network(**options)
+    for block in (model.features.denseblock1, model.features.denseblock2):
+        block.prepend = prepend
+    x = images(2, options.get("in_channels", 3), 45, 38)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first = model(x)
+        monkeypatch.setattr(inference, "dense_block", None)
+        assert model(x).equal(first) and model(x.to(memory_format=torch.channels_last)).equal(first)
+    assert served == 3 * PARTS
 
 
 @pytest.mark.parametrize("prepend", [False, True])
@@ -140,6 +160,91 @@ def test_no_weight_is_stale(change, served):
         got, expected = model(x), copy.deepcopy(model)(x)
     assert served == 4 * PARTS and before[0].equal(before[1])
     assert got.equal(expected) and got.equal(before[0]) == (change is CHANGES["the layout"])
+
+
+def spread(tensor):
+    tensor.data = tensor.data.repeat_interleave(2, 0)[::2]
+
+
+def retyped(model):
+    for tensor in model.parameters():
+        tensor.data = tensor.data.to(torch.bfloat16)
+
+
+def hooked(model):
+    model.features.denseblock1.denselayer1.norm1.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+@contextlib.contextmanager
+def forward_mode():
+    with torch.autograd.forward_ad.dual_level():
+        yield
+
+
+def unchanged(model):
+    pass
+
+
+LATER = {
+    "nothing": (unchanged, contextlib.nullcontext),
+    "strides": (each(spread), contextlib.nullcontext),
+    "dtypes": (retyped, contextlib.nullcontext),
+    "another dtype": (lambda model: model.double(), contextlib.nullcontext),
+    "a hook": (hooked, contextlib.nullcontext),
+    "training": (lambda model: model.train(), contextlib.nullcontext),
+    "batch statistics": (lambda model: model.features.norm5.train(), contextlib.nullcontext),
+    "another transition": (
+        lambda model: setattr(model.features, "transition1", nn.AvgPool2d(2)),
+        contextlib.nullcontext,
+    ),
+    "no parts": (
+        lambda model: [model.features._modules.pop(name) for name in [*model.features._modules][:-1]],
+        contextlib.nullcontext,
+    ),
+    "autograd": (unchanged, torch.enable_grad),
+    "inference mode": (unchanged, torch.inference_mode),
+    "autocast": (unchanged, lambda: torch.autocast("cpu", torch.bfloat16)),
+    "switched off": (unchanged, lambda: densenet_fast.set_fused(False)),
+    "a counter": (unchanged, lambda: FlopCounterMode(display=False)),
+    "forward mode": (unchanged, forward_mode),
+}
+
+
+def outcome(model, x, served):
+    """What a call returns, what ran, and what is said of it; or the error that it raises."""
+    served.clear()
+    try:
+        made = model(x)
+    except Exception as error:
+        return str(error)
+    return made.dtype, made.requires_grad, made.tolist(), [*served], str(densenet_fast.explain(model))
+
+
+@pytest.mark.parametrize("change, around", LATER.values(), ids=LATER)
+def test_earlier_calls_make_no_difference(change, around, served):
+    model = network()
+    with torch.no_grad():
+        for sizes in ((2, 3, 40, 40), (1, 3, 45, 38), (2, 3, 40, 40)):
+            model(images(*sizes))
+        new = copy.deepcopy(model)
+        change(model), change(new)
+        for x in (images(2, 3, 40, 40), images(1, 3, 48, 48), images(2, 4, 40, 40), images(2, 3, 40, 40).double()):
+            with around():
+                got = outcome(model, x, served)
+            with around():
+                assert got == outcome(new, x, served)
+
+
+def test_the_profiler_and_tracing_see_the_parts(served):
+    model, x = network(), images()
+    with torch.no_grad():
+        model(x), model(x)
+        with torch.profiler.profile() as profiler:
+            model(x)
+        traced = torch.jit.trace(model, x)
+    names = [event.name for event in profiler.events() if event.name.startswith("densenet_fast::")]
+    assert sum("dense_block" in name and "cpu" not in name for name in names) == 2
+    assert "aten::batch_norm" in str(traced.inlined_graph) and error(traced(x), model(x)) < 1e-5
 
 
 def of_other_kind(**options):

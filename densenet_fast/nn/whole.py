@@ -1,0 +1,95 @@
+"""The whole network in one chain: its convolutional part, and the head before the classifier."""
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast import functional, inference, reference
+from densenet_fast.functional import BatchStatistics, Updates
+from densenet_fast.nn import calls, fusion
+from densenet_fast.nn.features import Features, Step, rectified
+from densenet_fast.operands import NormOperands, Operands
+
+
+class Head(Step):
+    """``norm5`` of ``model.features``, with the ReLU and the average behind it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.norm = model.features.norm5
+        super().__init__(self.norm)
+        self.model, self.operands = weakref.ref(model), NormOperands(fusion.batch_norm(self.norm))
+
+    def obstacle(self, x: Tensor) -> str | None:
+        return fusion.input_obstacle(x, 2)
+
+    def reads_statistics(self) -> bool:
+        return self.operands.reads_statistics
+
+    def reads_block(self) -> NormOperands:
+        return self.operands
+
+    def run(
+        self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
+    ) -> tuple[Tensor, BatchStatistics | None]:
+        return functional.run_bn_relu_global_avgpool(x, self.operands, statistics, updates), None
+
+    def stock(self, x: Tensor) -> Tensor:
+        return reference.average(rectified(self.norm(x)))
+
+    def note(self, reason: str | None) -> None:
+        calls.note(self.model(), reason, self.operands, "Head")
+
+
+class Whole:
+    """The steps of a network's features but the last, ``norm5``, and the head, which has that too."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._known: _Known | None = None
+
+    def means(self, features: Features, images: Tensor) -> Tensor:
+        """The means of the rectified features."""
+        if torch.compiler.is_compiling():
+            return features.through(images, [*features.steps()[:-1], self._head])
+        made = self._by_kernels(features, images)
+        if made is not None:
+            return made
+        given = features.steps()
+        steps, updates = [*given[:-1], self._head], Updates()
+        made = features.through(images, steps, updates)
+        if len(updates.room.served) == len(steps):
+            self._admit(given, steps, updates.room.served, images)
+        return made
+
+    def _admit(self, given: Sequence[Step], steps: Sequence[Step], served: Sequence[Operands], images: Tensor) -> None:
+        """Lets :meth:`_by_kernels` take such images, if it can take the steps, all of which were ``served``."""
+        known = self._known
+        if known is None or known.given is not given:
+            if not inference.Network.consists_of(served):
+                return
+            known = self._known = _Known(given, steps, inference.Network(steps[0].convolution, served))
+        known.network.admit(images)
+
+    def _by_kernels(self, features: Features, images: Tensor) -> Tensor | None:
+        """:meth:`means` in one go. None unless such images have been admitted, and no module has changed since."""
+        known = self._known
+        if known is None or not known.network.admits(images) or features.held_steps() is not known.given:
+            return None
+        try:
+            made = known.network.run(images)
+        except RuntimeError:  # the steps know what to do, or what is wrong
+            return None
+        for step in known.steps:
+            step.note(None)
+        return made
+
+
+class _Known(NamedTuple):
+    """The steps of the features, those of the whole, and the network that they make."""
+
+    given: Sequence[Step]
+    steps: Sequence[Step]
+    network: inference.Network
