@@ -1,6 +1,7 @@
 """Where the columns, the statistics and the bottlenecks of a block's layers stand."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,11 +25,27 @@ class BlockTensors:
         self.is_trained = [i % STAGE_TENSORS in (0, 1, 4) and t is not empty for i, t in enumerate(self.tensors)]
         self.trained = [i for i, flag in enumerate(self.is_trained) if flag]
         self._vectors = [t for stage in stages for t in stage[:4] if t is not None]
-        self._weights = [stage.conv_weight for stage in stages]
+        self._weights = [stage.conv_weight for stage in stages if stage.conv_weight is not None]
         self._dtypes = {weight.dtype for weight in self._weights}
         self._plain = all(stage.conv_bias is None for stage in stages) and all(
             t.dtype == torch.float32 for t in self._vectors
         )
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], eps: list[float]) -> "BlockTensors":
+        """Those of flattened stages. They are kept with ``tensors`` if that is a list that nobody changes."""
+
+        def make() -> "BlockTensors":
+            return cls(unflatten(tensors, eps))
+
+        return tensors.made(cls, make) if type(tensors) is Fixed else make()
+
+    def gradients(self, made: Iterable[Tensor]) -> list[Tensor | None]:
+        """One gradient per tensor in its dtype, None where there is none, from those that were ``made`` in float32."""
+        gradients: list[Tensor | None] = [None] * len(self.tensors)
+        for i, gradient in zip(self.trained, made):
+            gradients[i] = gradient if self.tensors[i].dtype == torch.float32 else gradient.to(self.tensors[i].dtype)
+        return gradients
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the backend takes these tensors with features of ``dtype``."""

@@ -6,23 +6,27 @@ the host spends as much time on the call of an op as on dozens of launches; a ch
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.layout import is_channels_last
+from densenet_fast.backends import select
+from densenet_fast.backends.contract import Backend
+from densenet_fast.backends.layout import is_channels_last, to_matrix
+from densenet_fast.backends.optional import BlockAndReader
 from densenet_fast.ops import planned, stock
 from densenet_fast.ops.ahead import compile_ahead
-from densenet_fast.ops.block_plan import Plan, own_features
+from densenet_fast.ops.block_plan import BlockTensors, Plan, own_features, plan_of
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.dense_block_backward import consuming_backward
 from densenet_fast.ops.flops import of_stages
 from densenet_fast.ops.op import Parts, direct_call, in_format, named, seen_by_dispatcher, with_unit_channel_stride
-from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, save_stages, saved_stages, unflatten
+from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, global_count, save_stages, saved_stages, unflatten
 
 __all__ = ["HEAD", "TRANSITION", "Call"]
 
@@ -97,6 +101,52 @@ class Call(NamedTuple):
     options: tuple[Any, ...]
 
 
+class Whole:
+    """A chain that the ``backend`` runs in one call: ``block`` and ``reader`` are the tensors of the two ops."""
+
+    def __init__(self, backend: Backend, grid: tuple[int, ...], block: BlockTensors, reader: BlockTensors) -> None:
+        self.backend, self.grid, self.block, self.reader = backend, grid, block, reader
+
+    @classmethod
+    def of(cls, x: Tensor, given: Inputs | BackwardInputs) -> "Whole | None":
+        """The chain for x, or None where no backend runs it in one call, and where a profiler is to see both ops."""
+        if torch.autograd._profiler_enabled():
+            return None
+        frozen = given.read_tensors[2] is not None
+        options = (given.tensors, given.eps, given.bottleneck, given.drop_rates, not frozen, given.prepend)
+        plan, backend = plan_of(x, *options), select(x.device, x.dtype)
+        if not plan.runs_whole_on(backend, x.dtype, None):
+            return None
+        reader = BlockTensors.of(given.read_tensors, given.read_eps)
+        return cls(backend, plan.grid, plan.block_tensors, reader) if reader.fits(x.dtype) else None
+
+    def computes(self, given: BackwardInputs) -> bool:
+        """Whether all gradients are needed that it computes."""
+        needs = given.needs[0], *given.needs[2:], *given.read_needs[2:]
+        return all(compress(needs, (True, *self.block.is_trained, *self.reader.is_trained)))
+
+    def forward(self, given: Inputs) -> tuple[Any, ...]:
+        """The results of :meth:`Chain.forward`."""
+        x, described = given.x, bool(given.options) and given.options[1]
+        features, mean, var, bottlenecks, out, *own = self.backend.dense_block_and_reader(
+            to_matrix(x), given.mean, given.var, self._parts(given), return_statistics=described
+        )
+        columns, count = features.shape[1], global_count(0, x, None)
+        return features, mean, var, count, bottlenecks, out, mean[:columns], var[:columns], count, *own
+
+    def backward(self, given: BackwardInputs) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """The results of :meth:`Chain.backward`."""
+        statistics = (given.mean, given.var, given.bottlenecks)
+        grad_x, grads, read_grads = self.backend.dense_block_and_reader_backward(
+            to_matrix(given.grad), to_matrix(given.features), *statistics, given.in_channels, self._parts(given)
+        )
+        return grad_x, self.block.gradients(grads), self.reader.gradients(read_grads)
+
+    def _parts(self, given: Inputs | BackwardInputs) -> BlockAndReader:
+        options = (given.eps, self.grid, given.saved, given.prepend)
+        return BlockAndReader(self.block.tensors, *options, self.reader.tensors, *given.read_eps)
+
+
 class Chain:
     """A dense block and the op of its ``reader``, which has one stage."""
 
@@ -123,6 +173,9 @@ class Chain:
         returns."""
         given = Inputs(*inputs)
         x, tensors, return_statistics = given.x, given.tensors, given.return_statistics
+        whole = Whole.of(x, given)
+        if whole is not None:
+            return whole.forward(given)
         block = (tensors, given.eps, [], given.drop_rates, given.bottleneck, given.saved, return_statistics, None, None)
         with named(block_parts.forward.name, x, lambda: of_stages(x, tensors)):
             features, mean, var, count, bottlenecks = block_parts.forward.body(
@@ -140,6 +193,9 @@ class Chain:
         reader's. ``seen`` says whether the dispatcher has to see the two ops."""
         given = BackwardInputs(*inputs)
         features, read_tensors, needs = given.features, given.read_tensors, given.needs
+        whole = None if seen else Whole.of(own_features(features, given.in_channels, given.prepend), given)
+        if whole is not None and whole.computes(given):
+            return whole.backward(given)
         known = (features, given.read_mean, given.read_var, given.read_count, read_tensors, given.read_eps)
         with named(self.reader.backward.name, given.grad):
             read = self.reader.backward if seen else self.reader.backward.body
