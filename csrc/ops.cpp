@@ -54,14 +54,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor var, float count, Tensor[] tensors, float[] eps, int[] grid, Tensor(a!) grad_x, Tensor(b!)[] gradients, "
       "Tensor(c!) p, Tensor(d!) q, bool return_statistics, bool prepend=False) -> ()");
   m.def(
-      "cpu_dense_block_and_reader(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor[] tensors, float[] eps, int[] grid, "
-      "int[] saved, bool prepend, Tensor[] read_tensors, float read_eps, bool return_statistics) "
-      "-> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
+      "cpu_dense_block_and_reader(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor[] tensors, int[] places, "
+      "float[] eps, int[] grid, int[] saved, bool prepend, Tensor[] read_tensors, float read_eps, "
+      "bool return_statistics) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_dense_block_and_reader_backward(Tensor grad, Tensor features, Tensor mean, Tensor var, Tensor[] "
-      "bottlenecks, "
-      "int in_channels, Tensor[] tensors, float[] eps, int[] grid, int[] saved, bool prepend, Tensor[] read_tensors, "
-      "float read_eps) -> (Tensor, Tensor[], Tensor[])");
+      "cpu_dense_block_and_reader_backward(Tensor grad, Tensor features, Tensor mean, Tensor var, "
+      "Tensor[] bottlenecks, int in_channels, Tensor[] tensors, int[] places, float[] eps, int[] grid, int[] saved, "
+      "bool prepend, Tensor[] read_tensors, float read_eps) -> (Tensor, Tensor[], Tensor[])");
   m.def(
       "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "bool prepend=False) -> ()");

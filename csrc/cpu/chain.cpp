@@ -51,6 +51,15 @@ std::vector<Tensor> for_each_layer(const std::vector<Tensor>& kept, const Sizes&
   return all;
 }
 
+// The tensors of `stages` stages from those that are there, whose `places` are given; the others are empty
+std::vector<Tensor> in_places(const std::vector<Tensor>& present, const Sizes& places, size_t stages,
+                              const Tensor& like) {
+  std::vector<Tensor> all(kStageTensors * stages, nothing(like));
+  STD_TORCH_CHECK(present.size() == places.size(), "places: expected ", present.size(), ", got ", places.size());
+  for (size_t i = 0; i < places.size(); ++i) all.at(places[i]) = present[i];
+  return all;
+}
+
 // The places of a stage's tensors that have gradients: those of the normalisation's weight and bias and of the
 // convolution's weight
 bool is_trained(const std::vector<Tensor>& tensors, size_t i) {
@@ -83,10 +92,10 @@ Norm reader(const std::vector<Tensor>& tensors, double eps, int64_t cols) {
 using Made = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor>;
 
 Made dense_block_and_reader(Tensor x, std::optional<Tensor> x_mean, std::optional<Tensor> x_var,
-                            std::vector<Tensor> tensors, std::vector<double> eps, Sizes grid, Sizes saved, bool prepend,
-                            std::vector<Tensor> read_tensors, double read_eps, bool return_statistics) {
-  STD_TORCH_CHECK(tensors.size() == 2 * kStageTensors * saved.size(),
-                  "tensors: expected six for each of two stages a layer");
+                            std::vector<Tensor> present, Sizes places, std::vector<double> eps, Sizes grid, Sizes saved,
+                            bool prepend, std::vector<Tensor> read_tensors, double read_eps, bool return_statistics) {
+  STD_TORCH_CHECK(eps.size() == 2 * saved.size(), "eps: expected one for each of two stages a layer");
+  const std::vector<Tensor> tensors = in_places(present, places, eps.size(), x);
   const int64_t rows = x.size(0), in_channels = x.size(1);
   int64_t columns = in_channels, packed = 0;
   std::vector<Tensor> bottlenecks;
@@ -125,9 +134,10 @@ Made dense_block_and_reader(Tensor x, std::optional<Tensor> x_mean, std::optiona
 // block and of the reader, of each that has one
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> dense_block_and_reader_backward(
     Tensor grad, Tensor features, Tensor mean, Tensor var, std::vector<Tensor> bottlenecks, int64_t in_channels,
-    std::vector<Tensor> tensors, std::vector<double> eps, Sizes grid, Sizes saved, bool prepend,
+    std::vector<Tensor> present, Sizes places, std::vector<double> eps, Sizes grid, Sizes saved, bool prepend,
     std::vector<Tensor> read_tensors, double read_eps) {
   const int64_t rows = features.size(0), packed = mean.size(0);
+  const std::vector<Tensor> tensors = in_places(present, places, eps.size(), mean);
   const Norm norm = reader(read_tensors, read_eps, features.size(1));
   const Folded folded = norm.fold(vector(mean, packed, "mean"), vector(var, packed, "var"));
   const Gradients gradients(tensors);

@@ -32,7 +32,9 @@ class BlockAndReader(NamedTuple):
     """A dense block and the stage that reads it, for a backend that runs both in one call."""
 
     tensors: list[Tensor]
-    """Those of the block's stages, as in :class:`Block`."""
+    """Those of the block's stages that are not absent."""
+    places: list[int]
+    """Where they stand among the tensors of a :class:`Block`."""
     eps: list[float]
     grid: tuple[int, ...]
     """That of the block."""
@@ -40,7 +42,8 @@ class BlockAndReader(NamedTuple):
     """Whether to keep each layer's bottleneck for the backward pass, or to compute it again."""
     prepend: bool
     read_tensors: list[Tensor]
-    """Those of the reader's stage. With a convolution it is a transition, without a head."""
+    """Those of the reader's stage, an empty one for one that is absent. With a convolution it is a transition, without
+    a head."""
     read_eps: float
 
 

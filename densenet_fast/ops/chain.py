@@ -144,7 +144,7 @@ class Whole:
 
     def _parts(self, given: Inputs | BackwardInputs) -> BlockAndReader:
         options = (given.eps, self.grid, given.saved, given.prepend)
-        return BlockAndReader(self.block.tensors, *options, self.reader.tensors, *given.read_eps)
+        return BlockAndReader(self.block.present, self.block.places, *options, self.reader.tensors, *given.read_eps)
 
 
 class Chain:

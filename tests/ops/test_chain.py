@@ -98,13 +98,14 @@ def test_wrong_arguments_raise():
     x = torch.zeros(12, 16)
     tensors, read = pack(stages, x)[0], [norm.weight, norm.bias, *[x.new_empty(0)] * 4]
 
-    def refused(message, x, tensors, saved, read, grid=(3, 2, 2)):
+    def refused(message, saved=(True,), read=read, places=range(12), grid=(3, 2, 2)):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.densenet_fast.cpu_dense_block_and_reader(
-                *(x, None, None, tensors, [1e-5, 1e-5], [*grid], saved, False, read, 1e-5, False)
+                *(x, None, None, tensors, [*places], [1e-5, 1e-5], [*grid], [*saved], False, read, 1e-5, False)
             )
 
-    refused("tensors: expected six", x, tensors, [True, True], read)
-    refused("read_tensors: expected six, got 5", x, tensors, [True], read[:5])
-    refused("weight: expected 24 contiguous", x, tensors, [True], [norm.weight[1:], *read[1:]])
-    refused("grid: expected the product 12", x, tensors, [True], read, (3, 2, 3))
+    refused("eps: expected one for each of two stages a layer", saved=(True, True))
+    refused("places: expected 12, got 11", places=range(11))
+    refused("read_tensors: expected six, got 5", read=read[:5])
+    refused("weight: expected 24 contiguous", read=[norm.weight[1:], *read[1:]])
+    refused("grid: expected the product 12", grid=(3, 2, 3))
