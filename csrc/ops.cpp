@@ -36,6 +36,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
       "int[] grid) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool_stage(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor[] tensors, float eps, int[] grid, "
+      "bool return_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool_stage_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor var, "
+      "Tensor[] tensors, float eps, int[] grid) -> (Tensor, Tensor[])");
   m.def("cpu_bn_relu_global_avgpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int images) -> Tensor");
   m.def(
       "cpu_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) "

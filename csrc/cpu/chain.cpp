@@ -2,44 +2,12 @@
 // of the vectors between the two ops would take longer as a tensor of Python's than a kernel of a small network.
 #include "dense_block.h"
 #include "readers.h"
-#include "stage.h"
+#include "results.h"
 
 namespace densenet_fast {
 namespace {
 
 using Sizes = std::vector<int64_t>;
-
-Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef size, torch::headeronly::IntHeaderOnlyArrayRef strides,
-                     ScalarType dtype) {
-  const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), number,
-                                                  aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
-// The memory of `t` as a tensor that is not a view
-Tensor with_strides(const Tensor& t, const Sizes& size, const Sizes& strides) {
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), size.size(), size.data(), strides.data(), t.storage_offset(), &made));
-  return Tensor(made);
-}
-
-// [M, C] with adjacent rows as [N, C, *spatial]; `grid` is (N, *spatial)
-Tensor image(const Tensor& matrix, const Sizes& grid) {
-  Sizes size = grid, strides(grid.size(), matrix.size(1));
-  for (size_t i = grid.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * grid[i];
-  size.insert(size.begin() + 1, matrix.size(1));
-  strides.insert(strides.begin() + 1, 1);
-  return with_strides(matrix, size, strides);
-}
-
-Tensor new_vector(const Tensor& like, int64_t size) {
-  Tensor made = new_floats(like, {size});
-  std::fill_n(floats_of(made), size, 0.0f);
-  return made;
-}
 
 // One for each layer, empty where it is not kept, from those that are
 std::vector<Tensor> for_each_layer(const std::vector<Tensor>& kept, const Sizes& saved, const Tensor& like) {
@@ -59,26 +27,6 @@ std::vector<Tensor> in_places(const std::vector<Tensor>& present, const Sizes& p
   for (size_t i = 0; i < places.size(); ++i) all.at(places[i]) = present[i];
   return all;
 }
-
-// The places of a stage's tensors that have gradients: those of the normalisation's weight and bias and of the
-// convolution's weight
-bool is_trained(const std::vector<Tensor>& tensors, size_t i) {
-  const size_t place = i % kStageTensors;
-  return (place < 2 || place == 4) && tensors[i].numel() > 0;
-}
-
-// For the gradients of `tensors`, float32, in their places; and a list of those that there are
-struct Gradients {
-  std::vector<Tensor> all, trained;
-
-  explicit Gradients(const std::vector<Tensor>& tensors) : all(tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (!is_trained(tensors, i)) continue;
-      all[i] = empty_strided(tensors[i].sizes(), tensors[i].strides(), ScalarType::Float);
-      trained.push_back(all[i]);
-    }
-  }
-};
 
 Norm reader(const std::vector<Tensor>& tensors, double eps, int64_t cols) {
   STD_TORCH_CHECK(tensors.size() == kStageTensors, "read_tensors: expected six, got ", tensors.size());

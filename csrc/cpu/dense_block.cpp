@@ -173,18 +173,6 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
   });
 }
 
-namespace {
-
-// (1) into out, where anything was normalised by the batch
-template <typename T>
-void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Matrix<T>& out) {
-  Tiles(grad.rows, 3 * grad.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-    through.apply(grad, first, n, out.from(first));
-  });
-}
-
-}  // namespace
-
 void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean,
                           Tensor var, double count, std::vector<Tensor> tensors, std::vector<double> eps,
                           std::vector<int64_t> grid, Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed,
@@ -219,7 +207,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       if (block.normalised_by_batch(i + 1)) {
         const int64_t c = layer.made;
         const Matrix<T> target = g.columns(c, layer.growth);
-        finalise<T>({f.columns(c, layer.growth), m + c, p + c, q + c, count}, dy, target);
+        Finalise<T>(f.columns(c, layer.growth), m + c, p + c, q + c, count).apply(dy, target);
         dy = target.readonly();
       }
 
@@ -253,7 +241,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
     const int64_t own = block.own;
     const Matrix<const T> rest = source.columns(own, result.cols);
     if (block.normalised_by_batch(0)) {
-      finalise<T>({f.columns(own, result.cols), m + own, p + own, q + own, count}, rest, result);
+      Finalise<T>(f.columns(own, result.cols), m + own, p + own, q + own, count).apply(rest, result);
     } else {
       for (int64_t row = 0; row < rest.rows; ++row) std::copy_n(rest.row(row), rest.cols, result.row(row));
     }

@@ -38,6 +38,7 @@ class Cpu(Aten):
 
     name = "cpu"
     RECOMPUTES_WIDE_BOTTLENECKS = True
+    RUNS_STAGES = True
     INFERS = True
 
     def unavailable(self) -> str | None:
@@ -307,6 +308,32 @@ class Cpu(Aten):
         parts: BlockAndReader,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return kernels.cpu_dense_block_and_reader_backward(grad, features, mean, var, bottlenecks, in_channels, *parts)
+
+    def bn_relu_maxpool_stage(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        tensors: list[Tensor],
+        eps: float,
+        grid: tuple[int, ...],
+        *,
+        return_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return kernels.cpu_bn_relu_maxpool_stage(x, mean, var, tensors, eps, grid, return_statistics)
+
+    def bn_relu_maxpool_stage_backward(
+        self,
+        grad: Tensor,
+        argmax: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        tensors: list[Tensor],
+        eps: float,
+        grid: tuple[int, ...],
+    ) -> tuple[Tensor, list[Tensor]]:
+        return kernels.cpu_bn_relu_maxpool_stage_backward(grad, argmax, x, mean, var, tensors, eps, grid)
 
     def dense_block_inference(
         self,

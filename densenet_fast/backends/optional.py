@@ -151,6 +151,42 @@ class OptionalFunctions:
         """
         raise NotImplementedError
 
+    RUNS_STAGES: bool = False
+    """Whether it has the functions ``*_stage*``, which normalise and all else in one call. Their ``tensors`` are those
+    of one stage, as :meth:`dense_block` takes them."""
+
+    def bn_relu_maxpool_stage(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        tensors: list[Tensor],
+        eps: float,
+        grid: tuple[int, ...],
+        *,
+        return_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Returns what :meth:`bn_relu_maxpool` does, the maxima as [N, C, *spatial'].
+
+        Then the mean and variance of x [M, C], which are copies of those given, if any, and zero if the stage is
+        frozen; and with ``return_statistics`` those of the maxima, which are empty otherwise.
+        """
+        raise NotImplementedError
+
+    def bn_relu_maxpool_stage_backward(
+        self,
+        grad: Tensor,
+        argmax: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        tensors: list[Tensor],
+        eps: float,
+        grid: tuple[int, ...],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the complete gradient of x [N, C, *spatial], and those of weight and bias, of each that is there."""
+        raise NotImplementedError
+
     INFERS: bool = False
     """Whether it has the functions ``*_inference``, which normalise by running statistics and keep nothing for a
     backward pass. Their ``tensors`` are those of all stages in turn: of each the normalisation's four, then the

@@ -1,4 +1,6 @@
-"""A dense block and what reads it in one call of the CPU backend, against the two ops one after the other."""
+"""What the CPU backend runs in one call, against the ops' bodies in Python: a dense block with its reader, the stem."""
+
+import importlib
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ def freeze(*names):
 
 
 def no_affine(features):
-    for norm in (features.transition1.norm, features.norm5):
+    for norm in (features.norm0, features.transition1.norm, features.norm5):
         norm.weight = norm.bias = None
 
 
@@ -39,7 +41,7 @@ def fix(*names):
 
 
 def unlike_epsilons(features):
-    features.transition1.norm.eps, features.norm5.eps = 0.3, 0.1
+    features.norm0.eps, features.transition1.norm.eps, features.norm5.eps = 0.2, 0.3, 0.1
 
 
 CASES = {
@@ -47,6 +49,8 @@ CASES = {
     "recomputed": (lambda: network(memory_efficient=True), 2),
     "channels last weights": (lambda: network().to(memory_format=torch.channels_last), 2),
     "new features first": (lambda: changed(prepend), 2),
+    "a frozen stem": (lambda: changed(freeze("norm0")), 2),
+    "a stem's fixed parameter": (lambda: changed(fix("norm0.weight")), 2),
     "frozen readers": (lambda: changed(freeze("transition1.norm", "norm5")), 2),
     "a frozen block": (lambda: changed(freeze("denseblock1")), 2),
     "readers without weights": (lambda: changed(no_affine), 2),
@@ -84,6 +88,7 @@ def test_one_call_makes_what_two_make(make, calls, mode, counted, monkeypatch):
     once = step(make().to(dtype), x, mode == "autocast")
     assert len(counted) == (0 if mode == "bfloat16" else 2 * calls)
     monkeypatch.setattr(Whole, "of", lambda x, given: None)
+    monkeypatch.setattr(importlib.import_module("densenet_fast.ops.bn_relu_maxpool"), "_run_whole", lambda given: None)
     torch.manual_seed(0)
     twice = step(make().to(dtype), x, mode == "autocast")
     for a, b in zip(once, twice, strict=True):
@@ -109,3 +114,7 @@ def test_wrong_arguments_raise():
     refused("read_tensors: expected six, got 5", read=read[:5])
     refused("weight: expected 24 contiguous", read=[norm.weight[1:], *read[1:]])
     refused("grid: expected the product 12", grid=(3, 2, 3))
+    none = [x.new_empty(0)] * 6
+    for message, mean, given in (("tensors: expected six, got 5", None, none[1:]), ("x_mean: expected with", x, none)):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.densenet_fast.cpu_bn_relu_maxpool_stage(x, mean, None, given, 1e-5, [3, 2, 2], False)
