@@ -104,29 +104,37 @@ class Call(NamedTuple):
 class Whole:
     """A chain that the ``backend`` runs in one call: ``block`` and ``reader`` are the tensors of the two ops."""
 
-    def __init__(self, backend: Backend, grid: tuple[int, ...], block: BlockTensors, reader: BlockTensors) -> None:
-        self.backend, self.grid, self.block, self.reader = backend, grid, block, reader
+    def __init__(self, backend: Backend, plan: Plan, given: Inputs) -> None:
+        self.backend, self.grid, self.block = backend, plan.grid, plan.block_tensors
+        self.reader = BlockTensors.of(given.read_tensors, given.read_eps)
+        self._given = given.tensors, given.read_tensors
 
     @classmethod
-    def of(cls, x: Tensor, given: Inputs | BackwardInputs) -> "Whole | None":
+    def of(cls, x: Tensor, given: Inputs) -> "Whole | None":
         """The chain for x, or None where no backend runs it in one call, and where a profiler is to see both ops."""
-        if torch.autograd._profiler_enabled():
+        backend, grid = select(x.device, x.dtype), (x.shape[0], *x.shape[2:])
+        if not backend.runs_whole_blocks(grid) or torch.autograd._profiler_enabled():
             return None
-        frozen = given.read_tensors[2] is not None
-        options = (given.tensors, given.eps, given.bottleneck, given.drop_rates, not frozen, given.prepend)
-        plan, backend = plan_of(x, *options), select(x.device, x.dtype)
-        if not plan.runs_whole_on(backend, x.dtype, None):
-            return None
-        reader = BlockTensors.of(given.read_tensors, given.read_eps)
-        return cls(backend, plan.grid, plan.block_tensors, reader) if reader.fits(x.dtype) else None
+        options = (given.eps, given.bottleneck, given.drop_rates, given.return_statistics, given.prepend)
+        plan = plan_of(x, given.tensors, *options)
+        whole = cls(backend, plan, given) if plan.runs_whole_on(backend, x.dtype, None) else None
+        return whole if whole is not None and whole.reader.fits(x.dtype) else None
 
-    def computes(self, given: BackwardInputs) -> bool:
-        """Whether all gradients are needed that it computes."""
-        needs = given.needs[0], *given.needs[2:], *given.read_needs[2:]
-        return all(compress(needs, (True, *self.block.is_trained, *self.reader.is_trained)))
+    def serves(self, given: BackwardInputs) -> bool:
+        """Whether the tensors are still as they were, and all gradients are needed that it computes."""
+        dtype, needs = given.features.dtype, (given.needs[0], *given.needs[2:], *given.read_needs[2:])
+        return (
+            given.tensors is self._given[0]
+            and given.read_tensors is self._given[1]
+            and self.block.fits(dtype)
+            and self.reader.fits(dtype)
+            and all(compress(needs, (True, *self.block.is_trained, *self.reader.is_trained)))
+            and not torch.autograd._profiler_enabled()
+        )
 
-    def forward(self, given: Inputs) -> tuple[Any, ...]:
-        """The results of :meth:`Chain.forward`."""
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """What :meth:`Chain.forward` does."""
+        given = Inputs(*inputs)
         x, described = given.x, bool(given.options) and given.options[1]
         features, mean, var, bottlenecks, out, *own = self.backend.dense_block_and_reader(
             to_matrix(x), given.mean, given.var, self._parts(given), return_statistics=described
@@ -135,7 +143,7 @@ class Whole:
         return features, mean, var, count, bottlenecks, out, mean[:columns], var[:columns], count, *own
 
     def backward(self, given: BackwardInputs) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """The results of :meth:`Chain.backward`."""
+        """What :meth:`Chain.backward` does."""
         statistics = (given.mean, given.var, given.bottlenecks)
         grad_x, grads, read_grads = self.backend.dense_block_and_reader_backward(
             to_matrix(given.grad), to_matrix(given.features), *statistics, given.in_channels, self._parts(given)
@@ -173,9 +181,6 @@ class Chain:
         returns."""
         given = Inputs(*inputs)
         x, tensors, return_statistics = given.x, given.tensors, given.return_statistics
-        whole = Whole.of(x, given)
-        if whole is not None:
-            return whole.forward(given)
         block = (tensors, given.eps, [], given.drop_rates, given.bottleneck, given.saved, return_statistics, None, None)
         with named(block_parts.forward.name, x, lambda: of_stages(x, tensors)):
             features, mean, var, count, bottlenecks = block_parts.forward.body(
@@ -193,9 +198,6 @@ class Chain:
         reader's. ``seen`` says whether the dispatcher has to see the two ops."""
         given = BackwardInputs(*inputs)
         features, read_tensors, needs = given.features, given.read_tensors, given.needs
-        whole = None if seen else Whole.of(own_features(features, given.in_channels, given.prepend), given)
-        if whole is not None and whole.computes(given):
-            return whole.backward(given)
         known = (features, given.read_mean, given.read_var, given.read_count, read_tensors, given.read_eps)
         with named(self.reader.backward.name, given.grad):
             read = self.reader.backward if seen else self.reader.backward.body
@@ -239,8 +241,10 @@ class _Node(torch.autograd.Function):
         ctx: Any, chain: Chain, given: Inputs, hidden: tuple[RequiringGrad, RequiringGrad, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
         x, tensors, read_tensors = given.x, given.tensors, given.read_tensors
+        ctx.whole = Whole.of(x, given)
+        forward = chain.forward if ctx.whole is None else ctx.whole.forward
         with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
-            made = planned.run(chain.name, chain.forward, given)
+            made = planned.run(chain.name, forward, given)
         features, mean, var, count, bottlenecks, out, *read = made
         *ctx.required, x_stand_in = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
@@ -301,6 +305,8 @@ class _Node(torch.autograd.Function):
             with named(name, grad):
                 if seen_by_dispatcher([grad]):
                     grad_x, grads, read_grads = ctx.chain.backward(*inputs, seen=True)
+                elif ctx.whole is not None and ctx.whole.serves(inputs):
+                    grad_x, grads, read_grads = ctx.whole.backward(inputs)
                 else:
                     grad_x, grads, read_grads = planned.run(name, ctx.chain.backward, inputs)
             if not needs[0]:
