@@ -41,6 +41,7 @@ CPU_SOURCES = (
     "bn_relu_maxpool",
     "bn_relu_global_avgpool",
     "dense_block",
+    "chain",
     "dense_block_inference",
     "stem",
 )

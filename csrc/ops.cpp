@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def(
       "cpu_bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale, Tensor shift, "
       "int[] grid) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool_stage(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor[] tensors, float eps, int[] grid, "
+      "bool return_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_bn_relu_maxpool_stage_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor var, "
+      "Tensor[] tensors, float eps, int[] grid) -> (Tensor, Tensor[])");
   m.def("cpu_bn_relu_global_avgpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, int images) -> Tensor");
   m.def(
       "cpu_bn_relu_global_avgpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift) "
@@ -56,6 +62,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor(c!) p, Tensor(d!) q, bool return_statistics, bool prepend=False) -> ()");
   m.def("cpu_convolution(Tensor images, Tensor weight, int stride, int padding) -> Tensor");
   m.def("cpu_convolution_grad_weight(Tensor grad, Tensor images, Tensor weight, int stride, int padding) -> Tensor");
+  m.def(
+      "cpu_dense_block_and_reader(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor[] tensors, int[] places, "
+      "float[] eps, int[] grid, int[] saved, bool prepend, Tensor[] read_tensors, float read_eps, "
+      "bool return_statistics) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_dense_block_and_reader_backward(Tensor grad, Tensor features, Tensor mean, Tensor var, "
+      "Tensor[] bottlenecks, int in_channels, Tensor[] tensors, int[] places, float[] eps, int[] grid, int[] saved, "
+      "bool prepend, Tensor[] read_tensors, float read_eps) -> (Tensor, Tensor[], Tensor[])");
   m.def(
       "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "bool prepend=False) -> ()");

@@ -1,7 +1,7 @@
 // The stem: BN-ReLU and the maximum over windows of 3 at distance 2, padded by 1; forward and backward.
 #include <tuple>
 
-#include "statistics.h"
+#include "results.h"
 
 namespace densenet_fast {
 namespace {
@@ -46,17 +46,12 @@ struct Pooling {
   }
 };
 
-// out = maxima of relu(y) [M', C], with its statistics if they are given places; argmax = their positions in their
-// windows [M', C]
-std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, std::vector<int64_t> grid,
-                                           std::optional<Tensor> out_mean, std::optional<Tensor> out_var,
-                                           std::optional<Tensor> out_rstd, double eps) {
-  // [M, C], [C] each, [C] each
+// Maxima of relu(y) [M', C], with their statistics unless null, and their positions in their windows [M', C]
+std::tuple<Tensor, Tensor> maxima(const Tensor& x, Affine affine, const std::vector<int64_t>& grid,
+                                  const StatisticsOutput* statistics) {
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
-    const Affine a = affine(mean, scale, shift, m.cols);
-    const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, m.cols);
     const Pooling pooling(grid, m.rows);
     const int64_t pooled = pooling.outputs() * pooling.pooled_width;
     Tensor out = empty(x, {pooled, m.cols});
@@ -73,7 +68,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
           lines.places[lines.count++] = place;
         });
         const int64_t row = output * pooling.pooled_width;
-        pool_kernels_of<T>().bn_relu_max(lines, m.ld, pooling.width, m.cols, a, result.row(row),
+        pool_kernels_of<T>().bn_relu_max(lines, m.ld, pooling.width, m.cols, affine, result.row(row),
                                          positions + row * m.cols);
       }
       if (statistics)
@@ -86,13 +81,11 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, 
 
 // From the gradient of the maxima: D, the sum of those that a pixel is the maximum of, where y > 0; scale * D [M, C],
 // and (sum D, sum D * (x - mean)). Each pixel gathers from the outputs that read it, so that no two threads write one.
-std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale,
-                                                    Tensor shift, std::vector<int64_t> grid) {
-  // [M', C] twice, [M, C], [C] each
+std::tuple<Tensor, Tensor> maxima_backward(const Tensor& grad, const Tensor& argmax, const Tensor& x, Affine affine,
+                                           const std::vector<int64_t>& grid) {
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> g(grad, "grad"), m(x, "x");
-    const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
     STD_TORCH_CHECK(g.rows == pooling.outputs() * pooling.pooled_width && g.cols == m.cols,
                     "grad: expected the shape of the maxima");
@@ -114,12 +107,83 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
         });
         const int64_t row = line * pooling.width;
         sums[tile / tiles.per_chunk].add([&](GradientSums out) {
-          pool_kernels_of<T>().mask_max(readers, g.ld, m.from(row), pooling.width, m.cols, a, result.row(row), out);
+          pool_kernels_of<T>().mask_max(readers, g.ld, m.from(row), pooling.width, m.cols, affine, result.row(row),
+                                        out);
         });
       }
     });
     return std::tuple<Tensor, Tensor>(out, total(sums, x));
   });
+}
+
+std::tuple<Tensor, Tensor> bn_relu_maxpool(Tensor x, Tensor mean, Tensor scale, Tensor shift, std::vector<int64_t> grid,
+                                           std::optional<Tensor> out_mean, std::optional<Tensor> out_var,
+                                           std::optional<Tensor> out_rstd, double eps) {
+  // [M, C], [C] each, [C] each
+  const int64_t cols = x.size(1);
+  const auto statistics = optional_statistics(out_mean, out_var, out_rstd, eps, cols);
+  return maxima(x, affine(mean, scale, shift, cols), grid, or_null(statistics));
+}
+
+std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor scale,
+                                                    Tensor shift, std::vector<int64_t> grid) {
+  // [M', C] twice, [M, C], [C] each
+  return maxima_backward(grad, argmax, x, affine(mean, scale, shift, x.size(1)), grid);
+}
+
+Norm norm_of(const std::vector<Tensor>& tensors, double eps, int64_t cols) {
+  STD_TORCH_CHECK(tensors.size() == kStageTensors, "tensors: expected six, got ", tensors.size());
+  return {tensors.data(), eps, cols};
+}
+
+// The whole op, of a stage: the maxima [N, C, *spatial'] and their positions; the mean and the variance of x, which are
+// the given ones if there are such and zero if the stage is frozen; and those of the maxima, empty unless asked for
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stage(Tensor x, std::optional<Tensor> x_mean,
+                                                                 std::optional<Tensor> x_var,
+                                                                 std::vector<Tensor> tensors, double eps,
+                                                                 std::vector<int64_t> grid, bool return_statistics) {
+  const int64_t cols = x.size(1), described = return_statistics ? cols : 0;
+  const Norm norm = norm_of(tensors, eps, cols);
+  STD_TORCH_CHECK(x_mean.has_value() == x_var.has_value(), "x_mean: expected with x_var");
+  Tensor mean = new_vector(x, cols), var = new_vector(x, cols);
+  Tensor out_mean = new_vector(x, described), out_var = new_vector(x, described);
+  std::vector<float> rstd(cols);
+  if (x_mean) {
+    std::copy_n(vector(*x_mean, cols, "x_mean"), cols, floats_of(mean));
+    std::copy_n(vector(*x_var, cols, "x_var"), cols, floats_of(var));
+  } else if (!norm.frozen()) {
+    by_dtype(x, [&](auto zero) {
+      column_statistics(Matrix<const decltype(zero)>(x, "x"), {floats_of(mean), floats_of(var), rstd.data(), 0});
+    });
+  }
+  const Folded folded = norm.fold(floats_of(mean), floats_of(var));
+  const StatisticsOutput statistics(floats_of(out_mean), floats_of(out_var), rstd.data(), 0);
+  const auto [out, argmax] = maxima(x, folded.affine(), grid, return_statistics ? &statistics : nullptr);
+  std::vector<int64_t> pooled = grid;
+  for (size_t i = 1; i < pooled.size(); ++i) pooled[i] = (pooled[i] + 1) / 2;
+  return {image(out, pooled), argmax, mean, var, out_mean, out_var};
+}
+
+// The gradient of x [N, C, *spatial], what reaches it through its statistics included, and those of weight and bias,
+// where there are such
+std::tuple<Tensor, std::vector<Tensor>> stage_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor var,
+                                                       std::vector<Tensor> tensors, double eps,
+                                                       std::vector<int64_t> grid) {
+  const int64_t cols = x.size(1);
+  const Norm norm = norm_of(tensors, eps, cols);
+  const Folded folded = norm.fold(vector(mean, cols, "mean"), vector(var, cols, "var"));
+  auto [scaled, sums] = maxima_backward(grad, argmax, x, folded.affine(), grid);
+  const Gradients gradients(tensors);
+  std::vector<float> p = zeros(cols), q = zeros(cols);
+  norm.collect(folded, floats_of(sums), gradients.all.data(), p.data(), q.data());
+  if (!norm.frozen()) {
+    by_dtype(x, [&](auto zero) {
+      using T = decltype(zero);
+      const Matrix<T> total(scaled, "scaled");
+      Finalise<T>({x, "x"}, folded.mean, p.data(), q.data(), x.size(0)).apply(total.readonly(), total);
+    });
+  }
+  return {image(scaled, grid), gradients.trained};
 }
 
 }  // namespace
@@ -128,4 +192,6 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(Tensor grad, Tensor argmax, 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu_maxpool", TORCH_BOX(&densenet_fast::bn_relu_maxpool));
   m.impl("cpu_bn_relu_maxpool_backward", TORCH_BOX(&densenet_fast::bn_relu_maxpool_backward));
+  m.impl("cpu_bn_relu_maxpool_stage", TORCH_BOX(&densenet_fast::stage));
+  m.impl("cpu_bn_relu_maxpool_stage_backward", TORCH_BOX(&densenet_fast::stage_backward));
 }

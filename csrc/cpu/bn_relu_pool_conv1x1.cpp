@@ -1,8 +1,7 @@
 // The transition: BN-ReLU, a mean over windows of 2 and a 1x1 convolution, forward and backward. Pooling and the
 // convolution are linear and commute, so the pooling comes first, in the tile that is about to be multiplied.
-#include <tuple>
-
 #include "inference.h"
+#include "readers.h"
 #include "shares.h"
 
 namespace densenet_fast {
@@ -63,23 +62,58 @@ auto pooled(const Matrix<const T>& x, Affine affine, const Pooling& pooling) {
 template <typename T>
 constexpr bool kExact = sizeof(T) < sizeof(float);  // the means' rounding is multiplied too
 
-// out = mean(relu(y)) @ weight^T + bias, with its statistics if they are given places
-Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
-                            std::optional<Tensor> bias, std::vector<int64_t> grid, std::optional<Tensor> out_mean,
-                            std::optional<Tensor> out_var, std::optional<Tensor> out_rstd, double eps) {
-  // [M, C], [C] each, [C', C], [C'], [C'] each
+}  // namespace
+
+Tensor transition(const Tensor& x, Affine affine, const Tensor& weight, const float* bias,
+                  const std::vector<int64_t>& grid, const StatisticsOutput* statistics) {
   return by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Matrix<const T> m(x, "x");
     const Weight<T> w(weight, m.cols);
-    const Affine a = affine(mean, scale, shift, m.cols);
     const Pooling pooling(grid, m.rows);
-    const std::optional<StatisticsOutput> statistics = optional_statistics(out_mean, out_var, out_rstd, eps, w.rows);
     Tensor out = empty(x, {pooling.outputs, w.rows});
-    multiply_described<T>(w, vector(bias, w.rows, "bias"), nullptr, Matrix<T>(out, "out"), or_null(statistics),
-                          kExact<T>, pooling.window, pooled<T>(m, a, pooling));
+    multiply_described<T>(w, bias, nullptr, Matrix<T>(out, "out"), statistics, kExact<T>, pooling.window,
+                          pooled<T>(m, affine, pooling));
     return out;
   });
+}
+
+std::tuple<Tensor, Tensor> transition_backward(const Tensor& grad, const Tensor& x, Affine affine, const Tensor& weight,
+                                               const std::vector<int64_t>& grid, bool need_input, float* grad_weight) {
+  return by_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Matrix<const T> g(grad, "grad"), m(x, "x");
+    const Weight<T> w(weight);
+    const Pooling pooling(grid, m.rows);
+    STD_TORCH_CHECK(g.rows == pooling.outputs && g.cols == w.rows && w.cols == m.cols,
+                    "grad, x, weight: sizes do not match");
+    Tensor scaled = empty(x, {need_input ? m.rows : 0, m.cols});
+    const Matrix<T> result(scaled, "scaled");
+    advise_huge_pages(result);
+    if (pooling.drops_rows()) torch::stable::zero_(scaled);
+    Tensor sums = need_input ? new_floats(x, {2, w.cols}) : nothing(x);
+    multiply_backward<T>({g, {}}, w, grad_weight, need_input ? floats_of(sums) : nullptr,
+                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<const float> grad_a, PanelRows a,
+                             GradientSums own) {
+                           const auto sources = pooling.sources(m, row, rows);
+                           const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
+                           kernels_of<T>().mask_windows(grad_a, {sources.data(), c, pooling.window}, rows, cols,
+                                                        affine.from(c), results.data(), a, own);
+                         });
+    return std::tuple<Tensor, Tensor>(scaled, sums);
+  });
+}
+
+namespace {
+
+Tensor bn_relu_pool_conv1x1(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight,
+                            std::optional<Tensor> bias, std::vector<int64_t> grid, std::optional<Tensor> out_mean,
+                            std::optional<Tensor> out_var, std::optional<Tensor> out_rstd, double eps) {
+  // [M, C], [C] each, [C', C], [C'], [C'] each
+  const int64_t out_cols = weight.size(0);
+  const auto statistics = optional_statistics(out_mean, out_var, out_rstd, eps, out_cols);
+  return transition(x, affine(mean, scale, shift, x.size(1)), weight, vector(bias, out_cols, "bias"), grid,
+                    or_null(statistics));
 }
 
 // The same by running statistics, without a bias
@@ -105,36 +139,14 @@ void bn_relu_pool_conv1x1_inference(Tensor x, std::vector<Tensor> tensors, doubl
   });
 }
 
-// D = (grad @ weight) / window * (y > 0) at each pixel of a window:  scale * D [M, C],  dW,  sum D,  sum D * (x - mean)
 std::tuple<Tensor, Tensor, Tensor> bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale,
                                                                  Tensor shift, Tensor weight, std::vector<int64_t> grid,
                                                                  bool need_input, bool need_weight) {
   // [M', C'], [M, C], [C] each, [C', C]
-  return by_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    const Matrix<const T> g(grad, "grad"), m(x, "x");
-    const Weight<T> w(weight);
-    const Affine affine_x = affine(mean, scale, shift, m.cols);
-    const Pooling pooling(grid, m.rows);
-    STD_TORCH_CHECK(g.rows == pooling.outputs && g.cols == w.rows && w.cols == m.cols,
-                    "grad, x, weight: sizes do not match");
-    Tensor scaled = empty(x, {need_input ? m.rows : 0, m.cols});
-    const Matrix<T> result(scaled, "scaled");
-    advise_huge_pages(result);
-    if (pooling.drops_rows()) torch::stable::zero_(scaled);
-    Tensor grad_weight = need_weight ? new_floats(x, {w.rows, w.cols}) : nothing(x);
-    Tensor sums = need_input ? new_floats(x, {2, w.cols}) : nothing(x);
-    multiply_backward<T>({g, {}}, w, need_weight ? floats_of(grad_weight) : nullptr,
-                         need_input ? floats_of(sums) : nullptr,
-                         [&](int64_t row, int64_t rows, int64_t c, int64_t cols, Rows<const float> grad_a, PanelRows a,
-                             GradientSums own) {
-                           const auto sources = pooling.sources(m, row, rows);
-                           const auto results = need_input ? pooling.sources(result, row, rows) : std::vector<T*>();
-                           kernels_of<T>().mask_windows(grad_a, {sources.data(), c, pooling.window}, rows, cols,
-                                                        affine_x.from(c), results.data(), a, own);
-                         });
-    return std::tuple<Tensor, Tensor, Tensor>(scaled, grad_weight, sums);
-  });
+  Tensor grad_weight = need_weight ? new_floats(x, {weight.size(0), weight.size(1)}) : nothing(x);
+  const auto [scaled, sums] = transition_backward(grad, x, affine(mean, scale, shift, x.size(1)), weight, grid,
+                                                  need_input, need_weight ? floats_of(grad_weight) : nullptr);
+  return {scaled, grad_weight, sums};
 }
 
 }  // namespace

@@ -1,62 +1,14 @@
 // A whole dense block, forward and backward: the walk of densenet_fast/ops/dense_block.py, in its letters, for layers
 // with a bottleneck, without biases or dropout, in one process. Between two kernels it computes a few short vectors,
 // for which a call of torch's each would take longer than the kernels of a small layer.
+#include "dense_block.h"
+
 #include "bn_relu_conv1x1.h"
 #include "bn_relu_conv3x3.h"
+#include "stage.h"
 
 namespace densenet_fast {
 namespace {
-
-// weight, bias, running_mean, running_var, the convolution's weight and bias; empty if absent
-constexpr size_t kStageTensors = 6;
-
-const float* optional_vector(const Tensor& t, int64_t cols, const char* name) {
-  return t.numel() == 0 ? nullptr : vector(t, cols, name);
-}
-
-// y = (x - mean) * scale + shift with scale = weight * r
-struct Folded {
-  const float* mean;
-  std::vector<float> r, scale, shift;
-
-  Affine affine() const { return {mean, scale.data(), shift.data()}; }
-};
-
-// BN-ReLU-convolution; a frozen normalisation has running statistics and uses them
-struct Stage {
-  int64_t cols;
-  const float *weight, *bias, *running_mean, *running_var;
-  float eps;
-  const Tensor& conv;
-
-  Stage(const Tensor* tensors, double eps, int64_t cols)
-      : cols(cols),
-        weight(optional_vector(tensors[0], cols, "weight")),
-        bias(optional_vector(tensors[1], cols, "bias")),
-        running_mean(optional_vector(tensors[2], cols, "running_mean")),
-        running_var(optional_vector(tensors[3], cols, "running_var")),
-        eps(eps),
-        conv(tensors[4]) {
-    STD_TORCH_CHECK((running_mean == nullptr) == (running_var == nullptr), "running_mean: expected with running_var");
-    STD_TORCH_CHECK(conv.dim() >= 3 && conv.size(1) == cols, "convolution: expected a weight of ", cols,
-                    " input channels");
-    STD_TORCH_CHECK(tensors[5].numel() == 0, "convolution: expected no bias");
-  }
-
-  bool frozen() const { return running_mean != nullptr; }
-
-  // `mean` and `var` are the batch's
-  Folded fold(const float* mean, const float* var) const {
-    Folded f = {frozen() ? running_mean : mean, zeros(cols), zeros(cols), zeros(cols)};
-    const float* v = frozen() ? running_var : var;
-    for (int64_t c = 0; c < cols; ++c) {
-      f.r[c] = 1.0f / std::sqrt(v[c] + eps);
-      f.scale[c] = weight ? weight[c] * f.r[c] : f.r[c];
-      f.shift[c] = bias ? bias[c] : 0.0f;
-    }
-    return f;
-  }
-};
 
 struct Layer {
   Stage first, second;
@@ -170,8 +122,8 @@ void take_input(const Matrix<const T>& x, const std::optional<Tensor>& x_mean, c
   std::copy_n(vector(*x_var, x.cols, "x_var"), x.cols, statistics.var);
 }
 
-// Fills the columns of features but those of the block's input, which are there with their statistics unless `x` is
-// given, and the bottlenecks that are kept.
+}  // namespace
+
 void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tensors, std::vector<double> eps,
                  std::vector<int64_t> grid, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
                  bool return_statistics, bool prepend, std::optional<Tensor> x, std::optional<Tensor> x_mean,
@@ -217,33 +169,6 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
   });
 }
 
-// The gradients of a stage's normalisation, and what it adds to P and Q unless it is frozen (2)
-void collect(const Stage& stage, const Folded& folded, const std::vector<float>& sums, const Tensor* gradients,
-             float* p, float* q) {
-  const float *sum_d = sums.data(), *sum_dx = sum_d + stage.cols;
-  float* grad_weight = stage.weight ? output(gradients[0], stage.cols, "grad_weight") : nullptr;
-  float* grad_bias = stage.bias ? output(gradients[1], stage.cols, "grad_bias") : nullptr;
-  for (int64_t c = 0; c < stage.cols; ++c) {
-    const float r = folded.r[c], s = folded.scale[c];
-    if (grad_weight) grad_weight[c] = r * sum_dx[c];
-    if (grad_bias) grad_bias[c] = sum_d[c];
-    if (stage.frozen()) continue;
-    p[c] = std::fma(-s, sum_d[c], p[c]);  // rounded once, as by torch's addcmul
-    q[c] = std::fma(-0.5f * (s * r * r), sum_dx[c], q[c]);
-  }
-}
-
-// (1) into out, where anything was normalised by the batch
-template <typename T>
-void finalise(const Finalise<T>& through, const Matrix<const T>& grad, const Matrix<T>& out) {
-  Tiles(grad.rows, 3 * grad.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-    through.apply(grad, first, n, out.from(first));
-  });
-}
-
-// From grad [M, C_total]: grad_x [M, C0] and, in the places of `tensors`, float32, the gradients of the stages.
-// Bottlenecks that were not kept it recomputes. G stands in `total` [M, C_total], which may be grad. p and q start with
-// what came from behind the block.
 void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean,
                           Tensor var, double count, std::vector<Tensor> tensors, std::vector<double> eps,
                           std::vector<int64_t> grid, Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed,
@@ -278,7 +203,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       if (block.normalised_by_batch(i + 1)) {
         const int64_t c = layer.made;
         const Matrix<T> target = g.columns(c, layer.growth);
-        finalise<T>({f.columns(c, layer.growth), m + c, p + c, q + c, count}, dy, target);
+        Finalise<T>(f.columns(c, layer.growth), m + c, p + c, q + c, count).apply(dy, target);
         dy = target.readonly();
       }
 
@@ -291,7 +216,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
                       "gradients: expected the shapes of tensors");
       conv3x3_backward<T>(dy, z.readonly(), second.affine(), Filters<T>(layer.second.conv), grid,
                           {nullptr, &dz, sums.data()}, &grad_filters);
-      collect(layer.second, second, sums, of_second, p + packed, q + packed);
+      layer.second.collect(second, sums.data(), of_second, p + packed, q + packed);
 
       ProductGradient<T> gradient = {dz.readonly(), {}};
       if (!layer.second.frozen()) {
@@ -306,20 +231,19 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
                       "gradients: expected [B, C, 1, 1], contiguous float32");
       conv1x1_backward<T>(gradient, inputs, first.affine(), weight, {&before, &after, sums.data()},
                           static_cast<float*>(grad_weight.data_ptr()));
-      collect(layer.first, first, sums, of_first, p + read, q + read);
+      layer.first.collect(first, sums.data(), of_first, p + read, q + read);
       source = g.readonly();
     }
     const int64_t own = block.own;
     const Matrix<const T> rest = source.columns(own, result.cols);
     if (block.normalised_by_batch(0)) {
-      finalise<T>({f.columns(own, result.cols), m + own, p + own, q + own, count}, rest, result);
+      Finalise<T>(f.columns(own, result.cols), m + own, p + own, q + own, count).apply(rest, result);
     } else {
       for (int64_t row = 0; row < rest.rows; ++row) std::copy_n(rest.row(row), rest.cols, result.row(row));
     }
   });
 }
 
-}  // namespace
 }  // namespace densenet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {

@@ -66,9 +66,7 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
     const Finalise<T> through(x, mean, p, q, count);
     through.check(g);
     check_shape(result, g, "out");
-    Tiles(g.rows, 3 * g.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
-      through.apply(g, first, n, result.from(first));
-    });
+    through.apply(g, result);
   });
 }
 

@@ -155,6 +155,13 @@ struct Finalise {
 
   void check(const Matrix<const T>& grad) const { check_shape(grad, x, "grad"); }
 
+  // On all rows; out may be grad
+  void apply(const Matrix<const T>& grad, const Matrix<T>& out) const {
+    Tiles(grad.rows, 3 * grad.cols * sizeof(T)).each([&](int64_t, int64_t first, int64_t n) {
+      apply(grad, first, n, out.from(first));
+    });
+  }
+
   // `rows` rows from `first` on
   void apply(const Matrix<const T>& grad, int64_t first, int64_t rows, Rows<T> out) const {
     kernels_of<T>().finalise(grad.from(first), x.from(first), rows, x.cols, mean, constant.data(), slope.data(), out);

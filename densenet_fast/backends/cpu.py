@@ -28,7 +28,7 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.aten import Aten, aten
 from densenet_fast.backends.contract import Sums
 from densenet_fast.backends.layout import to_matrix
-from densenet_fast.backends.optional import Block
+from densenet_fast.backends.optional import Block, BlockAndReader, OneStage
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
 kernels = torch.ops.densenet_fast
@@ -42,6 +42,7 @@ class Cpu(Aten):
 
     name = "cpu"
     RECOMPUTES_WIDE_BOTTLENECKS = True
+    RUNS_STAGES = True
     CONVOLVES = True
     INFERS = True
 
@@ -293,6 +294,39 @@ class Cpu(Aten):
         made = (features, bottlenecks, mean, var, float(count))
         out = (grad_x, gradients, p, q)
         kernels.cpu_dense_block_backward(grad, total, *made, tensors, eps, grid, *out, return_statistics, prepend)
+
+    def dense_block_and_reader(
+        self,
+        x: Tensor,
+        x_mean: Tensor | None,
+        x_var: Tensor | None,
+        parts: BlockAndReader,
+        *,
+        return_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+        return kernels.cpu_dense_block_and_reader(x, x_mean, x_var, *parts, return_statistics)
+
+    def dense_block_and_reader_backward(
+        self,
+        grad: Tensor,
+        features: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bottlenecks: list[Tensor],
+        in_channels: int,
+        parts: BlockAndReader,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return kernels.cpu_dense_block_and_reader_backward(grad, features, mean, var, bottlenecks, in_channels, *parts)
+
+    def bn_relu_maxpool_stage(
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, stage: OneStage, *, return_statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return kernels.cpu_bn_relu_maxpool_stage(x, mean, var, *stage, return_statistics)
+
+    def bn_relu_maxpool_stage_backward(
+        self, grad: Tensor, argmax: Tensor, x: Tensor, mean: Tensor, var: Tensor, stage: OneStage
+    ) -> tuple[Tensor, list[Tensor]]:
+        return kernels.cpu_bn_relu_maxpool_stage_backward(grad, argmax, x, mean, var, *stage)
 
     def convolution(self, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
         return kernels.cpu_convolution(images, taps, stride, padding)

@@ -37,12 +37,13 @@ def is_dense(x: Tensor) -> bool:
 
 def are_dense(tensors: Sequence[Tensor]) -> bool:
     """Whether all of hundreds of tensors are dense, as :func:`is_dense` says of one."""
-    return all(map(is_dense, itertools.compress(tensors, map(operator.not_, map(Tensor.is_contiguous, tensors)))))
+    others = itertools.compress(tensors, map(operator.not_, map(Tensor.is_contiguous, tensors)))
+    return all(t.is_contiguous(memory_format=CHANNELS_LAST.get(t.dim(), torch.contiguous_format)) for t in others)
 
 
 def to_matrix(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C] with adjacent columns; a view if the memory is channels last, else a copy."""
-    matrix = x.movedim(1, -1).reshape(math.prod(x.shape[:1] + x.shape[2:]), x.shape[1])
+    matrix = x.movedim(1, -1).flatten(0, -2)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 

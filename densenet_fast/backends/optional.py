@@ -28,6 +28,35 @@ class Block(NamedTuple):
     """Whether the block's input stands in the last columns of the features, instead of the first."""
 
 
+class BlockAndReader(NamedTuple):
+    """A dense block and the stage that reads it, for a backend that runs both in one call."""
+
+    tensors: list[Tensor]
+    """Those of the block's stages that are not absent."""
+    places: list[int]
+    """Where they stand among the tensors of a :class:`Block`."""
+    eps: list[float]
+    grid: tuple[int, ...]
+    """That of the block."""
+    saved: list[bool]
+    """Whether to keep each layer's bottleneck for the backward pass, or to compute it again."""
+    prepend: bool
+    read_tensors: list[Tensor]
+    """Those of the reader's stage, an empty one for one that is absent. With a convolution it is a transition, without
+    a head."""
+    read_eps: float
+
+
+class OneStage(NamedTuple):
+    """The stage of an op, for a backend that runs the whole of it in one call."""
+
+    tensors: list[Tensor]
+    """As in :class:`Block`."""
+    eps: float
+    grid: tuple[int, ...]
+    """That of the op's input."""
+
+
 class OptionalFunctions:
     """What a backend may have. A caller of one of these functions first asks the flag or the function above it."""
 
@@ -50,7 +79,7 @@ class OptionalFunctions:
         raise NotImplementedError
 
     def runs_whole_blocks(self, grid: tuple[int, ...]) -> bool:
-        """Whether :meth:`dense_block` and :meth:`dense_block_backward` take blocks on this grid."""
+        """Whether it has the functions ``dense_block*`` below, and they take blocks on this grid."""
         return False
 
     def dense_block(
@@ -104,6 +133,65 @@ class OptionalFunctions:
             return_statistics: whether the forward pass returned the statistics of all features. If not, p and q are
                 zero.
         """
+        raise NotImplementedError
+
+    def dense_block_and_reader(
+        self,
+        x: Tensor,
+        x_mean: Tensor | None,
+        x_var: Tensor | None,
+        parts: BlockAndReader,
+        *,
+        return_statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+        """Runs all layers of a block and what reads it, for x [M, C0] and its statistics, if they are known.
+
+        The tensors are as :meth:`dense_block` takes them.
+
+        Returns:
+            What :meth:`dense_block` fills: the features, as [N, C_total, *spatial], the packed mean and variance, and
+            the bottlenecks that are saved. Then the reader's result, [N, C', *spatial'] or [N, C_total], and with
+            ``return_statistics`` its mean and variance, which are empty otherwise.
+        """
+        raise NotImplementedError
+
+    def dense_block_and_reader_backward(
+        self,
+        grad: Tensor,
+        features: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bottlenecks: list[Tensor],
+        in_channels: int,
+        parts: BlockAndReader,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Runs the backward pass of both, for grad [M', C'] or [N, C_total], the features [M, C_total] and what else
+        :meth:`dense_block_and_reader` returned.
+
+        Returns:
+            The gradient of the block's input [N, C0, *spatial]. Two lists of gradients, float32: those of the block's
+            tensors and of the reader's, of each weight and bias of a normalisation and weight of a convolution that is
+            there.
+        """
+        raise NotImplementedError
+
+    RUNS_STAGES: bool = False
+    """Whether it has the functions ``*_stage*``. Their tensors are as :meth:`dense_block` takes them."""
+
+    def bn_relu_maxpool_stage(
+        self, x: Tensor, mean: Tensor | None, var: Tensor | None, stage: OneStage, *, return_statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Returns what :meth:`bn_relu_maxpool` does, the maxima as [N, C, *spatial'].
+
+        Then the mean and variance of x [M, C], which are copies of those given, if any, and zero if the stage is
+        frozen; and with ``return_statistics`` those of the maxima, which are empty otherwise.
+        """
+        raise NotImplementedError
+
+    def bn_relu_maxpool_stage_backward(
+        self, grad: Tensor, argmax: Tensor, x: Tensor, mean: Tensor, var: Tensor, stage: OneStage
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the complete gradient of x [N, C, *spatial], and those of weight and bias, of each that is there."""
         raise NotImplementedError
 
     INFERS: bool = False

@@ -53,7 +53,7 @@ def run_dense_block_and_reader(
         options=(True, return_statistics) if is_transition else (),
     )
     out, mean, var, count, *own = (TRANSITION if is_transition else HEAD)(*call)
-    if not is_planned and (shared.beyond_range(x, var, group) or shared.beyond_range(x, own[1], group)):
+    if not is_planned and shared.beyond_range(x, var, group):
         return None
     shared.update_running_statistics(x, operands, mean, var, count, updates)
     shared.update_running_statistics(x, reader, *own[:3], updates)

@@ -1,6 +1,7 @@
 """Where the columns, the statistics and the bottlenecks of a block's layers stand."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,21 +15,43 @@ from densenet_fast.ops.stage import STAGE_TENSORS, Stage, by_stage, unflatten
 class BlockTensors:
     """The tensors of a block's stages, for a backend that runs whole blocks.
 
-    ``tensors`` are those of all stages; an empty tensor stands for an absent one. ``is_trained`` says of each whether
-    it has a gradient, and ``trained`` lists the places of those that have.
+    ``tensors`` are those of all stages; an empty tensor stands for an absent one. ``present`` are those that are not
+    absent, and ``places`` where they stand. ``is_trained`` says of each of ``tensors`` whether it has a gradient, and
+    ``trained`` lists the places of those that have.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
         empty = torch.empty(0)
         self.tensors = [empty if t is None else t for stage in stages for t in stage[:STAGE_TENSORS]]
+        self.places = [i for i, t in enumerate(self.tensors) if t is not empty]
+        self.present = [self.tensors[i] for i in self.places]
         self.is_trained = [i % STAGE_TENSORS in (0, 1, 4) and t is not empty for i, t in enumerate(self.tensors)]
         self.trained = [i for i, flag in enumerate(self.is_trained) if flag]
         self._vectors = [t for stage in stages for t in stage[:4] if t is not None]
-        self._weights = [stage.conv_weight for stage in stages]
+        self._weights = [stage.conv_weight for stage in stages if stage.conv_weight is not None]
         self._dtypes = {weight.dtype for weight in self._weights}
         self._plain = all(stage.conv_bias is None for stage in stages) and all(
             t.dtype == torch.float32 for t in self._vectors
         )
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], eps: list[float]) -> "BlockTensors":
+        """Those of flattened stages. They are kept with ``tensors`` if that is a list that nobody changes."""
+
+        def make() -> "BlockTensors":
+            return cls(unflatten(tensors, eps))
+
+        return tensors.made(cls, make) if type(tensors) is Fixed else make()
+
+    def gradients(self, made: Iterable[Tensor]) -> list[Tensor | None]:
+        """One gradient per tensor in its dtype, None where there is none, from those that were ``made`` in float32."""
+        gradients: list[Tensor | None] = [None] * len(self.tensors)
+        for i, gradient in zip(self.trained, made):
+            gradients[i] = gradient
+        if not self._dtypes <= {torch.float32}:
+            for i in self.trained:
+                gradients[i] = gradients[i].to(self.tensors[i].dtype)
+        return gradients
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether the backend takes these tensors with features of ``dtype``."""

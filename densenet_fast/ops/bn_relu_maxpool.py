@@ -10,17 +10,21 @@ positions of the maxima.
 """
 
 import math
-from typing import NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from densenet_fast.backends import select
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
+from densenet_fast.backends.optional import OneStage
 from densenet_fast.backends.spatial import pooled_sizes
 from densenet_fast.ops import stock
+from densenet_fast.ops.block_plan import BlockTensors
 from densenet_fast.ops.op import define
 from densenet_fast.ops.single import Input, fake_gradients, fake_statistics, statistics_of_output, with_autograd
-from densenet_fast.ops.stage import Stage, StageGradients
+from densenet_fast.ops.stage import Stage, StageGradients, global_count
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -45,6 +49,19 @@ class Inputs(NamedTuple):
     group: str | None
 
 
+def _run_whole(given: Any) -> BlockTensors | None:
+    """The stage's tensors, if the backend runs the whole op on them in one call."""
+    x = given.x
+    if given.group is not None or not select(x.device, x.dtype).RUNS_STAGES:
+        return None
+    tensors = BlockTensors.of(given.tensors, given.eps)
+    return tensors if tensors.fits(x.dtype) else None
+
+
+def _stage(given: Any, tensors: BlockTensors) -> OneStage:
+    return OneStage(tensors.tensors, *given.eps, (given.x.shape[0], *given.x.shape[2:]))
+
+
 @define("bn_relu_maxpool", Inputs)
 def _forward(given: Inputs) -> Outputs:
     """Returns out [N, C, *spatial'], mean [C], var [C], count [], argmax [M', C], and the mean and variance of out [C].
@@ -53,6 +70,13 @@ def _forward(given: Inputs) -> Outputs:
     number of rows they are computed over, and empty without a group. ``argmax`` holds the position of each maximum in
     its window. Without ``return_statistics`` the mean and variance of out are empty.
     """
+    tensors = _run_whole(given)
+    if tensors is not None:
+        x, known = given.x, (given.mean, given.var)
+        image, argmax, mean, var, *own = select(x.device, x.dtype).bn_relu_maxpool_stage(
+            to_matrix(x), *known, _stage(given, tensors), return_statistics=given.return_statistics
+        )
+        return image, mean, var, global_count(0, x, None), argmax, *own
     ready = Input(given)
     made, out_mean, out_var = statistics_of_output(given.x, given.x.shape[1], given.return_statistics)
     out, argmax = ready.backend.bn_relu_maxpool(ready.matrix, ready.affine, ready.grid, made)
@@ -95,6 +119,13 @@ def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
     If the gradients of mean and var are needed, they follow those of the tensors, and the gradient of x leaves them
     out.
     """
+    tensors, needs = _run_whole(given), given.needs
+    if tensors is not None and needs[0] and not needs[1] and all(compress(needs[2:], tensors.is_trained)):
+        x, known = given.x, (given.mean, given.var)
+        grad_x, made = select(x.device, x.dtype).bn_relu_maxpool_stage_backward(
+            to_matrix(given.grad), given.argmax, to_matrix(x), *known, _stage(given, tensors)
+        )
+        return grad_x, tensors.gradients(made)
     ready = Input(given, again=True)
     gradients = StageGradients(ready.stage, given.needs[2:])
     reader = ready.reader(gradients, given.needs)

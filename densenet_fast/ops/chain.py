@@ -6,23 +6,27 @@ the host spends as much time on the call of an op as on dozens of launches; a ch
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from densenet_fast.backends.layout import is_channels_last
+from densenet_fast.backends import select
+from densenet_fast.backends.contract import Backend
+from densenet_fast.backends.layout import is_channels_last, to_matrix
+from densenet_fast.backends.optional import BlockAndReader
 from densenet_fast.ops import planned, stock
 from densenet_fast.ops.ahead import compile_ahead
-from densenet_fast.ops.block_plan import Plan, own_features
+from densenet_fast.ops.block_plan import BlockTensors, Plan, own_features, plan_of
 from densenet_fast.ops.bn_relu_conv1x1 import parts as transition_parts
 from densenet_fast.ops.bn_relu_global_avgpool import parts as head_parts
 from densenet_fast.ops.dense_block import parts as block_parts
 from densenet_fast.ops.dense_block_backward import consuming_backward
 from densenet_fast.ops.flops import of_stages
 from densenet_fast.ops.op import Parts, direct_call, in_format, named, seen_by_dispatcher, with_unit_channel_stride
-from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, save_stages, saved_stages, unflatten
+from densenet_fast.ops.stage import RequiringGrad, Stage, Stages, global_count, save_stages, saved_stages, unflatten
 
 __all__ = ["HEAD", "TRANSITION", "Call"]
 
@@ -95,6 +99,60 @@ class Call(NamedTuple):
     x_stand_in: Tensor | None
     read_stages: Sequence[Stage]
     options: tuple[Any, ...]
+
+
+class Whole:
+    """A chain that the ``backend`` runs in one call: ``block`` and ``reader`` are the tensors of the two ops."""
+
+    def __init__(self, backend: Backend, plan: Plan, given: Inputs) -> None:
+        self.backend, self.grid, self.block = backend, plan.grid, plan.block_tensors
+        self.reader = BlockTensors.of(given.read_tensors, given.read_eps)
+        self._given = given.tensors, given.read_tensors
+
+    @classmethod
+    def of(cls, x: Tensor, given: Inputs) -> "Whole | None":
+        """The chain for x, or None where no backend runs it in one call, and where a profiler is to see both ops."""
+        backend, grid = select(x.device, x.dtype), (x.shape[0], *x.shape[2:])
+        if not backend.runs_whole_blocks(grid) or torch.autograd._profiler_enabled():
+            return None
+        options = (given.eps, given.bottleneck, given.drop_rates, given.return_statistics, given.prepend)
+        plan = plan_of(x, given.tensors, *options)
+        whole = cls(backend, plan, given) if plan.runs_whole_on(backend, x.dtype, None) else None
+        return whole if whole is not None and whole.reader.fits(x.dtype) else None
+
+    def serves(self, given: BackwardInputs) -> bool:
+        """Whether the tensors are still as they were, and all gradients are needed that it computes."""
+        dtype, needs = given.features.dtype, (given.needs[0], *given.needs[2:], *given.read_needs[2:])
+        return (
+            given.tensors is self._given[0]
+            and given.read_tensors is self._given[1]
+            and self.block.fits(dtype)
+            and self.reader.fits(dtype)
+            and all(compress(needs, (True, *self.block.is_trained, *self.reader.is_trained)))
+            and not torch.autograd._profiler_enabled()
+        )
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """What :meth:`Chain.forward` does."""
+        given = Inputs(*inputs)
+        x, described = given.x, bool(given.options) and given.options[1]
+        features, mean, var, bottlenecks, out, *own = self.backend.dense_block_and_reader(
+            to_matrix(x), given.mean, given.var, self._parts(given), return_statistics=described
+        )
+        columns, count = features.shape[1], global_count(0, x, None)
+        return features, mean, var, count, bottlenecks, out, mean[:columns], var[:columns], count, *own
+
+    def backward(self, given: BackwardInputs) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """What :meth:`Chain.backward` does."""
+        statistics = (given.mean, given.var, given.bottlenecks)
+        grad_x, grads, read_grads = self.backend.dense_block_and_reader_backward(
+            to_matrix(given.grad), to_matrix(given.features), *statistics, given.in_channels, self._parts(given)
+        )
+        return grad_x, self.block.gradients(grads), self.reader.gradients(read_grads)
+
+    def _parts(self, given: Inputs | BackwardInputs) -> BlockAndReader:
+        options = (given.eps, self.grid, given.saved, given.prepend)
+        return BlockAndReader(self.block.present, self.block.places, *options, self.reader.tensors, *given.read_eps)
 
 
 class Chain:
@@ -183,8 +241,10 @@ class _Node(torch.autograd.Function):
         ctx: Any, chain: Chain, given: Inputs, hidden: tuple[RequiringGrad, RequiringGrad, Tensor | None], *_: Any
     ) -> tuple[Tensor, ...]:
         x, tensors, read_tensors = given.x, given.tensors, given.read_tensors
+        ctx.whole = Whole.of(x, given)
+        forward = chain.forward if ctx.whole is None else ctx.whole.forward
         with named(chain.name, x, lambda: of_stages(x, tensors), lambda: of_stages(x, read_tensors)):
-            made = planned.run(chain.name, chain.forward, given)
+            made = planned.run(chain.name, forward, given)
         features, mean, var, count, bottlenecks, out, *read = made
         *ctx.required, x_stand_in = hidden
         ctx.chain, ctx.channels_last, ctx.in_channels = chain, is_channels_last(x), x.shape[1]
@@ -245,6 +305,8 @@ class _Node(torch.autograd.Function):
             with named(name, grad):
                 if seen_by_dispatcher([grad]):
                     grad_x, grads, read_grads = ctx.chain.backward(*inputs, seen=True)
+                elif ctx.whole is not None and ctx.whole.serves(inputs):
+                    grad_x, grads, read_grads = ctx.whole.backward(inputs)
                 else:
                     grad_x, grads, read_grads = planned.run(name, ctx.chain.backward, inputs)
             if not needs[0]:

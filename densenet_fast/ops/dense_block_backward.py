@@ -275,10 +275,7 @@ def _run(given: BackwardInputs, total: Tensor | None) -> tuple[Tensor, list[Tens
         block = Block(f, like, given.eps, plan.grid, kept, mean, given.var, given.prepend)
         out = (to_matrix(image), gradients, p, q)
         backend.dense_block_backward(incoming, g, block, rows, *out, return_statistics=return_statistics)
-        made: list[Tensor | None] = [None] * len(tensors)
-        for i in trained:
-            made[i] = gradients[i] if like[i].dtype == torch.float32 else gradients[i].to(like[i].dtype)
-        return image, made
+        return image, plan.block_tensors.gradients(gradients[i] for i in trained)
     behind = (given.grad_mean.contiguous(), given.grad_var.contiguous()) if return_statistics else None
     gradients = BlockGradients(plan, features, mean, given.var, given.count, behind, group)
     return gradients.run(given.grad, total is not None, given.bottlenecks, saved, given.masks, needs)

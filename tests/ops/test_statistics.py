@@ -10,6 +10,7 @@ from densenet_fast import functional
 from densenet_fast.backends import aten, cpu
 from densenet_fast.backends.affine import Running, RunningStatistics, Update
 from densenet_fast.functional import BatchStatistics, BNReLUConv
+from densenet_fast.ops.chain import Whole
 from helpers import assert_same, error, make_norm, randomise, twin
 
 SHAPES = [(2, 3, 9), (2, 3, 6, 5), (2, 3, 4, 4, 7)]
@@ -174,8 +175,11 @@ def test_unlike_x_raise(mean, var, field):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How often statistics were computed of a matrix on its own, and gradients completed, by matrix width."""
+    """How often statistics were computed of a matrix on its own, and gradients completed, by matrix width, where the
+    ops' bodies run in Python."""
     calls = []
+    monkeypatch.setattr(cpu, "RUNS_STAGES", False)
+    monkeypatch.setattr(Whole, "of", lambda x, given: None)
     for backend in (cpu, aten):
         for name in ("channel_statistics", "finalise_gradient"):
             own = getattr(backend, name)
