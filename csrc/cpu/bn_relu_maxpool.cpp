@@ -142,11 +142,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stage(Tensor x, std::
                                                                  std::optional<Tensor> x_var,
                                                                  std::vector<Tensor> tensors, double eps,
                                                                  std::vector<int64_t> grid, bool return_statistics) {
-  const int64_t cols = x.size(1), described = return_statistics ? cols : 0;
+  const int64_t cols = x.size(1), own_cols = return_statistics ? cols : 0;
   const Norm norm = norm_of(tensors, eps, cols);
   STD_TORCH_CHECK(x_mean.has_value() == x_var.has_value(), "x_mean: expected with x_var");
   Tensor mean = new_vector(x, cols), var = new_vector(x, cols);
-  Tensor out_mean = new_vector(x, described), out_var = new_vector(x, described);
+  Tensor out_mean = new_vector(x, own_cols), out_var = new_vector(x, own_cols);
   std::vector<float> rstd(cols);
   if (x_mean) {
     std::copy_n(vector(*x_mean, cols, "x_mean"), cols, floats_of(mean));

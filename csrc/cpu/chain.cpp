@@ -63,10 +63,10 @@ Made dense_block_and_reader(Tensor x, std::optional<Tensor> x_mean, std::optiona
               !norm.frozen(), prepend, x, x_mean, x_var);
 
   const Folded folded = norm.fold(vector(mean, packed, "mean"), vector(var, packed, "var"));
-  const int64_t described = return_statistics ? conv.size(0) : 0;
-  Tensor out, out_mean = new_floats(x, {described}), out_var = new_floats(x, {described});
+  const int64_t own_cols = return_statistics ? conv.size(0) : 0;
+  Tensor out, out_mean = new_floats(x, {own_cols}), out_var = new_floats(x, {own_cols});
   if (conv.numel() > 0) {
-    std::vector<float> rstd(described);
+    std::vector<float> rstd(own_cols);
     const StatisticsOutput statistics(floats_of(out_mean), floats_of(out_var), rstd.data(), 0);
     out = transition(features, folded.affine(), conv, nullptr, grid, return_statistics ? &statistics : nullptr);
     Sizes halved = grid;

@@ -135,9 +135,9 @@ class Whole:
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """What :meth:`Chain.forward` does."""
         given = Inputs(*inputs)
-        x, described = given.x, bool(given.options) and given.options[1]
+        x, wanted = given.x, bool(given.options) and given.options[1]  # the head has no options, and no statistics
         features, mean, var, bottlenecks, out, *own = self.backend.dense_block_and_reader(
-            to_matrix(x), given.mean, given.var, self._parts(given), return_statistics=described
+            to_matrix(x), given.mean, given.var, self._parts(given), return_statistics=wanted
         )
         columns, count = features.shape[1], global_count(0, x, None)
         return features, mean, var, count, bottlenecks, out, mean[:columns], var[:columns], count, *own
