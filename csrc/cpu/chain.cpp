@@ -97,9 +97,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> dense_block_and_rea
                                             : transition_backward(grad, features, folded.affine(), conv, grid, true,
                                                                   static_cast<float*>(grad_conv.data_ptr()));
   norm.collect(folded, floats_of(sums), read.all.data(), output(p, packed, "p"), output(q, packed, "q"));
-  const Tensor grad_x = empty(features, {rows, in_channels});
-  dense_block_backward(total, total, features, for_each_layer(bottlenecks, saved, mean), mean, var, rows, tensors, eps,
-                       grid, grad_x, gradients.all, p, q, !norm.frozen(), prepend);
+  const Tensor grad_x =
+      dense_block_backward(total, total, features, for_each_layer(bottlenecks, saved, mean), mean, var, rows, tensors,
+                           eps, grid, in_channels, std::nullopt, gradients.all, p, q, !norm.frozen(), prepend);
   return {image(grad_x, grid), gradients.trained, read.trained};
 }
 

@@ -169,22 +169,21 @@ void dense_block(Tensor features, int64_t in_channels, std::vector<Tensor> tenso
   });
 }
 
-void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean,
-                          Tensor var, double count, std::vector<Tensor> tensors, std::vector<double> eps,
-                          std::vector<int64_t> grid, Tensor grad_x, std::vector<Tensor> gradients, Tensor p_packed,
-                          Tensor q_packed, bool return_statistics, bool prepend) {
-  by_dtype(features, [&](auto zero) {
+Tensor dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean,
+                            Tensor var, double count, std::vector<Tensor> tensors, std::vector<double> eps,
+                            std::vector<int64_t> grid, int64_t in_channels, std::optional<Tensor> grad_x,
+                            std::vector<Tensor> gradients, Tensor p_packed, Tensor q_packed, bool return_statistics,
+                            bool prepend) {
+  return by_dtype(features, [&](auto zero) {
     using T = decltype(zero);
-    const Matrix<T> result(grad_x, "grad_x");
-    const Block block(tensors, eps, result.cols, return_statistics, prepend);
+    const Block block(tensors, eps, in_channels, return_statistics, prepend);
     const Matrix<const T> f(features, "features"), incoming(grad, "grad");
-    STD_TORCH_CHECK(
-        f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows && result.rows == f.rows,
-        "features, grad, grad_x: expected [M, C_total] twice and [M, C0]");
+    STD_TORCH_CHECK(f.cols == block.columns && incoming.cols == f.cols && incoming.rows == f.rows,
+                    "features, grad: expected [M, C_total] each");
     STD_TORCH_CHECK(gradients.size() == tensors.size(), "gradients: expected as many as tensors");
     const float *m = vector(mean, block.packed, "mean"), *v = vector(var, block.packed, "var");
     float *p = output(p_packed, block.packed, "p"), *q = output(q_packed, block.packed, "q");
-    const Tensor scaled = empty(features, {f.rows * block.widest});
+    std::optional<Tensor> scaled = empty(features, {f.rows * block.widest});
     const Matrix<T> g(total, "total");
     STD_TORCH_CHECK(g.rows == f.rows && g.cols == f.cols, "total: expected [M, C_total]");
     const Bottlenecks<T> kept(bottlenecks, block, features, f.rows, &g);
@@ -209,7 +208,7 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
 
       const Matrix<T> z = kept.of(i, layer.bottleneck);
       if (!kept.keeps(i)) conv1x1<T>(inputs, first.affine(), weight, nullptr, nullptr, z, nullptr);
-      const Matrix<T> dz = within<T>(scaled, f.rows, layer.bottleneck);
+      const Matrix<T> dz = within<T>(*scaled, f.rows, layer.bottleneck);
       std::vector<float> sums(2 * layer.bottleneck);
       const FiltersGradient grad_filters(of_second[4]);
       STD_TORCH_CHECK(of_second[4].size(0) == layer.growth && of_second[4].size(1) == layer.bottleneck,
@@ -234,19 +233,36 @@ void dense_block_backward(Tensor grad, Tensor total, Tensor features, std::vecto
       layer.first.collect(first, sums.data(), of_first, p + read, q + read);
       source = g.readonly();
     }
+    scaled.reset();
+    if (!grad_x) grad_x = empty(features, {f.rows, in_channels});
+    const Matrix<T> result(*grad_x, "grad_x");
+    STD_TORCH_CHECK(result.rows == f.rows && result.cols == in_channels, "grad_x: expected [M, C0]");
     const int64_t own = block.own;
-    const Matrix<const T> rest = source.columns(own, result.cols);
+    const Matrix<const T> rest = source.columns(own, in_channels);
     if (block.normalised_by_batch(0)) {
-      Finalise<T>(f.columns(own, result.cols), m + own, p + own, q + own, count).apply(rest, result);
+      Finalise<T>(f.columns(own, in_channels), m + own, p + own, q + own, count).apply(rest, result);
     } else {
       for (int64_t row = 0; row < rest.rows; ++row) std::copy_n(rest.row(row), rest.cols, result.row(row));
     }
+    return *grad_x;
   });
 }
+
+namespace {
+
+void op_backward(Tensor grad, Tensor total, Tensor features, std::vector<Tensor> bottlenecks, Tensor mean, Tensor var,
+                 double count, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> grid,
+                 Tensor grad_x, std::vector<Tensor> gradients, Tensor p, Tensor q, bool return_statistics,
+                 bool prepend) {
+  dense_block_backward(grad, total, features, bottlenecks, mean, var, count, tensors, eps, grid, grad_x.size(1), grad_x,
+                       gradients, p, q, return_statistics, prepend);
+}
+
+}  // namespace
 
 }  // namespace densenet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_dense_block", TORCH_BOX(&densenet_fast::dense_block));
-  m.impl("cpu_dense_block_backward", TORCH_BOX(&densenet_fast::dense_block_backward));
+  m.impl("cpu_dense_block_backward", TORCH_BOX(&densenet_fast::op_backward));
 }

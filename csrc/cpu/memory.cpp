@@ -1,7 +1,7 @@
 // Memory of large tensors.
 //
 // A training step allocates in its forward pass and frees, in reverse order, in its backward pass. All large tensors
-// stand in one range of addresses, and each takes the lowest gap that it fits into. So the backward pass of a block
+// stand in one range of addresses, and each takes the smallest gap that it fits into. So the backward pass of a block
 // works where the later blocks' tensors were, and a step within the pages of the step before, which the system need not
 // clear again. When no tensor is left, the system is told that it may take the pages.
 #include "memory.h"
@@ -29,7 +29,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr size_t kLarge = 1 << 20;  // bytes; torch's allocator serves smaller tensors
+constexpr size_t kLarge = 1 << 18;  // bytes; torch's allocator serves smaller tensors
 
 #if defined(__linux__)
 
@@ -50,7 +50,10 @@ class Range {
   char* allocate(size_t bytes) {
     const size_t size = (bytes + kPage - 1) / kPage * kPage + kSkew;
     const std::lock_guard lock(mutex_);
-    const auto gap = std::find_if(gaps_.begin(), gaps_.end(), [&](const auto& g) { return g.second >= size; });
+    auto gap = gaps_.end();
+    for (auto g = gaps_.begin(); g != gaps_.end(); ++g) {
+      if (g->second >= size && (gap == gaps_.end() || g->second < gap->second)) gap = g;
+    }
     if (gap == gaps_.end()) return nullptr;
     const auto [start, room] = *gap;
     gaps_.erase(gap);

@@ -33,7 +33,7 @@ from densenet_fast.backends.spatial import convolve, convolve_backward
 
 kernels = torch.ops.densenet_fast
 
-LARGE = 1 << 20
+LARGE = 1 << 18
 """From so many bytes on a tensor's memory is kept for the next."""
 
 

@@ -24,7 +24,7 @@ def large(size=LARGE // 4):
     return cpu.empty(LIKE, (size,), (1,))
 
 
-def test_a_tensor_gets_the_lowest_gap_that_is_large_enough():
+def test_a_tensor_gets_the_smallest_gap_that_is_large_enough():
     first, second, third = large(), large(3 * LARGE // 4), large()
     below, between = first.data_ptr(), second.data_ptr()
     del first, second
