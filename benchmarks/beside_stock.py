@@ -81,8 +81,8 @@ def _median(timing: Timing) -> float:
 def peak(script: str, entry: Entry, options: argparse.Namespace) -> int:
     """Bytes that the first training step adds, measured in a new process.
 
-    The process is ``script`` with ``--peak`` and the entry as JSON. It prints :func:`peak_here`, and returns to the
-    system at once what it frees.
+    The process is ``script`` with ``--peak`` and the entry as JSON. It prints :func:`peak_here`. What the C library
+    frees it returns to the system at once; the memory of large tensors that is kept for the next ones counts.
     """
     command = [sys.executable, script, "--peak", json.dumps(asdict(entry))]
     command += ["--device", str(options.device), "--threads", str(options.threads)]
