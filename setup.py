@@ -42,6 +42,7 @@ CPU_SOURCES = (
     "bn_relu_global_avgpool",
     "dense_block",
     "chain",
+    "network",
     "dense_block_inference",
     "stem",
 )

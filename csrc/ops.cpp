@@ -71,6 +71,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
       "Tensor[] bottlenecks, int in_channels, Tensor[] tensors, int[] places, float[] eps, int[] grid, int[] saved, "
       "bool prepend, Tensor[] read_tensors, float read_eps) -> (Tensor, Tensor[], Tensor[])");
   m.def(
+      "cpu_network(Tensor images, Tensor[] tensors, int[] places, float[] eps, int[] layers, int[] saved, int[] "
+      "prepend, "
+      "int stride, int padding, Tensor(a!)[] vectors, Tensor(b!)[] counters, float[] momenta, int[] starts, "
+      "int[] tracked, float largest) -> (Tensor, Tensor[])");
+  m.def(
+      "cpu_network_backward(Tensor grad, Tensor images, Tensor[] kept, Tensor[] tensors, int[] places, float[] eps, "
+      "int[] layers, int[] saved, int[] prepend, int stride, int padding) -> Tensor[]");
+  m.def(
       "cpu_dense_block_inference(Tensor(a!) features, int in_channels, Tensor[] tensors, float[] eps, int[] grid, "
       "bool prepend=False) -> ()");
   m.def("cpu_bn_relu_pool_conv1x1_inference(Tensor x, Tensor[] tensors, float eps, int[] grid, Tensor(a!) out) -> ()");

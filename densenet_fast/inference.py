@@ -127,7 +127,7 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     not take them."""
     if torch.compiler.is_compiling():
         return None
-    images = _in_dtype(images, autocast_dtype(images.device))
+    images = in_autocast_dtype(images)
     weight, (stage,) = convolution.weight, operands.stages
     if not is_plain(convolution, images) or stage.running_mean is None:
         return None
@@ -138,7 +138,7 @@ def stem(images: Tensor, convolution: nn.Module, operands: NormOperands, room: R
     backend, frozen = served
     flops = functools.partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
     with _noted("bn_relu_maxpool", images, operands, room, flops):
-        out = (room or Room()).image(images, _pooled(images, sizes), weight.shape[0], backend)
+        out = (room or Room()).image(images, pooled(images, sizes), weight.shape[0], backend)
         _stem(backend, images, convolution, frozen, _matrix(out))
     return out
 
@@ -149,11 +149,14 @@ def _stem(backend: Backend, images: Tensor, convolution: nn.Module, frozen: Froz
     backend.stem_inference(images, taps, frozen.tensors, *frozen.eps, stride, padding, out)
 
 
-def _in_dtype(images: Tensor, autocast: torch.dtype | None) -> Tensor:
+def in_autocast_dtype(images: Tensor) -> Tensor:
+    """The images as autocast would convert them."""
+    autocast = autocast_dtype(images.device)
     return images if autocast is None or images.dtype != torch.float32 else images.to(autocast)
 
 
-def _pooled(images: Tensor, sizes: list[int]) -> Grid:
+def pooled(images: Tensor, sizes: list[int]) -> Grid:
+    """The grid of the stem's result, from the ``sizes`` of what its convolution makes of the images."""
     return images.shape[0], *((size + 1) // 2 for size in sizes)
 
 
@@ -209,6 +212,33 @@ def _noted(name: str, x: Tensor, operands: Operands, room: Room | None, *more: C
     return named(f"densenet_fast::{name}", x, lambda: of_stages(x, operands.stages.tensors), *more)
 
 
+class Kinds:
+    """Kinds of images that a network takes: their shape, dtype and device, and autocast's dtype.
+
+    Without autocast only those of float32: beside others, weights of either dtype would pass for theirs.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[Hashable] = set()
+
+    def add(self, images: Tensor) -> None:
+        """Adds the kind of these images."""
+        if images.dtype == torch.float32 or autocast_dtype(images.device) is not None:
+            if len(self._known) >= MOST_KINDS:
+                self._known.clear()
+            self._known.add(_kind(images))
+
+    def has(self, images: Tensor) -> bool:
+        """Whether such images were added before, and neither a profiler nor the dispatcher has to see the parts."""
+        return (
+            _kind(images) in self._known and not torch.autograd._profiler_enabled() and not seen_by_dispatcher([images])
+        )
+
+
+def _kind(images: Tensor) -> Hashable:
+    return images.shape, images.dtype, images.device, autocast_dtype(images.device)
+
+
 class Network:
     """A stem, dense blocks with a transition between each two, and the average behind the last, without what stands
     between these parts elsewhere.
@@ -219,7 +249,7 @@ class Network:
     def __init__(self, convolution: nn.Module, parts: Sequence[Operands]) -> None:
         self._convolution, self._blocks = convolution, parts[1::2]
         self._frozen = [*map(_frozen, parts)]
-        self._admitted: set[Hashable] = set()
+        self._kinds = Kinds()
 
     @staticmethod
     def consists_of(parts: Sequence[Operands]) -> bool:
@@ -229,22 +259,11 @@ class Network:
 
     def admits(self, images: Tensor) -> bool:
         """Whether such images were admitted before, and nothing has to see the parts one by one."""
-        return (
-            not torch.is_grad_enabled()
-            and _kind(images) in self._admitted
-            and not torch.autograd._profiler_enabled()
-            and not seen_by_dispatcher([images])
-        )
+        return not torch.is_grad_enabled() and self._kinds.has(images)
 
     def admit(self, images: Tensor) -> None:
-        """Admits images of the dtype, the shape and the device of these, under the same autocast.
-
-        Without autocast they must be float32: beside others, weights of either dtype would pass for theirs.
-        """
-        if images.dtype == torch.float32 or autocast_dtype(images.device) is not None:
-            if len(self._admitted) >= MOST_KINDS:
-                self._admitted.clear()
-            self._admitted.add(_kind(images))
+        """Admits images of the dtype, the shape and the device of these, under the same autocast."""
+        self._kinds.add(images)
 
     def run(self, images: Tensor) -> Tensor:
         """The means [N, C] of the rectified features.
@@ -252,24 +271,20 @@ class Network:
         Raises:
             RuntimeError: the tensors of the parts have changed in place, and do not fit any more.
         """
-        images = _in_dtype(images, autocast_dtype(images.device))
+        images = in_autocast_dtype(images)
         backend, (stem, *parts) = select(images.device, images.dtype), self._frozen
-        grid = _pooled(images, output_sizes(self._convolution, images))
+        grid = pooled(images, output_sizes(self._convolution, images))
         features, own = _block_memory(images, grid, self._blocks[0], backend)
         _stem(backend, images, self._convolution, stem, own)
         for i, block in enumerate(self._blocks):
             layers, reader = parts[2 * i : 2 * i + 2]
             backend.dense_block_inference(features, block.channels, layers.tensors, layers.eps, grid, block.prepend)
             if i + 1 < len(self._blocks):
-                pooled = (grid[0], grid[1] // 2, grid[2] // 2)
-                following, own = _block_memory(images, pooled, self._blocks[i + 1], backend)
+                halved = (grid[0], grid[1] // 2, grid[2] // 2)
+                following, own = _block_memory(images, halved, self._blocks[i + 1], backend)
                 backend.bn_relu_pool_conv1x1_inference(features, reader.tensors, *reader.eps, grid, own)
-                features, grid = following, pooled
+                features, grid = following, halved
         return backend.bn_relu_global_avgpool_inference(features, reader.tensors, *reader.eps, grid[0])
-
-
-def _kind(images: Tensor) -> Hashable:
-    return images.shape, images.dtype, images.device, autocast_dtype(images.device)
 
 
 def _block_memory(like: Tensor, grid: Grid, block: BlockOperands, backend: Backend) -> tuple[Tensor, Tensor]:

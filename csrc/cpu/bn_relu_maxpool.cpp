@@ -136,12 +136,13 @@ Norm norm_of(const std::vector<Tensor>& tensors, double eps, int64_t cols) {
   return {tensors.data(), eps, cols};
 }
 
-// The whole op, of a stage: the maxima [N, C, *spatial'] and their positions; the mean and the variance of x, which are
-// the given ones if there are such and zero if the stage is frozen; and those of the maxima, empty unless asked for
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stage(Tensor x, std::optional<Tensor> x_mean,
-                                                                 std::optional<Tensor> x_var,
-                                                                 std::vector<Tensor> tensors, double eps,
-                                                                 std::vector<int64_t> grid, bool return_statistics) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_relu_maxpool_stage(Tensor x, std::optional<Tensor> x_mean,
+                                                                                 std::optional<Tensor> x_var,
+                                                                                 std::vector<Tensor> tensors,
+                                                                                 double eps, std::vector<int64_t> grid,
+                                                                                 bool return_statistics) {
   const int64_t cols = x.size(1), own_cols = return_statistics ? cols : 0;
   const Norm norm = norm_of(tensors, eps, cols);
   STD_TORCH_CHECK(x_mean.has_value() == x_var.has_value(), "x_mean: expected with x_var");
@@ -159,16 +160,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stage(Tensor x, std::
   const Folded folded = norm.fold(floats_of(mean), floats_of(var));
   const StatisticsOutput statistics(floats_of(out_mean), floats_of(out_var), rstd.data(), 0);
   const auto [out, argmax] = maxima(x, folded.affine(), grid, return_statistics ? &statistics : nullptr);
-  std::vector<int64_t> pooled = grid;
-  for (size_t i = 1; i < pooled.size(); ++i) pooled[i] = (pooled[i] + 1) / 2;
-  return {image(out, pooled), argmax, mean, var, out_mean, out_var};
+  return {out, argmax, mean, var, out_mean, out_var};
 }
 
-// The gradient of x [N, C, *spatial], what reaches it through its statistics included, and those of weight and bias,
-// where there are such
-std::tuple<Tensor, std::vector<Tensor>> stage_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor var,
-                                                       std::vector<Tensor> tensors, double eps,
-                                                       std::vector<int64_t> grid) {
+std::tuple<Tensor, std::vector<Tensor>> bn_relu_maxpool_stage_backward(Tensor grad, Tensor argmax, Tensor x,
+                                                                       Tensor mean, Tensor var,
+                                                                       std::vector<Tensor> tensors, double eps,
+                                                                       std::vector<int64_t> grid) {
   const int64_t cols = x.size(1);
   const Norm norm = norm_of(tensors, eps, cols);
   const Folded folded = norm.fold(vector(mean, cols, "mean"), vector(var, cols, "var"));
@@ -183,7 +181,28 @@ std::tuple<Tensor, std::vector<Tensor>> stage_backward(Tensor grad, Tensor argma
       Finalise<T>({x, "x"}, folded.mean, p.data(), q.data(), x.size(0)).apply(total.readonly(), total);
     });
   }
-  return {image(scaled, grid), gradients.trained};
+  return {scaled, gradients.trained};
+}
+
+namespace {
+
+// Both with maps [N, C, *spatial]
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> op_stage(Tensor x, std::optional<Tensor> x_mean,
+                                                                    std::optional<Tensor> x_var,
+                                                                    std::vector<Tensor> tensors, double eps,
+                                                                    std::vector<int64_t> grid, bool return_statistics) {
+  auto made = bn_relu_maxpool_stage(x, x_mean, x_var, tensors, eps, grid, return_statistics);
+  for (size_t i = 1; i < grid.size(); ++i) grid[i] = (grid[i] + 1) / 2;
+  std::get<0>(made) = image(std::get<0>(made), grid);
+  return made;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> op_stage_backward(Tensor grad, Tensor argmax, Tensor x, Tensor mean, Tensor var,
+                                                          std::vector<Tensor> tensors, double eps,
+                                                          std::vector<int64_t> grid) {
+  auto made = bn_relu_maxpool_stage_backward(grad, argmax, x, mean, var, tensors, eps, grid);
+  std::get<0>(made) = image(std::get<0>(made), grid);
+  return made;
 }
 
 }  // namespace
@@ -192,6 +211,6 @@ std::tuple<Tensor, std::vector<Tensor>> stage_backward(Tensor grad, Tensor argma
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("cpu_bn_relu_maxpool", TORCH_BOX(&densenet_fast::bn_relu_maxpool));
   m.impl("cpu_bn_relu_maxpool_backward", TORCH_BOX(&densenet_fast::bn_relu_maxpool_backward));
-  m.impl("cpu_bn_relu_maxpool_stage", TORCH_BOX(&densenet_fast::stage));
-  m.impl("cpu_bn_relu_maxpool_stage_backward", TORCH_BOX(&densenet_fast::stage_backward));
+  m.impl("cpu_bn_relu_maxpool_stage", TORCH_BOX(&densenet_fast::op_stage));
+  m.impl("cpu_bn_relu_maxpool_stage_backward", TORCH_BOX(&densenet_fast::op_stage_backward));
 }

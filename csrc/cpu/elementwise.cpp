@@ -1,6 +1,7 @@
 // Statistics, normalisation, masks and gradients of columns: no products.
 #include <string>
 
+#include "running_statistics.h"
 #include "statistics.h"
 
 namespace densenet_fast {
@@ -70,33 +71,15 @@ void finalise(Tensor grad, Tensor x, Tensor mean, Tensor p, Tensor q, double cou
   });
 }
 
-// Of each normalisation its mean and its variance, by turns in `vectors`, packed in `mean` and `var` in that order:
-//   running += momentum * (batch - running), with the variance v * count / (count - 1);   counters += 1
 void update_running_statistics(std::vector<Tensor> vectors, std::vector<Tensor> counters, std::vector<double> momenta,
                                std::vector<int64_t> starts, Tensor mean, Tensor var, double count) {
   // [n] each, [] each, [], [], [C] each
-  STD_TORCH_CHECK(vectors.size() == 2 * momenta.size() && starts.size() == momenta.size(),
-                  "vectors: expected two for each momentum and start, got ", vectors.size());
+  const RunningStatistics running(vectors, counters, momenta, starts);
   const int64_t packed = mean.numel();
-  const float* batch[] = {vector(mean, packed, "mean"), vector(var, packed, "var")};
-  const float unbiased[] = {1.0f, static_cast<float>(count / (count - 1))};
-  for (size_t i = 0; i < vectors.size(); ++i) {
-    const int64_t cols = vectors[i].numel(), start = starts[i / 2];
-    STD_TORCH_CHECK(0 <= start && start + cols <= packed, "vectors: expected at most ", packed - start, " values");
-    float* running = output(vectors[i], cols, "vectors");
-    const float *from = batch[i % 2] + start, factor = unbiased[i % 2];
-    const float momentum = static_cast<float>(momenta[i / 2]);
-    for (int64_t c = 0; c < cols; ++c) {
-      const float difference = from[c] * factor - running[c];
-      running[c] = std::abs(momentum) < 0.5f ? running[c] + momentum * difference
-                                             : from[c] * factor - difference * (1 - momentum);
-    }
-  }
-  for (const Tensor& counter : counters) {
-    STD_TORCH_CHECK(counter.numel() == 1 && counter.scalar_type() == ScalarType::Long,
-                    "counters: expected one int64 value each");
-    ++*static_cast<int64_t*>(counter.data_ptr());
-  }
+  const float *m = vector(mean, packed, "mean"), *v = vector(var, packed, "var");
+  running.check(0, momenta.size(), packed);
+  running.update(0, momenta.size(), m, v, count);
+  running.count_batch();
 }
 
 // x *= mask * scale

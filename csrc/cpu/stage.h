@@ -15,6 +15,15 @@ namespace densenet_fast {
 // weight, bias, running_mean, running_var, the convolution's weight and bias; empty if absent
 constexpr size_t kStageTensors = 6;
 
+// The tensors of so many stages from those that are there, whose `places` are given; the others are empty
+inline std::vector<Tensor> in_places(const std::vector<Tensor>& present, const std::vector<int64_t>& places,
+                                     size_t stages, const Tensor& like) {
+  std::vector<Tensor> all(kStageTensors * stages, nothing(like));
+  STD_TORCH_CHECK(present.size() == places.size(), "places: expected ", present.size(), ", got ", places.size());
+  for (size_t i = 0; i < places.size(); ++i) all.at(places[i]) = present[i];
+  return all;
+}
+
 inline const float* optional_vector(const Tensor& t, int64_t cols, const char* name) {
   return t.numel() == 0 ? nullptr : vector(t, cols, name);
 }

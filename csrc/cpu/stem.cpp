@@ -2,6 +2,7 @@
 // 1. Inference stores nothing but the maxima: a thread keeps the lines of the convolution that its windows cover.
 #include "image_convolution.h"
 #include "inference.h"
+#include "parts.h"
 
 namespace densenet_fast {
 namespace {
@@ -19,9 +20,9 @@ struct RecentLines {
   T* line(int64_t number) const { return data.get() + number % 3 * size; }
 };
 
-// out [N * H' * W', B] = conv(images, weight)
+}  // namespace
+
 Tensor convolution(Tensor images, Tensor weight, int64_t stride, int64_t padding) {
-  // [N, C, H, W], [B, kernel, kernel, C]
   return by_dtype(images, [&](auto zero) {
     using T = decltype(zero);
     const ImageConvolution<T> convolution(images, weight, stride, padding);
@@ -41,7 +42,7 @@ Tensor convolution(Tensor images, Tensor weight, int64_t stride, int64_t padding
   });
 }
 
-// dW [B, kernel, kernel, C] from grad [N * H' * W', B], in float32: sums in float for a tile, in double over the tiles
+// Sums in float for a tile, in double over the tiles
 Tensor convolution_grad_weight(Tensor grad, Tensor images, Tensor weight, int64_t stride, int64_t padding) {
   return by_dtype(images, [&](auto zero) {
     using T = decltype(zero);
@@ -75,6 +76,8 @@ Tensor convolution_grad_weight(Tensor grad, Tensor images, Tensor weight, int64_
     return out;
   });
 }
+
+namespace {
 
 // out [N * H' * W', B] = maxpool(relu(bn(conv(images, weight))))
 void stem_inference(Tensor images, Tensor weight, std::vector<Tensor> tensors, double eps, int64_t stride,

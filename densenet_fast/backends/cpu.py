@@ -28,7 +28,7 @@ from densenet_fast.backends.affine import (
 from densenet_fast.backends.aten import Aten, aten
 from densenet_fast.backends.contract import Sums
 from densenet_fast.backends.layout import to_matrix
-from densenet_fast.backends.optional import Block, BlockAndReader, OneStage
+from densenet_fast.backends.optional import Block, BlockAndReader, NetworkParts, OneStage, Tracked
 from densenet_fast.backends.spatial import convolve, convolve_backward
 
 kernels = torch.ops.densenet_fast
@@ -43,6 +43,7 @@ class Cpu(Aten):
     name = "cpu"
     RECOMPUTES_WIDE_BOTTLENECKS = True
     RUNS_STAGES = True
+    RUNS_NETWORKS = True
     CONVOLVES = True
     INFERS = True
 
@@ -333,6 +334,13 @@ class Cpu(Aten):
 
     def convolution_grad_weight(self, grad: Tensor, images: Tensor, taps: Tensor, stride: int, padding: int) -> Tensor:
         return kernels.cpu_convolution_grad_weight(grad, images, taps, stride, padding)
+
+    def network(self, images: Tensor, parts: NetworkParts, tracked: Tracked) -> tuple[Tensor, list[Tensor]]:
+        torch.autograd.graph.increment_version([*tracked.vectors, *tracked.counters])
+        return kernels.cpu_network(images, *parts, *tracked)
+
+    def network_backward(self, grad: Tensor, images: Tensor, kept: list[Tensor], parts: NetworkParts) -> list[Tensor]:
+        return kernels.cpu_network_backward(grad, images, kept, *parts)
 
     def dense_block_inference(
         self,

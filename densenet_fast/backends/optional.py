@@ -57,6 +57,47 @@ class OneStage(NamedTuple):
     """That of the op's input."""
 
 
+class NetworkParts(NamedTuple):
+    """A network, for a backend that runs the whole of it in one call.
+
+    Its stages are that of the stem, and by turns those of a dense block and that of its reader. The last reader is the
+    head, the others are transitions.
+    """
+
+    tensors: list[Tensor]
+    """The weight of the stem's convolution [k, c, h, h], and those of the stages' tensors that are not absent: all
+    float32 and without gaps."""
+    places: list[int]
+    """Where the latter stand among the tensors of all stages, as in :class:`Block`."""
+    eps: list[float]
+    """One per stage."""
+    layers: list[int]
+    """The number of layers of each block."""
+    saved: list[bool]
+    """Of each layer, as in :class:`BlockAndReader`."""
+    prepend: list[bool]
+    """Of each block, as in :class:`Block`."""
+    stride: int
+    padding: int
+    """Those of the stem's convolution."""
+
+
+class Tracked(NamedTuple):
+    """The running statistics that a step of a network updates."""
+
+    vectors: list[Tensor]
+    """Of each normalisation its mean and its variance."""
+    counters: list[Tensor]
+    """The numbers of batches, int64 []."""
+    momenta: list[float]
+    starts: list[int]
+    """Where the statistics of each stand in the packed ones of its part."""
+    counts: list[int]
+    """How many there are in the stem, and in each block with its reader."""
+    largest_variance: float
+    """If a variance of the batch is not at most this, nothing is computed or updated."""
+
+
 class OptionalFunctions:
     """What a backend may have. A caller of one of these functions first asks the flag or the function above it."""
 
@@ -192,6 +233,24 @@ class OptionalFunctions:
         self, grad: Tensor, argmax: Tensor, x: Tensor, mean: Tensor, var: Tensor, stage: OneStage
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the complete gradient of x [N, C, *spatial], and those of weight and bias, of each that is there."""
+        raise NotImplementedError
+
+    RUNS_NETWORKS: bool = False
+    """Whether it has the functions ``network*``. They take images with sizes that leave each block at least two lines
+    and two columns."""
+
+    def network(self, images: Tensor, parts: NetworkParts, tracked: Tracked) -> tuple[Tensor, list[Tensor]]:
+        """Runs a network on images [N, c, H, W] with adjacent channels.
+
+        Returns:
+            The means [N, C] of the rectified features, and what the backward pass needs besides. The latter is empty if
+            a variance is too large.
+        """
+        raise NotImplementedError
+
+    def network_backward(self, grad: Tensor, images: Tensor, kept: list[Tensor], parts: NetworkParts) -> list[Tensor]:
+        """Returns the gradients of the parts' tensors, of each weight and bias of a normalisation and weight of a
+        convolution, for grad [N, C] and what :meth:`network` returned."""
         raise NotImplementedError
 
     INFERS: bool = False

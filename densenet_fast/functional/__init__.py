@@ -19,6 +19,7 @@ from densenet_fast.functional.bn_relu_global_avgpool import bn_relu_global_avgpo
 from densenet_fast.functional.bn_relu_maxpool import bn_relu_maxpool, run_bn_relu_maxpool, run_stem
 from densenet_fast.functional.chain import run_dense_block_and_reader
 from densenet_fast.functional.dense_block import dense_block, run_dense_block
+from densenet_fast.functional.network import TrainingNetwork
 from densenet_fast.functional.shared import BatchStatistics, Updates
 from densenet_fast.operands import BatchNorm, BNReLUConv
 

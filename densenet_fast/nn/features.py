@@ -20,7 +20,7 @@ from densenet_fast.nn.dense_block import DenseBlock, DenseLayer
 from densenet_fast.nn.memory_format import convolved, handed_out, is_channels_last
 from densenet_fast.nn.recomputation import convolution_recomputed
 from densenet_fast.nn.snapshot import Found, Memory, all_below
-from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands
+from densenet_fast.operands import BlockOperands, ConvOperands, NormOperands, Operands
 
 STEM = ["norm0", "relu0", "pool0"]
 
@@ -30,6 +30,8 @@ class Step:
 
     keeps_output = False
     """Whether its backward pass needs the output unchanged."""
+    operands: Operands | None = None
+    """Those of its op, if it can run fused."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
@@ -102,7 +104,7 @@ class Part(Step):
 
     def __init__(self, module: DenseBlock | Transition, found: Found) -> None:
         super().__init__(module)
-        self.module, self.found = module, found
+        self.module, self.found, self.operands = module, found, found.operands
         self.keeps_output = isinstance(module, DenseBlock)
 
     @property
@@ -116,12 +118,12 @@ class Part(Step):
         return self.found.obstacle or fusion.input_obstacle(x, self.module.spatial_dims)
 
     def reads_statistics(self) -> bool:
-        return self.found.operands is not None and self.found.operands.reads_statistics
+        return self.operands is not None and self.operands.reads_statistics
 
     def run(
         self, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates | None
     ) -> tuple[Tensor, BatchStatistics | None]:
-        return self.module.run(x, self.found.operands, statistics, return_statistics, updates)
+        return self.module.run(x, self.operands, statistics, return_statistics, updates)
 
     def run_with(
         self, reader: Step, x: Tensor, statistics: BatchStatistics | None, return_statistics: bool, updates: Updates
@@ -129,22 +131,20 @@ class Part(Step):
         behind = reader.reads_block()
         if behind is None or type(self.module) is not DenseBlock or reader.obstacle(x) is not None:
             return None
-        return functional.run_dense_block_and_reader(
-            x, self.found.operands, behind, statistics, return_statistics, updates
-        )
+        return functional.run_dense_block_and_reader(x, self.operands, behind, statistics, return_statistics, updates)
 
     def block(self) -> BlockOperands | None:
-        return self.found.operands if self.keeps_output else None
+        return self.operands if self.keeps_output else None
 
     def reads_block(self) -> ConvOperands | None:
-        return self.found.operands if type(self.module) is Transition else None
+        return self.operands if type(self.module) is Transition else None
 
     def channels_last(self, before: bool) -> bool:
         return before or (isinstance(self.module, Transition) and is_channels_last(self.module.conv.weight))
 
     def note(self, reason: str | None) -> None:
         if reason is None:  # else the module is called, and says so itself
-            calls.note(self.module, None, self.found.operands)
+            calls.note(self.module, None, self.operands)
 
 
 class Stem(Step):

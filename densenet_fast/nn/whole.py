@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from densenet_fast import functional, inference, reference
 from densenet_fast.functional import BatchStatistics, Updates
 from densenet_fast.nn import calls, fusion
-from densenet_fast.nn.features import Features, Step, rectified
-from densenet_fast.operands import NormOperands, Operands
+from densenet_fast.nn.features import Features, Stem, Step, rectified
+from densenet_fast.operands import NormOperands
 
 
 class Head(Step):
@@ -54,32 +54,29 @@ class Whole:
         """The means of the rectified features."""
         if torch.compiler.is_compiling():
             return features.through(images, [*features.steps()[:-1], self._head])
-        made = self._by_kernels(features, images)
+        made = self._in_one_go(features, images)
         if made is not None:
             return made
         given = features.steps()
         steps, updates = [*given[:-1], self._head], Updates()
         made = features.through(images, steps, updates)
-        if len(updates.room.served) == len(steps):
-            self._admit(given, steps, updates.room.served, images)
+        if self._known is None or self._known.given is not given:
+            self._known = _Known.of(given, steps)
+        if len(updates.room.served) == len(steps) and self._known.inference is not None:
+            self._known.inference.admit(images)
+        if self._known.training is not None:
+            self._known.training.admit(images)
         return made
 
-    def _admit(self, given: Sequence[Step], steps: Sequence[Step], served: Sequence[Operands], images: Tensor) -> None:
-        """Lets :meth:`_by_kernels` take such images, if it can take the steps, all of which were ``served``."""
+    def _in_one_go(self, features: Features, images: Tensor) -> Tensor | None:
+        """:meth:`means` without the steps. None unless such images have been admitted, and no module has changed
+        since."""
         known = self._known
-        if known is None or known.given is not given:
-            if not inference.Network.consists_of(served):
-                return
-            known = self._known = _Known(given, steps, inference.Network(steps[0].convolution, served))
-        known.network.admit(images)
-
-    def _by_kernels(self, features: Features, images: Tensor) -> Tensor | None:
-        """:meth:`means` in one go. None unless such images have been admitted, and no module has changed since."""
-        known = self._known
-        if known is None or not known.network.admits(images) or features.held_steps() is not known.given:
+        network = None if known is None else known.network(images)
+        if network is None or features.held_steps() is not known.given:
             return None
         try:
-            made = known.network.run(images)
+            made = network.run(images)
         except RuntimeError:  # the steps know what to do, or what is wrong
             return None
         for step in known.steps:
@@ -88,8 +85,22 @@ class Whole:
 
 
 class _Known(NamedTuple):
-    """The steps of the features, those of the whole, and the network that they make."""
+    """The steps of the features, those of the whole, and the network that they make, if they make one: for inference
+    and for training."""
 
     given: Sequence[Step]
     steps: Sequence[Step]
-    network: inference.Network
+    inference: inference.Network | None
+    training: functional.TrainingNetwork | None
+
+    @classmethod
+    def of(cls, given: Sequence[Step], steps: Sequence[Step]) -> "_Known":
+        parts, stem = [step.operands for step in steps], steps[0]
+        if not inference.Network.consists_of(parts) or not isinstance(stem, Stem) or stem.convolution is None:
+            return cls(given, steps, None, None)
+        training = None if stem.recomputed else functional.TrainingNetwork(stem.convolution, parts)
+        return cls(given, steps, inference.Network(stem.convolution, parts), training)
+
+    def network(self, images: Tensor) -> inference.Network | functional.TrainingNetwork | None:
+        """The network that admits such images."""
+        return next((n for n in (self.inference, self.training) if n is not None and n.admits(images)), None)
