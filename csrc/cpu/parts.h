@@ -2,11 +2,12 @@
 //
 // Example:
 //
-//   const Tensor map = convolution(x, weight, 2, 3);                   // of images [4, 3, 16, 16]
-//   const auto made = bn_relu_maxpool_stage(map, {}, {}, tensors, 1e-5, {4, 8, 8}, true);
-//   const std::vector<Tensor> layer(2 * kStageTensors, weight);        // of a block of one layer
-//   const auto read = dense_block_and_reader(std::get<0>(made), {}, {}, layer, {1e-5, 1e-5}, {4, 4, 4}, {1}, false,
-//                                            tensors, 1e-5, true);
+//   const Tensor map = convolution(x, weight, 2, 3);  // of images [4, 3, 16, 16]
+//   const auto [maxima, positions, of_map, var_of_map, m, v] =
+//       bn_relu_maxpool_stage(map, {}, {}, tensors, 1e-5, {4, 8, 8}, true);
+//   const std::vector<Tensor> layer(2 * kStageTensors, weight);
+//   const BlockAndReader parts = {layer, {1e-5, 1e-5}, {4, 4, 4}, {1}, false, tensors, 1e-5};
+//   const Tensor halved = dense_block_and_reader(parts, maxima, m, v, false).out;
 #pragma once
 
 #include <tuple>

@@ -52,17 +52,16 @@ class TrainingNetwork:
         and the network is one that runs in one call."""
         if not torch.is_grad_enabled() or not convolves(self._convolution, images) or not self._fits():
             return
-        images = in_autocast_dtype(images)
-        backend, grid = select(images.device, images.dtype), pooled(images, output_sizes(self._convolution, images))
-        size = 0
+        x, size = in_autocast_dtype(images), 0
+        backend, grid = select(x.device, x.dtype), pooled(x, output_sizes(self._convolution, x))
         for block in self._blocks:
             if not backend.runs_whole_blocks(grid):
                 return
             widths = block.columns + sum(layer[0].weight.shape[0] for layer in block.layers)
-            size += math.prod(grid) * widths * images.element_size()
+            size += math.prod(grid) * widths * x.element_size()
             grid = (grid[0], *(length // 2 for length in grid[1:]))
         if backend.RUNS_NETWORKS and size <= MOST_BYTES:
-            self._network = self._network or self._made(images)
+            self._network = self._network or self._made(x)
             self._kinds.add(images)
 
     def run(self, images: Tensor) -> Tensor:

@@ -61,13 +61,13 @@ def convolves(convolution: nn.Module, images: Tensor) -> bool:
 def convolution_of_images(convolution: nn.Module, images: Tensor, weight: Tensor) -> Tensor:
     """The result [N, k, H', W'] of a plain ``convolution`` of ``images`` with its ``weight``, channels last.
 
-    Both are converted to autocast's dtype first, as autocast would.
+    The images are converted to autocast's dtype first. A float32 weight is rounded to it too; its gradient is not.
     """
     dtype = autocast_dtype(images.device) or images.dtype
     sizes = output_sizes(convolution, images)
     flops = partial(of_convolutions, images.shape[0] * sizes[0] * sizes[1], [weight])
     with named(NAME, images, flops):
-        return _apply(images.to(dtype), weight.to(dtype), convolution.stride[0], convolution.padding[0], sizes)
+        return _apply(images.to(dtype), weight, convolution.stride[0], convolution.padding[0], sizes)
 
 
 def with_unit_channels(images: Tensor) -> Tensor:
@@ -99,8 +99,9 @@ class _Convolution(torch.autograd.Function):
             squares = [[ctx.stride] * 2, [ctx.padding] * 2, [1, 1]]
             needs = [need_images, need_weight and not own, False]
             grad_images, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad, images, weight, None, *squares, False, [0, 0], 1, needs
+                grad, images, weight.to(images.dtype), None, *squares, False, [0, 0], 1, needs
             )
+            grad_weight = grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         if own:
             backend, matrix = select(images.device, images.dtype), to_matrix(grad)
             made = backend.convolution_grad_weight(
