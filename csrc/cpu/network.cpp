@@ -16,10 +16,8 @@ struct Taps {
   const Tensor& weight;
   int64_t made, channels, height, width;
 
-  explicit Taps(const Tensor& weight) : weight(weight) {
-    STD_TORCH_CHECK(weight.dim() == 4, "tensors: expected a convolution's weight [B, C, h, w] first");
-    made = weight.size(0), channels = weight.size(1), height = weight.size(2), width = weight.size(3);
-  }
+  explicit Taps(const Tensor& weight)
+      : weight(weight), made(weight.size(0)), channels(weight.size(1)), height(weight.size(2)), width(weight.size(3)) {}
 
   // Calls f with the places of a value in `weight` and among the taps
   template <typename F>
@@ -85,6 +83,7 @@ struct Parts {
     STD_TORCH_CHECK(
         static_cast<int64_t>(saved.size()) == (stages - 1 - std::ssize(layers)) / 2 && prepend.size() == layers.size(),
         "saved, prepend: expected one for each layer and for each block");
+    STD_TORCH_CHECK(convolution.dim() == 4, "tensors: expected a convolution's weight [B, C, h, w] first");
     for (const Tensor& t : present) {
       STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && is_dense(t), "tensors: expected float32, without gaps");
     }
