@@ -87,7 +87,7 @@ sanitize: $(INSTALLED)
 		tests/backends/test_kernels.py tests/backends/test_pool_kernels.py tests/backends/test_extension.py \
 		tests/ops/test_walk.py -k "cpu- or threads or arguments or walks"
 	DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so $(SANITIZED) $(RUN) -m pytest \
-		tests/ops/test_chain.py tests/ops/test_convolution.py
+		tests/ops/test_chain.py tests/ops/test_network.py tests/ops/test_convolution.py
 	if grep -qw avx512_bf16 /proc/cpuinfo; then \
 		DENSENET_FAST_CPU=amx_bf16 DENSENET_FAST_LIBRARY=build/sanitized/densenet_fast/_kernels.so $(SANITIZED) \
 		$(RUN) -m pytest tests/backends/test_kernels.py -k "cpu- and bfloat16 and conv"; fi

@@ -1,5 +1,6 @@
 """A whole network in training as one call, for networks of small images."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -34,7 +35,6 @@ class TrainingNetwork:
     def __init__(self, convolution: nn.Module, parts: Sequence[Operands]) -> None:
         self._convolution, self._all, self._blocks = convolution, parts, parts[1::2]
         self._kinds = Kinds()
-        self._network: Network | None = None
 
     def admits(self, images: Tensor) -> bool:
         """Whether such images were admitted before, all parameters are trained, and nothing has to see the parts one by
@@ -61,7 +61,6 @@ class TrainingNetwork:
             size += math.prod(grid) * widths * x.element_size()
             grid = (grid[0], *(length // 2 for length in grid[1:]))
         if backend.RUNS_NETWORKS and size <= MOST_BYTES:
-            self._network = self._network or self._made(x)
             self._kinds.add(images)
 
     def run(self, images: Tensor) -> Tensor:
@@ -88,7 +87,8 @@ class TrainingNetwork:
             )
         )
 
-    def _made(self, images: Tensor) -> Network:
+    @functools.cached_property
+    def _network(self) -> Network:
         stages = [stage for part in self._all for stage in part.stages]
         flat = [t for stage in stages for t in stage[:STAGE_TENSORS]]
         places = [i for i, t in enumerate(flat) if t is not None]
@@ -98,7 +98,7 @@ class TrainingNetwork:
             places,
             [stage.eps for stage in stages],
             [len(block.layers) for block in blocks],
-            [flag for block in blocks for flag in block.saved(images, True)],
+            [flag for block in blocks for flag in block.saved(self._convolution.weight, True)],
             [block.prepend for block in blocks],
             self._convolution.stride[0],
             self._convolution.padding[0],

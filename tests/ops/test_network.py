@@ -156,7 +156,15 @@ def saved_elsewhere(net, x):
         net(x).sum().backward()
 
 
+def of_other_tensors(net, x):
+    other = {name: 2 * p.detach() for name, p in net.named_parameters()}
+    for _ in range(2):
+        out = torch.func.functional_call(net, other, x)
+    assert not torch.equal(out, net(x.clone().requires_grad_()))
+
+
 UNSUITED = {
+    "functional_call": of_other_tensors,
     "without gradients": no_grad,
     "profiled": profiled,
     "images that require a gradient": lambda net, x: net(x.requires_grad_()),
@@ -211,6 +219,20 @@ def test_second_derivatives(calls):
     assert len(calls) == 1
     for a, b in zip(got, by_parts(second_derivatives, net, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def rows_of_the_jacobian(net, x):
+    for _ in range(2):
+        out = net(x)[0]
+    parameters = [net.features.conv0.weight, net.features.norm5.bias]
+    return torch.autograd.grad(out, parameters, torch.eye(len(out)), is_grads_batched=True)
+
+
+def test_a_batch_of_gradients(calls):
+    got = rows_of_the_jacobian(small(), images())
+    assert len(calls) == 1
+    for a, b in zip(got, by_parts(rows_of_the_jacobian, small(), images()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 def test_a_graph_that_is_retained_gives_the_same_again(calls):
