@@ -199,12 +199,14 @@ Tensors network_backward(Tensor grad, Tensor images, Tensors kept, Tensors prese
                          std::vector<double> eps, Sizes layers, Sizes saved, Sizes prepend, int64_t stride,
                          int64_t padding) {
   const Parts parts(images, present, places, eps, layers, saved, prepend, stride, padding);
+  const auto in_all = std::count(saved.begin(), saved.end(), 1);
+  STD_TORCH_CHECK(std::ssize(kept) == 4 + 3 * std::ssize(layers) + in_all,
+                  "kept: expected what the forward pass returned");
   std::vector<Tensors> gradients;  // of the last part first
   auto end = kept.end();
   for (size_t i = parts.pairs.size(); i-- > 0;) {
     const BlockAndReader& pair = parts.pairs[i];
     const auto bottlenecks = end - std::count(pair.saved.begin(), pair.saved.end(), 1);
-    STD_TORCH_CHECK(bottlenecks - kept.begin() >= 7, "kept: expected what the forward pass returned");
     const Tensor &features = bottlenecks[-3], &mean = bottlenecks[-2], &var = bottlenecks[-1];
     auto [grad_x, own, read] = dense_block_and_reader_backward(pair, grad, features, mean, var, {bottlenecks, end},
                                                                parts.in_channels(i, features.size(1)));
@@ -213,7 +215,6 @@ Tensors network_backward(Tensor grad, Tensor images, Tensors kept, Tensors prese
     grad = grad_x;
     end = bottlenecks - 3;
   }
-  STD_TORCH_CHECK(end - kept.begin() == 4, "kept: expected what the forward pass returned");
   auto [grad_map, own] =
       bn_relu_maxpool_stage_backward(grad, kept[1], kept[0], kept[2], kept[3], parts.stem, parts.stem_eps, parts.grid);
   gradients.push_back(own);
