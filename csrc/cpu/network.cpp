@@ -14,7 +14,7 @@ using Tensors = std::vector<Tensor>;
 // The weight [B, C, h, w] as the stem's convolution takes it, [B, h, w, C], and its gradient back in its own layout
 struct Taps {
   const Tensor& weight;
-  int64_t made, channels, height, width;
+  const int64_t made, channels, height, width;
 
   explicit Taps(const Tensor& weight)
       : weight(weight), made(weight.size(0)), channels(weight.size(1)), height(weight.size(2)), width(weight.size(3)) {}
@@ -22,12 +22,14 @@ struct Taps {
   // Calls f with the places of a value in `weight` and among the taps
   template <typename F>
   void each(F f) const {
+    const int64_t of_made = weight.stride(0), of_channel = weight.stride(1);
+    const int64_t of_line = weight.stride(2), of_column = weight.stride(3);
     int64_t tap = 0;
     for (int64_t b = 0; b < made; ++b) {
       for (int64_t y = 0; y < height; ++y) {
         for (int64_t x = 0; x < width; ++x) {
           for (int64_t c = 0; c < channels; ++c) {
-            f(b * weight.stride(0) + c * weight.stride(1) + y * weight.stride(2) + x * weight.stride(3), tap++);
+            f(b * of_made + c * of_channel + y * of_line + x * of_column, tap++);
           }
         }
       }
