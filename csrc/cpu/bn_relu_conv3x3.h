@@ -44,7 +44,7 @@ template <typename T>
 struct Transformed {
   int64_t words, position;  // in a row, from position to position
   bool paired;
-  std::unique_ptr<T[], decltype(&std::free)> data;
+  Scratch<T> data;
 
   Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired, bool ragged)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),

@@ -39,7 +39,7 @@ struct Layer {
 template <typename Tile, typename T>
 struct Workspace {
   ProductScratch<T> product;
-  std::unique_ptr<float[], decltype(&std::free)> products;
+  Scratch<float> products;
   Panels filters;
   Transformed<Tile> transformed;
   Pixels<const T> around, next;
