@@ -1,7 +1,7 @@
 // BN-ReLU-Conv3x3 in one to three dimensions, forward and backward: a batch of tiles is normalised and transformed into
 // scratch, multiplied, and transformed back while it is in cache. Images and planes of volumes have minimal filtering
-// (winograd.h), lines nothing to transform (line.h). The three taps of a volume in depth, and those of a line, are
-// summed before anything is transformed back: for planes z,
+// (winograd.h); lines, and images and volumes of few pixels, nothing to transform (line.h). The three taps of a volume
+// in depth, and all that are not transformed, are summed before anything is transformed back: for planes z,
 //
 //   y[z] = output(sum over i of filter[i] . input[z + i])      dfilter[i] = sum over z of gradient[z] . input[z + i]
 //
@@ -35,7 +35,7 @@ constexpr int64_t kWidest = std::is_same_v<Tile, float> ? 4 : 2;
 template <typename T>
 const TileKernels<T>& tile_kernels(const ImageTiles& image) {
   const Kernels<T>& all = kernels_of<T>();
-  return image.dims == 1 ? all.line : image.wide == 2 ? all.square : all.wide;
+  return image.of_pixels() ? all.line : image.wide == 2 ? all.square : all.wide;
 }
 
 // As many as `count` values of as many as `tiles` tiles. Products read whole words, and of pairs multiples of 16
@@ -44,7 +44,7 @@ template <typename T>
 struct Transformed {
   int64_t words, position;  // in a row, from position to position
   bool paired;
-  std::unique_ptr<T[], decltype(&std::free)> data;
+  Scratch<T> data;
 
   Transformed(int64_t count, int64_t tiles, int64_t cols, bool paired, bool ragged)
       : words((paired ? cols : steps_of<T>(cols)) + (cols > 32 ? kSkew : 0)),
@@ -61,14 +61,18 @@ struct Transformed {
 
 constexpr int64_t kMostValues = 24;                             // of a transformed tile
 constexpr int64_t kForwardPixels = 112, kBackwardPixels = 448;  // that a thread works on at a time
-constexpr int64_t kSumDepth = 128;  // words that are summed at a time: the rounding of longer sums would show
+
+// Words that are summed at a time: the rounding of longer sums would show, sooner where the taps of three planes add up
+template <typename Tile>
+int64_t sum_depth(const ImageTiles& image) {
+  return image.dims == 3 && std::is_same_v<Tile, float> ? 32 : 128;
+}
 
 // [k, B, 3, ...] in one to three dimensions, its taps evenly spaced (contiguous or channels last), of the matrices'
 // dtype or float32, which is rounded as it is transformed
 template <typename T>
 struct Filters {
   int64_t dims, out_channels, in_channels;
-  int64_t taps, plane;  // in depth, and those of one of them
   FilterStrides strides;
   const T* own = nullptr;
   const float* wide = nullptr;
@@ -77,8 +81,6 @@ struct Filters {
       : dims(weight.dim() - 2),
         out_channels(weight.size(0)),
         in_channels(weight.size(1)),
-        taps(dims == 2 ? 1 : 3),
-        plane(dims == 1 ? 1 : 9),
         strides(evenly_spaced(weight, "weight")) {
     if (weight.scalar_type() == kDtype<T>) {
       own = static_cast<const T*>(weight.data_ptr());
@@ -102,29 +104,31 @@ struct Filters {
     return {t.stride(1), t.stride(0), t.stride(last)};
   }
 
-  int64_t matrices(const ImageTiles& image) const { return image.values() * taps; }
+  int64_t matrices(const ImageTiles& image) const { return image.values() * image.taps; }
 
-  // Transformed panels of T or floats, a matrix for each value of a tile and tap in depth: their columns are the output
+  // Transformed panels of T or floats, a matrix for each value of a tile and tap: their columns are the output
   // channels, and the depth the input channels; or, turned, the other way round
   template <typename To>
   void transform(const ImageTiles& image, const Panels& panels, bool turned) const {
     const int64_t depth = turned ? out_channels : in_channels;
     constexpr int64_t kSlice = 32;
     const int64_t slices = (depth + kSlice - 1) / kSlice;
+    const int64_t taps = image.steps.size();
     torch::stable::parallel_for(0, taps * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t tap = i % taps, p = i / taps / slices, k = i / taps % slices * kSlice;
-        transform_slice<To>(image, panels, p, 32 * p, k, std::min(depth - k, kSlice), turned, tap);
+        const int64_t p = i / taps / slices, k = i / taps % slices * kSlice;
+        transform_slice<To>(image, panels, p, 32 * p, k, std::min(depth - k, kSlice), turned,
+                            image.steps[i % taps].tap);
       }
     });
   }
 
-  // Of panel p, whose first column is `column`, and of a tap in depth, the slice of the depth from k on
+  // Of panel p, whose first column is `column`, and of a tap, the slice of the depth from k on
   template <typename To>
   void transform_slice(const ImageTiles& image, const Panels& panels, int64_t p, int64_t column, int64_t k,
                        int64_t slice, bool turned, int64_t tap = 0) const {
     const FilterStrides s = turned ? FilterStrides{strides.out, strides.in, strides.tap} : strides;
-    const int64_t first = column * s.out + k * s.in + plane * (turned ? taps - 1 - tap : tap) * s.tap;
+    const int64_t first = column * s.out + k * s.in + image.tile_taps * (turned ? image.taps - 1 - tap : tap) * s.tap;
     const int64_t width = panels.width(p), valid = panels.valid(p);
     uint32_t* to = panels.panel(p, image.values() * tap) + k / kPerWord<To> * width;
     if (own && std::is_same_v<To, float>) {
@@ -165,6 +169,22 @@ inline void transform_input(const TileKernels<bf16>& kernel, const bf16* const* 
   kernel.input(pixels, 0, tiles, cols, affine, out.tiles());
 }
 
+// sums [rows, width] = what all taps make of value i of `values` of tiles v, with panel p of their filters; `depth`
+// words are summed at a time
+template <typename Tile>
+void multiply_taps(const Transformed<Tile>& v, const std::vector<Tap>& taps, const Panels& weights, int64_t p,
+                   int64_t values, int64_t i, int64_t depth, float* sums, int64_t ld) {
+  const int64_t width = weights.width(p);
+  for (const Tap& tap : taps) {
+    for (int64_t step = 0; step < weights.steps; step += depth) {
+      kernels_of<Tile>().product({v.at(i) + tap.in * v.words + step, v.words, 1},
+                                 {weights.panel(p, values * tap.number + i) + step * width, 0, width}, tap.rows, width,
+                                 std::min(weights.steps - step, depth), sums + tap.out * ld, ld,
+                                 step > 0 || &tap != &taps[0]);
+    }
+  }
+}
+
 // conv3x3 with transformed values of type Tile
 template <typename Tile, typename T>
 void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>& filters, const float* bias,
@@ -174,7 +194,7 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
   const TileKernels<T>& kernel = tile_kernels<T>(image);
   const Panels weights(filters.out_channels, steps_of<Tile>(x.cols), filters.matrices(image));
   filters.template transform<Tile>(image, weights, false);
-  const int64_t values = image.values();
+  const int64_t values = image.values(), depth = sum_depth<Tile>(image);
   const Parts parts(image, kForwardPixels, 1);
   parts.tiles.share([&](auto each) {
     const int64_t largest = parts.largest(), products_ld = weights.padded();
@@ -186,22 +206,14 @@ void conv3x3_in(const Matrix<const T>& x, const Affine* affine, const Filters<T>
       const Part part = parts[i];
       const int64_t n = part.rows();
       if (n == 0) return;
-      const ImageTiles::Taps taps = image.taps_of(part);
+      const std::vector<Tap> taps = image.taps_of(part);
       transform_input(kernel, around.input(x, part), part.input_rows(), x.cols, affine, v);
       next.of(x, parts[std::min(i + 1, parts.tiles.rows - 1)]);
       for (int64_t i = 0; i < values; ++i) {
         prefetch(next.pointers, i, values, 0, x.cols);
         for (int64_t p = 0; p < weights.count; ++p) {
-          const int64_t width = weights.width(p);
-          float* sums = products.get() + i * n * products_ld + 32 * p;
-          for (const Tap& tap : taps) {
-            for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
-              kernels_of<Tile>().product({v.at(i) + tap.in * v.words + step, v.words, 1},
-                                         {weights.panel(p, values * tap.plane + i) + step * width, 0, width}, tap.rows,
-                                         width, std::min(weights.steps - step, kSumDepth), sums + tap.out * products_ld,
-                                         products_ld, step > 0 || &tap != taps.begin());
-            }
-          }
+          multiply_taps(v, taps, weights, p, values, i, depth, products.get() + i * n * products_ld + 32 * p,
+                        products_ld);
         }
       }
       kernel.output(products.get(), products_ld, n, out.cols, bias, inside.of(out, part));
@@ -236,7 +248,7 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
   const Parts parts(image, kBackwardPixels, kPerWord<T>);
   const Tiles& tiles = parts.tiles;
   const int64_t du_position = grad.cols * weights.padded();
-  std::vector<Accumulator> du(tiles.chunks * filters.taps);
+  std::vector<Accumulator> du(tiles.chunks * image.taps);
   std::vector<ColumnSums> sums_parts(tiles.chunks);
   tiles.run([&](int64_t chunk) {
     const int64_t largest = parts.largest(), largest_input = parts.largest_input();
@@ -249,15 +261,15 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
     Pixels<const T> dy_around(image, true), x_around(image, true), dy_inside(image), x_inside(image), next(image);
     Pixels<const T> source_inside(image);
     Pixels<T> out_inside(image);
-    Accumulator* du_part = &du[chunk * filters.taps];
-    for (int64_t tap = 0; need_weight && tap < filters.taps; ++tap) du_part[tap].reset(values * du_position);
+    Accumulator* du_part = &du[chunk * image.taps];
+    for (int64_t tap = 0; need_weight && tap < image.taps; ++tap) du_part[tap].reset(values * du_position);
     sums_parts[chunk].reset(x.cols);
     for (int64_t tile = chunk * tiles.per_chunk; tile < (chunk + 1) * tiles.per_chunk; ++tile) {
       if (tiles.begin(tile) == tiles.begin(tile + 1)) continue;
       const Part part = parts[tiles.begin(tile)];
       const int64_t n = part.rows();
       if (n == 0) continue;
-      const ImageTiles::Taps taps = image.taps_of(part);
+      const std::vector<Tap> taps = image.taps_of(part);
       const T* const* from = source ? source_inside.of(*source, part) : nullptr;
       T* const* to = nullptr;
       const T* const* x16 = nullptr;
@@ -287,8 +299,8 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
               fetch(i);
               for (const Tap& tap : taps) {
                 kernels_of<T>().product({dy.at(i) + tap.in * dy.words, dy.words, 1},
-                                        weights.operand(p, values * tap.plane + i), tap.rows, width, weights.steps,
-                                        products.get() + (i * n + tap.out) * width, width, &tap != taps.begin());
+                                        weights.operand(p, values * tap.number + i), tap.rows, width, weights.steps,
+                                        products.get() + (i * n + tap.out) * width, width, &tap != &taps[0]);
               }
             }
             kernel.input_gradient(products.get(), width, n, weights.valid(p), {x4, from, to, c}, columns,
@@ -302,32 +314,32 @@ void conv3x3_backward(const Matrix<const T>& grad, const Matrix<const T>& x, Aff
                 const Operand left = {transposed[i].words + first * transposed[i].step, transposed[i].row,
                                       transposed[i].step};
                 kernels_of<T>().product(left, {v.at(i) + tap.in / kPerWord<T> * v.words, 0, v.words}, grad.cols, width,
-                                        steps, du_part[tap.plane].values.get() + i * du_position + c * grad.cols, width,
-                                        du_part[tap.plane].started);
+                                        steps, du_part[tap.number].values.get() + i * du_position + c * grad.cols,
+                                        width, tap.more || du_part[tap.number].started);
               }
             }
           }
         }
       });
-      for (const Tap& tap : taps) du_part[tap.plane].started = true;
+      for (const Tap& tap : taps) du_part[tap.number].started = true;
     }
-    for (int64_t tap = 0; need_weight && tap < filters.taps; ++tap) du_part[tap].finish();
+    for (int64_t tap = 0; need_weight && tap < image.taps; ++tap) du_part[tap].finish();
   });
   weights.each([&](int64_t p) {
     if (!need_weight) return;
     const int64_t width = weights.width(p);
     const FilterStrides to = grad_weight->strides;
     for (int64_t r = 0; r < grad.cols; ++r) {
-      for (int64_t tap = 0; tap < filters.taps; ++tap) {
+      for (int64_t tap = 0; tap < image.taps; ++tap) {
         float u[kMostValues * 32];
         for (int64_t i = 0; i < values; ++i) {
           const int64_t from = i * du_position + 32 * p * grad.cols + r * width;
           std::copy_n(du[tap].values.get() + from, width, u + i * width);
-          for (size_t part = filters.taps + tap; part < du.size(); part += filters.taps) {
+          for (size_t part = image.taps + tap; part < du.size(); part += image.taps) {
             kernels().f32.add(du[part].values.get() + from, width, u + i * width);
           }
         }
-        float* filter = grad_weight->data + r * to.out + 32 * p * to.in + filters.plane * tap * to.tap;
+        float* filter = grad_weight->data + r * to.out + 32 * p * to.in + image.tile_taps * tap * to.tap;
         kernel.weight_gradient(u, width, weights.valid(p), filter, to.in, to.tap);
       }
     }

@@ -39,7 +39,7 @@ struct Layer {
 template <typename Tile, typename T>
 struct Workspace {
   ProductScratch<T> product;
-  std::unique_ptr<float[], decltype(&std::free)> products;
+  Scratch<float> products;
   Panels filters;
   Transformed<Tile> transformed;
   Pixels<const T> around, next;
@@ -54,7 +54,7 @@ class Block {
         layers_(std::move(layers)),
         image_(grid, features.rows, kWidest<Tile>),
         tile_rows_(features.rows > kFewRows ? kTileRows : kTileRows / 2),
-        tile_tiles_((features.rows > kFewRows ? kForwardPixels : kForwardPixels / 2) / image_.pixels()) {
+        tile_columns_((features.rows > kFewRows ? kForwardPixels : kForwardPixels / 2) / (image_.pixels() * planes())) {
     STD_TORCH_CHECK(image_.dims == 2, "grid: expected two spatial sizes, got ", image_.dims);
     for (const Layer<T>& layer : layers_) {
       check_dimensions(layer.filters, image_);
@@ -78,10 +78,11 @@ class Block {
   Workspace<Tile, T>& workspace(int64_t share) {
     std::unique_ptr<Workspace<Tile, T>>& own = workspaces_[share];
     if (!own) {
-      const int64_t rows = std::min(features_.rows, tile_rows_), tiles = std::min(image_.columns(), tile_tiles_);
+      const int64_t rows = std::min(features_.rows, tile_rows_);
+      const int64_t tiles = std::min(image_.columns(), std::max<int64_t>(tile_columns_, 1)) * planes();
       own.reset(new Workspace<Tile, T>{{rows, bottleneck_, width_, false},
                                        scratch<float>(image_.values() * tiles * round_up(growth_, 16)),
-                                       {growth_, steps_of<Tile>(bottleneck_), image_.values()},
+                                       {growth_, steps_of<Tile>(bottleneck_), image_.values() * image_.taps},
                                        {image_.values(), tiles, bottleneck_, false, true},
                                        Pixels<const T>(image_, true),
                                        Pixels<const T>(image_),
@@ -102,38 +103,41 @@ class Block {
         });
   }
 
-  static Part plane(int64_t first, int64_t tiles) { return {first, tiles, 0, 1, tiles, 0, 0}; }
+  int64_t planes() const { return std::max<int64_t>(image_.depth, 1); }
+  Part part(int64_t first, int64_t columns) const { return {first, columns, 0, planes(), columns, 0, 0}; }
 
   void conv3x3(const Layer<T>& layer, const Matrix<const T>& z) {
     const TileKernels<T>& kernel = tile_kernels<T>(image_);
-    const Shares shares(image_.columns(), tile_tiles_, layer.growth(), kFilterCost);
+    const int64_t depth = sum_depth<Tile>(image_);
+    const Shares shares(image_.columns(), std::max<int64_t>(tile_columns_, 1), layer.growth(), kFilterCost);
     shares.run([&](int64_t share, int64_t column, auto each) {
       Workspace<Tile, T>& own = workspace(share);
       const Transformed<Tile>& v = own.transformed;
       Panels& weights = own.filters;
       weights.reshape(std::min(shares.columns, layer.growth() - column), steps_of<Tile>(z.cols));
       const Matrix<T> out = features_.columns(layer.made + column, weights.cols);
-      const int64_t ld = weights.padded();
+      const int64_t ld = weights.padded(), values = image_.values();
       bool packed = false;
-      each([&](int64_t first, int64_t n, int64_t following) {
+      each([&](int64_t first, int64_t columns, int64_t following) {
+        const Part now = part(first, columns);
+        const int64_t n = now.rows();
         for (int64_t p = 0; !packed && p < weights.count; ++p) {
-          layer.filters.template transform_slice<Tile>(image_, weights, p, column + 32 * p, 0, z.cols, false);
-        }
-        packed = true;
-        transform_input(kernel, own.around.of(z, plane(first, n)), n, z.cols, nullptr, v);
-        own.next.of(z, plane(first + n, following));
-        for (int64_t i = 0; i < image_.values(); ++i) {
-          prefetch(own.next.pointers, i, image_.values(), 0, z.cols);
-          for (int64_t p = 0; p < weights.count; ++p) {
-            const int64_t width = weights.width(p);
-            for (int64_t step = 0; step < weights.steps; step += kSumDepth) {
-              kernels_of<Tile>().product({v.at(i) + step, v.words, 1}, {weights.panel(p, i) + step * width, 0, width},
-                                         n, width, std::min(weights.steps - step, kSumDepth),
-                                         own.products.get() + i * n * ld + 32 * p, ld, step > 0);
-            }
+          for (const Step& step : image_.steps) {
+            layer.filters.template transform_slice<Tile>(image_, weights, p, column + 32 * p, 0, z.cols, false,
+                                                         step.tap);
           }
         }
-        kernel.output(own.products.get(), ld, n, out.cols, nullptr, own.inside.of(out, plane(first, n)));
+        packed = true;
+        transform_input(kernel, own.around.of(z, now), n, z.cols, nullptr, v);
+        own.next.of(z, part(first + columns, following));
+        const std::vector<Tap> taps = image_.taps_of(now);
+        for (int64_t i = 0; i < values; ++i) {
+          prefetch(own.next.pointers, i, values, 0, z.cols);
+          for (int64_t p = 0; p < weights.count; ++p) {
+            multiply_taps(v, taps, weights, p, values, i, depth, own.products.get() + i * n * ld + 32 * p, ld);
+          }
+        }
+        kernel.output(own.products.get(), ld, n, out.cols, nullptr, own.inside.of(out, now));
       });
     });
   }
@@ -141,7 +145,7 @@ class Block {
   Matrix<T> features_;
   std::vector<Layer<T>> layers_;
   ImageTiles image_;
-  int64_t tile_rows_, tile_tiles_;
+  int64_t tile_rows_, tile_columns_;
   int64_t bottleneck_ = 0, growth_ = 0, width_ = 0;  // the largest
   Tensor z_;
   std::vector<std::unique_ptr<Workspace<Tile, T>>> workspaces_;

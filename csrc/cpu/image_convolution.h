@@ -56,7 +56,7 @@ struct ImageConvolution {
 
   // What a thread works in: the padded lines that the windows of its last line covered, and products
   struct Workspace {
-    std::unique_ptr<float[], decltype(&std::free)> lines, product;
+    Scratch<float> lines, product;
     int64_t last = -1;  // number of the last line
 
     explicit Workspace(const ImageConvolution& of)

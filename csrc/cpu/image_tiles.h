@@ -1,9 +1,9 @@
 // The tiles that the convolution of kernel size 3 works on, and their division into parts that stay in cache.
 //
 // In two dimensions, and in each plane of three, a tile is 2x2 or 2x4 pixels, at the lower and right border perhaps
-// fewer. The tiles of one place in all planes of a volume are a column. An image is a volume of one plane. A line is a
-// volume whose planes, and tiles, are a pixel each. A part is some columns between two planes: rows, plane by plane, of
-// which the taps of a neighbouring plane read a range.
+// fewer. The tiles of one place in all planes of a volume are a column. An image is a volume of one plane. Where pixels
+// are tiles, as those of a line are, each is a plane of its own. A part is some columns between two planes: rows, plane
+// by plane, of which the taps that lead to another plane read ranges.
 //
 // Example:
 //
@@ -21,9 +21,17 @@
 
 namespace densenet_fast {
 
-// Of a part, rows `out`, ... of the result, to which one of the filters' taps in depth adds rows `in`, ... of its input
+// From plane to plane along one of the filters' taps: how far in each dimension, and how many planes
+struct Step {
+  int64_t tap;
+  std::array<int64_t, 3> along;
+  int64_t planes;
+};
+
+// Of a part, rows `out`, ... of the result, to which a tap adds rows `in`, ... of its input; the tap's first or `more`
 struct Tap {
-  int64_t plane, out, in, rows;
+  int64_t number, out, in, rows;
+  bool more;
 };
 
 // Columns `first`, ... in planes `plane`, ...; `width` rows for each plane, of which those behind the last column stand
@@ -38,32 +46,42 @@ struct Part {
 
 struct ImageTiles {
   int64_t dims, batch, depth = 1, height = 1, width = 1, down, across;
-  int64_t taps = 1;                        // in depth
   int64_t high = 2, wide = 2, border = 1;  // of a tile, and what its filters reach beyond it
+  int64_t taps = 1, tile_taps = 1;         // from plane to plane, and those that each of them has within a tile
+  std::vector<Step> steps;                 // of the taps that any pixel has, that within the plane first
+  int64_t reach = 0;                       // the most planes of a step
 
-  // Of fewer pixels, the smaller tiles' filters are made sooner than the wider tiles save
-  static constexpr int64_t kManyPixels = 256;
+  // Of fewer pixels the wider tiles' rounding would show
+  static constexpr int64_t kManyPixels = 768;
+  // Of so few, and so few in an image, the smaller tiles' would, and pixels as tiles take no longer
+  static constexpr int64_t kFewPixels = 256, kFewInImage = 32;
 
-  // Tiles of `widest` pixels across where that is faster
+  // Tiles of `widest` pixels across where that is faster, of one pixel where that is
   ImageTiles(const std::vector<int64_t>& grid, int64_t rows, int64_t widest) {
     dims = spatial_dims(grid, rows);
     batch = grid[0];
-    if (dims != 2) {
-      depth = grid[1];
-      taps = 3;
-    }
-    if (dims == 1) {
+    std::copy(grid.begin() + 1, grid.end(), planes_.end() - dims);
+    const auto [z, y, x] = planes_;  // of pixels, so far
+    std::array<int64_t, 3> kernel = {dims > 2 ? 3 : 1, dims > 1 ? 3 : 1, 3};
+    if (dims == 1 || pixels_suffice(rows)) {
+      depth = z * y * x;
       high = wide = 1;
       border = 0;
     } else {
-      height = grid[dims - 1];
-      width = grid[dims];
+      depth = z;
+      height = y;
+      width = x;
       if (width > 2 && rows >= kManyPixels) wide = widest;
+      tile_taps = kernel[1] * kernel[2];
+      planes_ = {depth, 1, 1};
+      kernel = {kernel[0], 1, 1};
     }
     down = (height + high - 1) / high;
     across = (width + wide - 1) / wide;
+    find_steps(kernel);
   }
 
+  bool of_pixels() const { return border == 0; }
   int64_t columns() const { return batch * down * across; }
   int64_t pixels() const { return high * wide; }                                // of a tile
   int64_t values() const { return (high + 2 * border) * (wide + 2 * border); }  // of a transformed tile
@@ -88,26 +106,69 @@ struct ImageTiles {
     for (int64_t i = next; i < planes * next; ++i) out[i] = out[i - next] ? out[i - next] + next_plane : nullptr;
   }
 
-  // Those in a part with a range of rows, the plane's own first
-  struct Taps {
-    std::array<Tap, 3> taps;
-    int64_t count = 0;
-
-    const Tap* begin() const { return taps.data(); }
-    const Tap* end() const { return begin() + count; }
-  };
-
-  Taps taps_of(const Part& part) const {
-    Taps found;
-    const int64_t centre = taps / 2;
-    for (const int64_t step : {0, -1, 1}) {
-      if (std::abs(step) > centre) break;
-      const int64_t first = std::max(part.plane, -step), end = std::min(part.plane + part.planes, depth - step);
-      if (first >= end) continue;
-      found.taps[found.count++] = {centre + step, (first - part.plane) * part.width,
-                                   (first + step - part.plane + part.above) * part.width, (end - first) * part.width};
+  // In a part, in the order of the steps
+  std::vector<Tap> taps_of(const Part& part) const {
+    std::vector<Tap> found;
+    for (const Step& step : steps) {
+      const auto [first, end] = pixels_with(step);
+      int64_t last = -1;  // behind the planes of the tap that were found last
+      for (int64_t z = first[0]; z < end[0]; ++z) {
+        for (int64_t y = first[1]; y < end[1]; ++y) {
+          const int64_t line = (z * planes_[1] + y) * planes_[2];
+          const int64_t from = std::max(line + first[2], part.plane);
+          const int64_t to = std::min(line + end[2], part.plane + part.planes);
+          if (from >= to) continue;
+          if (from == last) {
+            found.back().rows += (to - from) * part.width;
+          } else {
+            found.push_back({step.tap, (from - part.plane) * part.width,
+                             (from + step.planes - part.plane + part.above) * part.width, (to - from) * part.width,
+                             last >= 0});
+          }
+          last = to;
+        }
+      }
     }
     return found;
+  }
+
+ private:
+  std::array<int64_t, 3> planes_ = {1, 1, 1};  // of a volume, in each dimension
+
+  // Whether pixels as tiles are as fast as tiles of 2x2: of a plane they take no more products, or there are few
+  bool pixels_suffice(int64_t rows) const {
+    const auto [depth, height, width] = planes_;
+    return (rows <= kFewPixels && depth * height * width <= kFewInImage) ||
+           (3 * height - 2) * (3 * width - 2) <= 16 * ((height + 1) / 2) * ((width + 1) / 2);
+  }
+
+  // The first pixels, and behind the last, from which a step leads to others
+  std::pair<std::array<int64_t, 3>, std::array<int64_t, 3>> pixels_with(const Step& step) const {
+    std::array<int64_t, 3> first, end;
+    for (int64_t dim = 0; dim < 3; ++dim) {
+      first[dim] = std::max<int64_t>(-step.along[dim], 0);
+      end[dim] = planes_[dim] - std::max<int64_t>(step.along[dim], 0);
+    }
+    return {first, end};
+  }
+
+  void find_steps(const std::array<int64_t, 3>& kernel) {
+    taps = kernel[0] * kernel[1] * kernel[2];
+    for (int64_t i = 0; i < taps; ++i) {
+      const int64_t tap = (taps / 2 + i) % taps;
+      Step step = {tap, {}, 0};
+      bool leads = true;
+      for (int64_t dim = 2, rest = tap, distance = 1; dim >= 0; --dim) {
+        step.along[dim] = rest % kernel[dim] - kernel[dim] / 2;
+        step.planes += step.along[dim] * distance;
+        leads = leads && std::abs(step.along[dim]) < std::max<int64_t>(planes_[dim], 1);
+        rest /= kernel[dim];
+        distance *= planes_[dim];
+      }
+      if (!leads) continue;
+      steps.push_back(step);
+      reach = std::max(reach, std::abs(step.planes));
+    }
   }
 };
 
@@ -139,18 +200,17 @@ struct Parts {
     const int64_t a = i / down, d = i % down;
     const int64_t first = columns * a / across, count = columns * (a + 1) / across - first;
     const int64_t plane = image.depth * d / down, end = image.depth * (d + 1) / down;
-    const bool reaches = image.taps > 1;
     return {first,
             count,
             plane,
             end - plane,
             round_up(count, multiple),
-            reaches && plane > 0,
-            reaches && end < image.depth};
+            std::min(image.reach, plane),
+            std::min(image.reach, image.depth - end)};
   }
 
   int64_t largest() const { return round_up((columns + across - 1) / across, multiple) * deepest(); }
-  int64_t largest_input() const { return largest() / std::max<int64_t>(deepest(), 1) * (deepest() + image.taps - 1); }
+  int64_t largest_input() const { return largest() / std::max<int64_t>(deepest(), 1) * (deepest() + 2 * image.reach); }
 
  private:
   int64_t deepest() const { return (image.depth + down - 1) / down; }

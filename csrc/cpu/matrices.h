@@ -131,11 +131,15 @@ const T* or_null(const std::optional<T>& value) {
 }
 
 template <typename T>
-std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t count) {
+using Scratch = std::unique_ptr<T[], decltype(&free_scratch)>;
+
+template <typename T>
+Scratch<T> scratch(int64_t count) {
   const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
-  T* memory = static_cast<T*>(std::aligned_alloc(64, bytes));
+  void* memory = kept_scratch(bytes);
+  if (memory == nullptr) memory = std::aligned_alloc(64, bytes);
   STD_TORCH_CHECK(memory != nullptr, "out of memory");
-  return {memory, &std::free};
+  return {static_cast<T*>(memory), &free_scratch};
 }
 
 // Asks for large pages: rows that are far apart otherwise miss the processor's table of pages at every step

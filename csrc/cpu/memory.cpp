@@ -17,6 +17,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
 #include <functional>
 #include <iterator>
 #include <map>
@@ -29,7 +30,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr size_t kLarge = 1 << 18;  // bytes; torch's allocator serves smaller tensors
+constexpr size_t kLarge = 1 << 18;  // bytes; other allocators serve what is smaller
 
 #if defined(__linux__)
 
@@ -46,13 +47,15 @@ class Range {
     return range;
   }
 
-  // Null if no gap is large enough
-  char* allocate(size_t bytes) {
+  // Null if no gap is large enough, or, to take nothing but memory that was `used` before, its part that was
+  char* allocate(size_t bytes, bool used = false) {
     const size_t size = (bytes + kPage - 1) / kPage * kPage + kSkew;
     const std::lock_guard lock(mutex_);
+    const char* end = used ? first_ + (end_ - first_ + kHugePage - 1) / kHugePage * kHugePage : nullptr;
     auto gap = gaps_.end();
     for (auto g = gaps_.begin(); g != gaps_.end(); ++g) {
-      if (g->second >= size && (gap == gaps_.end() || g->second < gap->second)) gap = g;
+      if (g->second < size || (used && g->first + size > end)) continue;
+      if (gap == gaps_.end() || g->second < gap->second) gap = g;
     }
     if (gap == gaps_.end()) return nullptr;
     const auto [start, room] = *gap;
@@ -62,6 +65,8 @@ class Range {
     end_ = std::max(end_, start + size);
     return start;
   }
+
+  bool contains(const char* start) const { return first_ <= start && start < first_ + size_; }
 
   void free(char* start) {
     const std::lock_guard lock(mutex_);
@@ -96,6 +101,7 @@ class Range {
     if (start == MAP_FAILED) return;
     first_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(start) + kHugePage - 1) / kHugePage * kHugePage);
     end_ = first_;
+    size_ = size;
     madvise(first_, size, MADV_HUGEPAGE);
     gaps_.emplace(first_, size);
     pthread_atfork([] { the().mutex_.lock(); }, [] { the().mutex_.unlock(); }, [] { the().mutex_.unlock(); });
@@ -104,6 +110,7 @@ class Range {
   std::mutex mutex_;
   std::map<char*, size_t> gaps_, used_;     // their sizes by their first bytes
   char *first_ = nullptr, *end_ = nullptr;  // no page behind the end was used since there were no tensors
+  size_t size_ = 0;
 };
 
 #endif
@@ -146,6 +153,27 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& size, std::optional
   for (size_t i = size.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * size[i];
   return empty_strided(size, strides, dtype.value_or(like.scalar_type()));
 }
+
+#if defined(__linux__)
+
+void* kept_scratch(size_t bytes) { return bytes < kLarge ? nullptr : Range::the().allocate(bytes, true); }
+
+void free_scratch(void* memory) noexcept {
+  char* start = static_cast<char*>(memory);
+  if (Range::the().contains(start)) {
+    Range::the().free(start);
+  } else {
+    std::free(memory);
+  }
+}
+
+#else
+
+void* kept_scratch(size_t) { return nullptr; }
+
+void free_scratch(void* memory) noexcept { std::free(memory); }
+
+#endif
 
 }  // namespace densenet_fast
 

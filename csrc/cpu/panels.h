@@ -22,7 +22,7 @@ constexpr int64_t kSkew = 16;  // words between rows of scratch, lest they fall 
 // The right factor of a product, packed: panels of 32 columns, the last one of 16 or 32
 struct Panels {
   int64_t cols, steps, count;
-  std::unique_ptr<uint32_t[], decltype(&std::free)> words;
+  Scratch<uint32_t> words;
 
   Panels(int64_t cols, int64_t steps, int64_t matrices = 1)
       : cols(cols), steps(steps), count((cols + 31) / 32), words(scratch<uint32_t>(matrices * size())) {}
@@ -66,7 +66,7 @@ int64_t steps_of(int64_t depth) {
 template <typename T>
 struct TransposedFactor {
   int64_t size;
-  std::unique_ptr<uint32_t[], decltype(&std::free)> copies;
+  Scratch<uint32_t> copies;
 
   // as many as `count` of `size` words
   TransposedFactor(int64_t size, int64_t count = 1)
@@ -88,7 +88,7 @@ const uint32_t* as_words(const T* values) {
 
 // What one chunk sums over its tiles: the first one's values are stored, later ones' added
 struct Accumulator {
-  std::unique_ptr<float[], decltype(&std::free)> values = {nullptr, &std::free};
+  Scratch<float> values = {nullptr, &free_scratch};
   int64_t count = 0;
   bool started = false;
 

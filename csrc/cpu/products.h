@@ -103,8 +103,8 @@ struct Weight {
 template <typename T>
 struct TileProduct {
   int64_t words;  // from row to row of a
-  std::unique_ptr<T[], decltype(&std::free)> a, rest;
-  std::unique_ptr<float[], decltype(&std::free)> sums;
+  Scratch<T> a, rest;
+  Scratch<float> sums;
 
   // with as many as `cols` columns, a multiple of 16; `rest` if `exact`
   TileProduct(int64_t rows, int64_t steps, int64_t cols, bool exact)

@@ -13,7 +13,7 @@ constexpr int64_t kTileLines = 14;
 template <typename T>
 struct RecentLines {
   int64_t size, first = -1, end = -1;  // the lines that are there
-  std::unique_ptr<T[], decltype(&std::free)> data;
+  Scratch<T> data;
 
   explicit RecentLines(int64_t size) : size(size), data(scratch<T>(3 * size)) {}
 

@@ -1,5 +1,6 @@
 """The memory of large tensors on CPUs, which is kept for the next ones."""
 
+import os
 import random
 import re
 import subprocess
@@ -66,8 +67,34 @@ def test_a_tensor_may_outlive_the_one_that_made_it():
     assert shared[0] == 3
 
 
-def in_a_process(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def in_a_process(code, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_kernels_work_in_the_gaps():
+    code = """if True:
+        import torch
+        from densenet_fast.backends.cpu import LARGE, cpu
+        from densenet_fast.backends import extension
+        from densenet_fast.backends.affine import Affine
+        from densenet_fast.memory import PeakMemory
+        assert extension.unavailable() is None
+        torch.set_num_threads(2)
+        x, grad, weight = torch.randn(1152, 128), torch.randn(1152, 32), torch.randn(32, 128, 3, 3, 3)
+        arguments = (grad, x, Affine(*torch.rand(3, 128)), weight, (2, 4, 12, 12), None)
+        made = [cpu.empty(x, (LARGE,), (1,)).fill_(1) for _ in range(9)]
+        cpu.bn_relu_conv3x3_backward(*arguments, need_weight=True)
+        for gaps in (0, 8):
+            del made[:gaps]
+            memory = PeakMemory(x.device)
+            cpu.bn_relu_conv3x3_backward(*arguments, need_weight=True)
+            print(memory.read().added)
+    """
+    without, within = map(int, in_a_process(code, MALLOC_MMAP_THRESHOLD_="65536").split())
+    assert within < without / 2
 
 
 def test_the_system_may_take_what_no_tensor_needs():

@@ -100,7 +100,7 @@ def test_later_calls_are_bitwise_the_first(options, prepend, autocast, served, m
 
 
 @pytest.mark.parametrize("prepend", [False, True])
-@pytest.mark.parametrize("rows", [(1, 7, 7), (1, 14, 14), (2, 2, 2), (3, 20, 9)])
+@pytest.mark.parametrize("rows", [(1, 7, 7), (1, 14, 14), (2, 2, 2), (40, 3, 3), (3, 20, 9)])
 def test_a_block_is_bitwise_the_ops(rows, prepend, served):
     block = randomise(densenet_fast.nn.DenseBlock(3, 40, 4, 32, prepend=prepend)).eval()
     x = images(rows[0], 40, *rows[1:])
