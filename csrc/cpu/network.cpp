@@ -1,9 +1,6 @@
 // A network from its images to the means of its last features, in one call: the stem, dense blocks with a transition
 // between each two, and the head. For small images the calls between these parts take longer than some of their
 // kernels.
-#include <array>
-#include <utility>
-
 #include "parts.h"
 #include "results.h"
 #include "running_statistics.h"
@@ -56,20 +53,18 @@ struct Taps {
   }
 };
 
-// Whether the values of a tensor of at most four dimensions fill its memory
+// Whether the values of a tensor fill its memory
 bool is_dense(const Tensor& t) {
-  std::array<std::pair<int64_t, int64_t>, 4> dims;
-  auto end = dims.begin();
-  const int64_t count = t.dim();
-  if (count > std::ssize(dims)) return false;
-  for (int64_t d = 0; d < count; ++d) {
-    const int64_t size = t.size(d);
-    if (size > 1) *end++ = {t.stride(d), size};
+  const int64_t dims = t.dim();
+  int64_t filled = 1;  // values that stand side by side
+  for (int64_t found = 0; found < dims; ++found) {
+    for (int64_t d = 0; d < dims; ++d) {
+      if (t.stride(d) != filled || t.size(d) == 1) continue;
+      filled *= t.size(d);
+      break;
+    }
   }
-  std::sort(dims.begin(), end);
-  int64_t expected = 1;
-  return std::all_of(dims.begin(), end,
-                     [&](const auto& dim) { return dim.first == std::exchange(expected, expected * dim.second); });
+  return filled == t.numel();
 }
 
 // The parts' tensors: the convolution's weight, then those of the stem's stage, and of each block and its reader
