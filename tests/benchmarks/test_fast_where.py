@@ -21,7 +21,15 @@ def test_the_first_words_of_the_readme():
     paths = [*results.glob("cpu_*/densenet121_train_fp32.csv"), *results.glob("nvidia_*/densenet121_train_bf16.csv")]
     rows = [row for path in paths for row in fast_where.measured(path).values()]
     words = " ".join((fast_where.ROOT / "README.md").read_text().partition("## Install")[0].split())
-    parts = {4: "a quarter", 5: "a fifth", 6: "a sixth", 8: "an eighth", 10: "a tenth", 11: "an eleventh"}
+    parts = {
+        4: "a quarter",
+        5: "a fifth",
+        6: "a sixth",
+        8: "an eighth",
+        10: "a tenth",
+        11: "an eleventh",
+        12: "a twelfth",
+    }
     for who, memory in (("ours", "needs {} to {}"), ("ours-me", "and {} to {} with")):
         speeds = sorted(row[who]["speed_ratio"] for row in rows)
         assert f"{speeds[0]:.1f} to {speeds[-1]:.1f} times" in words
