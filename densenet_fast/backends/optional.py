@@ -95,7 +95,7 @@ class Tracked(NamedTuple):
     counts: list[int]
     """How many there are in the stem, and in each block with its reader."""
     largest_variance: float
-    """If a variance of the batch is not at most this, nothing is computed or updated."""
+    """If a variance of the batch is not at most this, nothing is returned or updated."""
 
 
 class OptionalFunctions:
