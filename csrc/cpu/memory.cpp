@@ -4,6 +4,9 @@
 // stand in one range of addresses, and each takes the smallest gap that it fits into. So the backward pass of a block
 // works where the later blocks' tensors were, and a step within the pages of the step before, which the system need not
 // clear again. When no tensor is left, the system is told that it may take the pages.
+//
+// Other allocators know nothing of these pages. Where torch's own layers stand between two dense blocks, the backward
+// pass of the later block ends with its features freed, and theirs is next. So the system gets what is free at once.
 #include "memory.h"
 
 #include <torch/csrc/stable/library.h>
@@ -23,6 +26,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <set>
 
 namespace densenet_fast {
 namespace {
@@ -31,6 +35,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr size_t kLarge = 1 << 18;  // bytes; other allocators serve what is smaller
+
+enum class Purpose {
+  kTensor,
+  kTensorAmongOthers,  // what is free goes back when it is freed, unless it is the last such
+  kScratch,            // only memory that was used before
+};
 
 #if defined(__linux__)
 
@@ -47,14 +57,14 @@ class Range {
     return range;
   }
 
-  // Null if no gap is large enough, or, to take nothing but memory that was `used` before, its part that was
-  char* allocate(size_t bytes, bool used = false) {
+  // Null if no gap is large enough
+  char* allocate(size_t bytes, Purpose purpose) {
     const size_t size = (bytes + kPage - 1) / kPage * kPage + kSkew;
     const std::lock_guard lock(mutex_);
-    const char* end = used ? first_ + (end_ - first_ + kHugePage - 1) / kHugePage * kHugePage : nullptr;
+    const char* end = purpose == Purpose::kScratch ? first_ + above(end_) : first_ + size_;
     auto gap = gaps_.end();
     for (auto g = gaps_.begin(); g != gaps_.end(); ++g) {
-      if (g->second < size || (used && g->first + size > end)) continue;
+      if (g->second < size || g->first + size > end) continue;
       if (gap == gaps_.end() || g->second < gap->second) gap = g;
     }
     if (gap == gaps_.end()) return nullptr;
@@ -62,11 +72,12 @@ class Range {
     gaps_.erase(gap);
     if (room > size) gaps_.emplace(start + size, room - size);
     used_.emplace(start, size);
+    if (purpose == Purpose::kTensorAmongOthers) among_others_.insert(start);
     end_ = std::max(end_, start + size);
     return start;
   }
 
-  bool contains(const char* start) const { return first_ <= start && start < first_ + size_; }
+  bool contains(const void* start) const { return first_ <= start && start < first_ + size_; }
 
   void free(char* start) {
     const std::lock_guard lock(mutex_);
@@ -85,12 +96,22 @@ class Range {
       }
     }
     if (used_.empty()) {
-      madvise(first_, (end_ - first_) / kHugePage * kHugePage, MADV_FREE);  // a part of a page would split it
+      madvise(first_, below(end_), MADV_FREE);
       end_ = first_;
+    }
+    if (among_others_.erase(start) > 0 && !among_others_.empty()) {
+      for (const auto& [start, room] : gaps_) {
+        const size_t from = above(start), to = below(std::min(start + room, end_));
+        if (from < to) madvise(first_ + from, to - from, MADV_DONTNEED);
+      }
     }
   }
 
  private:
+  // Bytes from the first on, in whole pages, as a part of one would split it
+  size_t below(const char* end) const { return (end - first_) / kHugePage * kHugePage; }
+  size_t above(const char* end) const { return below(end + kHugePage - 1); }
+
   // As many addresses as the machine has memory; none where addresses are limited
   Range() {
     rlimit limit;
@@ -108,7 +129,8 @@ class Range {
   }
 
   std::mutex mutex_;
-  std::map<char*, size_t> gaps_, used_;     // their sizes by their first bytes
+  std::map<char*, size_t> gaps_, used_;  // their sizes by their first bytes
+  std::set<char*> among_others_;
   char *first_ = nullptr, *end_ = nullptr;  // no page behind the end was used since there were no tensors
   size_t size_ = 0;
 };
@@ -117,9 +139,9 @@ class Range {
 
 // None where torch's allocator has to serve
 std::optional<Tensor> kept_memory(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, size_t bytes,
-                                  ScalarType dtype) {
+                                  ScalarType dtype, Purpose purpose) {
 #if defined(__linux__)
-  char* start = bytes < kLarge ? nullptr : Range::the().allocate(bytes);
+  char* start = bytes < kLarge ? nullptr : Range::the().allocate(bytes, purpose);
   if (start == nullptr) return std::nullopt;
   const auto free = [](void* data) { Range::the().free(static_cast<char*>(data)); };
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
@@ -130,20 +152,31 @@ std::optional<Tensor> kept_memory(const std::vector<int64_t>& size, const std::v
 }
 
 // Strides of adjacent elements, in any order of the dimensions
-Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType dtype) {
+Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, ScalarType dtype,
+                     Purpose purpose) {
   const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const int64_t count = std::accumulate(size.begin(), size.end(), int64_t{1}, std::multiplies<>());
   const size_t bytes = count * aoti_torch_dtype_element_size(number);
-  if (const auto made = kept_memory(size, strides, bytes, dtype)) return *made;
+  if (const auto made = kept_memory(size, strides, bytes, dtype, purpose)) return *made;
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), number,
                                                   aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
+bool is_kept(const Tensor& tensor) {
+#if defined(__linux__)
+  return Range::the().contains(tensor.data_ptr());
+#else
+  return false;
+#endif
+}
+
 Tensor empty_like(Tensor like, std::vector<int64_t> size, std::vector<int64_t> strides) {
   STD_TORCH_CHECK(size.size() == strides.size(), "strides: expected ", size.size(), ", got ", strides.size());
-  return empty_strided(size, strides, like.scalar_type());
+  const bool among_others = like.numel() * like.element_size() >= kLarge && !is_kept(like);
+  return empty_strided(size, strides, like.scalar_type(),
+                       among_others ? Purpose::kTensorAmongOthers : Purpose::kTensor);
 }
 
 }  // namespace
@@ -151,17 +184,16 @@ Tensor empty_like(Tensor like, std::vector<int64_t> size, std::vector<int64_t> s
 Tensor empty(const Tensor& like, const std::vector<int64_t>& size, std::optional<ScalarType> dtype) {
   std::vector<int64_t> strides(size.size(), 1);
   for (size_t i = size.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * size[i];
-  return empty_strided(size, strides, dtype.value_or(like.scalar_type()));
+  return empty_strided(size, strides, dtype.value_or(like.scalar_type()), Purpose::kTensor);
 }
 
 #if defined(__linux__)
 
-void* kept_scratch(size_t bytes) { return bytes < kLarge ? nullptr : Range::the().allocate(bytes, true); }
+void* kept_scratch(size_t bytes) { return bytes < kLarge ? nullptr : Range::the().allocate(bytes, Purpose::kScratch); }
 
 void free_scratch(void* memory) noexcept {
-  char* start = static_cast<char*>(memory);
-  if (Range::the().contains(start)) {
-    Range::the().free(start);
+  if (Range::the().contains(memory)) {
+    Range::the().free(static_cast<char*>(memory));
   } else {
     std::free(memory);
   }

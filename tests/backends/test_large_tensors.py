@@ -85,7 +85,7 @@ def test_kernels_work_in_the_gaps():
         torch.set_num_threads(2)
         x, grad, weight = torch.randn(1152, 128), torch.randn(1152, 32), torch.randn(32, 128, 3, 3, 3)
         arguments = (grad, x, Affine(*torch.rand(3, 128)), weight, (2, 4, 12, 12), None)
-        made = [cpu.empty(x, (LARGE,), (1,)).fill_(1) for _ in range(9)]
+        made = [cpu.empty(torch.empty(0), (LARGE,), (1,)).fill_(1) for _ in range(9)]
         cpu.bn_relu_conv3x3_backward(*arguments, need_weight=True)
         for gaps in (0, 8):
             del made[:gaps]
@@ -108,6 +108,39 @@ def test_the_system_may_take_what_no_tensor_needs():
         print(open("/proc/self/smaps_rollup").read())
     """
     assert int(re.search(r"LazyFree: +(\d+) kB", in_a_process(code))[1]) * 1024 >= 48 * LARGE
+
+
+def test_between_layers_of_torch_the_system_gets_what_is_free():
+    code = f"""if True:
+        import os, torch
+        from densenet_fast.backends.cpu import cpu
+        from densenet_fast.backends import extension
+        assert extension.unavailable() is None
+
+        nothing, torchs = torch.empty(0), torch.empty({LARGE})
+
+        def made(bytes, like=nothing):
+            return cpu.empty(like, (bytes // 4,), (1,)).fill_(1)
+
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+        first, gap, other, second = made({LARGE}, torchs), made({64 * LARGE}), made({LARGE}), made({64 * LARGE}, torchs)
+        used = [resident()]
+        del gap
+        used.append(resident())
+        del second
+        used.append(resident())
+        gap = made({64 * LARGE}, first)
+        del gap
+        used.append(resident())
+        del first
+        print(*used, resident(), other.sum().item() * 4)
+    """
+    *used, other = map(float, in_a_process(code).split())
+    one_freed, both_freed, used_again, last_freed = (n - used[0] for n in used[1:])
+    assert one_freed > -LARGE and both_freed < -110 * LARGE and other == LARGE
+    assert used_again > both_freed + 50 * LARGE and last_freed > used_again - LARGE
 
 
 def test_where_addresses_are_limited_torch_serves():
