@@ -37,14 +37,21 @@ void bn_relu(Rows<const T> x, int64_t rows, int64_t cols, Affine affine, Rows<T>
   for (; r < rows; ++r) bn_relu_rows<1>(from_row(x, r), cols, affine, from_row(out, r), next_tile);
 }
 
-// in double and by the distance from the first row, so that nothing is lost where a column is constant but for a few
+// in double and by the distance from the first row, so that nothing is lost where a column is constant but for a few.
+// A register holds half as many doubles as floats.
 template <typename T>
 void statistics(Rows<const T> x, int64_t rows, int64_t cols, double* mean, double* m2) {
   lines(cols, [&]<int N>(int64_t c) {
-    const floats<N> first = load<N>(x.data + c);
-    Moments<N> moments;
-    for (int64_t r = 1; r < rows; ++r) moments.add(load<N>(x.data + r * x.ld + c), first);
-    moments.store(first, static_cast<double>(rows), mean + c, m2 + c);
+    constexpr int kDoubles = N < kLanes / 2 ? N : kLanes / 2, kVectors = N / kDoubles;
+    Moments<kDoubles> moments[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) moments[i].first = moments[i].widen(load<kDoubles>(x.data + c + i * kDoubles));
+    for (int64_t r = 1; r < rows; ++r) {
+      const T* row = x.data + r * x.ld + c;
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) moments[i].add(load<kDoubles>(row + i * kDoubles));
+    }
+    for (int i = 0; i < kVectors; ++i) moments[i].store(rows, mean + c + i * kDoubles, m2 + c + i * kDoubles);
   });
 }
 

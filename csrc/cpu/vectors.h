@@ -210,37 +210,27 @@ inline Wide<V> select(Wide<C> condition, Wide<V> a, Wide<V> b) {
 template <int N>
 struct Moments {
   using doubles = typename Lanes<N>::doubles;
-  doubles sum = {}, squares = {};
+  doubles first, sum = {}, squares = {};
 
-  static doubles widen(floats<N> v) { return __builtin_convertvector(v, doubles); }
+  static doubles widen(floats<N> v) {
+#if defined(__AVX512F__)
+    if constexpr (N == 8) return (doubles)_mm512_cvtps_pd((__m256)v);
+#endif
+    return __builtin_convertvector(v, doubles);
+  }
 
-  void add(floats<N> v, floats<N> first) {
-    const doubles distance = widen(v) - widen(first);
+  void add(floats<N> v) {
+    const doubles distance = widen(v) - first;
     sum += distance;
     squares += distance * distance;
   }
 
   // the mean and the sum of squared distances from it
-  void store(floats<N> first, double count, double* mean, double* m2) const {
+  void store(double count, double* mean, double* m2) const {
     const doubles shift = sum / count, rest = squares - sum * shift;
-    store_bits(mean, widen(first) + shift);
+    store_bits(mean, first + shift);
     store_bits(m2, rest);
     for (int i = 0; i < N; ++i) m2[i] = m2[i] < 0 ? 0 : m2[i];  // NaN stays NaN
-  }
-};
-template <int N>
-  requires(N > kLanes)
-struct Moments<N> {
-  Moments<N / 2> low, high;
-
-  void add(floats<N> v, floats<N> first) {
-    low.add(v.low, first.low);
-    high.add(v.high, first.high);
-  }
-
-  void store(floats<N> first, double count, double* mean, double* m2) const {
-    low.store(first.low, count, mean, m2);
-    high.store(first.high, count, mean + N / 2, m2 + N / 2);
   }
 };
 
