@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(densenet_fast, m) {
   m.def("cpu_capability() -> str");
-  m.def("cpu_empty(Tensor like, int[] size, int[] strides) -> Tensor");
+  m.def("cpu_empty(Tensor like, int[] size, int[] strides, bool kept=False) -> Tensor");
   m.def("cpu_huge_pages(Tensor x) -> ()");
   m.def("cpu_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var, Tensor(c!) rstd, float eps) -> ()");
   m.def("cpu_bn_relu(Tensor x, Tensor mean, Tensor scale, Tensor shift) -> Tensor");

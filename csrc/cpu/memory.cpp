@@ -38,8 +38,8 @@ constexpr size_t kLarge = 1 << 18;  // bytes; other allocators serve what is sma
 
 enum class Purpose {
   kTensor,
-  kTensorAmongOthers,  // what is free goes back when it is freed, unless it is the last such
-  kScratch,            // only memory that was used before
+  kKeptBehindOthers,  // for the backward pass; when it is freed what is free goes back, unless it is the last such
+  kScratch,           // only memory that was used before
 };
 
 #if defined(__linux__)
@@ -72,7 +72,7 @@ class Range {
     gaps_.erase(gap);
     if (room > size) gaps_.emplace(start + size, room - size);
     used_.emplace(start, size);
-    if (purpose == Purpose::kTensorAmongOthers) among_others_.insert(start);
+    if (purpose == Purpose::kKeptBehindOthers) behind_others_.insert(start);
     end_ = std::max(end_, start + size);
     return start;
   }
@@ -99,7 +99,7 @@ class Range {
       madvise(first_, below(end_), MADV_FREE);
       end_ = first_;
     }
-    if (among_others_.erase(start) > 0 && !among_others_.empty()) {
+    if (behind_others_.erase(start) > 0 && !behind_others_.empty()) {
       for (const auto& [start, room] : gaps_) {
         const size_t from = above(start), to = below(std::min(start + room, end_));
         if (from < to) madvise(first_ + from, to - from, MADV_DONTNEED);
@@ -130,7 +130,7 @@ class Range {
 
   std::mutex mutex_;
   std::map<char*, size_t> gaps_, used_;  // their sizes by their first bytes
-  std::set<char*> among_others_;
+  std::set<char*> behind_others_;
   char *first_ = nullptr, *end_ = nullptr;  // no page behind the end was used since there were no tensors
   size_t size_ = 0;
 };
@@ -164,7 +164,7 @@ Tensor empty_strided(const std::vector<int64_t>& size, const std::vector<int64_t
   return Tensor(made);
 }
 
-bool is_kept(const Tensor& tensor) {
+bool is_ours(const Tensor& tensor) {
 #if defined(__linux__)
   return Range::the().contains(tensor.data_ptr());
 #else
@@ -172,11 +172,11 @@ bool is_kept(const Tensor& tensor) {
 #endif
 }
 
-Tensor empty_like(Tensor like, std::vector<int64_t> size, std::vector<int64_t> strides) {
+Tensor empty_like(Tensor like, std::vector<int64_t> size, std::vector<int64_t> strides, bool kept) {
   STD_TORCH_CHECK(size.size() == strides.size(), "strides: expected ", size.size(), ", got ", strides.size());
-  const bool among_others = like.numel() * like.element_size() >= kLarge && !is_kept(like);
+  const bool made_by_others = like.numel() * like.element_size() >= kLarge && !is_ours(like);
   return empty_strided(size, strides, like.scalar_type(),
-                       among_others ? Purpose::kTensorAmongOthers : Purpose::kTensor);
+                       kept && made_by_others ? Purpose::kKeptBehindOthers : Purpose::kTensor);
 }
 
 }  // namespace

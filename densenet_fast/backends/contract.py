@@ -66,9 +66,10 @@ class Backend(Serving, OptionalFunctions):
     TAPS_FIRST: bool = False
     """Whether the 3x3 kernels want a weight [k, B, 3, 3] with channels last in memory: [k, 3, 3, B]."""
 
-    def empty(self, like: Tensor, size: Sequence[int], strides: Sequence[int]) -> Tensor:
+    def empty(self, like: Tensor, size: Sequence[int], strides: Sequence[int], kept: bool = False) -> Tensor:
         """An uninitialised tensor of ``size`` without gaps between its elements, with the dtype and the device of
-        ``like``. A backend may keep the memory of large ones for the next."""
+        ``like``. It may be ``kept`` for the backward pass of what reads ``like``: where that ends, the backward pass of
+        what made ``like`` is next. A backend may keep the memory of large tensors for the next ones."""
         return like.new_empty_strided(size, strides)
 
     @abc.abstractmethod

@@ -57,9 +57,10 @@ class Cpu(Aten):
     def dtypes(self, device_type: str) -> Collection[torch.dtype]:
         return (torch.float32, torch.bfloat16) if device_type == "cpu" else ()
 
-    def empty(self, like: Tensor, size: Sequence[int], strides: Sequence[int]) -> Tensor:
-        large = math.prod(size) * like.element_size() >= LARGE
-        return (kernels.cpu_empty if large else Tensor.new_empty_strided)(like, size, strides)
+    def empty(self, like: Tensor, size: Sequence[int], strides: Sequence[int], kept: bool = False) -> Tensor:
+        if math.prod(size) * like.element_size() < LARGE:
+            return like.new_empty_strided(size, strides)
+        return kernels.cpu_empty(like, size, strides, kept)
 
     def channel_statistics(self, x: Tensor, out: Statistics) -> None:
         kernels.cpu_statistics(x, *out)

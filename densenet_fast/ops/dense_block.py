@@ -14,6 +14,7 @@ The backward pass goes through the layers in reverse. G starts as the incoming g
     G[:, :C] += s * D;   P[:C] -= s * sum D;   Q[:C] -= s * r^2 * sum D * (F - mu) / 2                       (2)
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ def _forward(given: Inputs) -> Outputs:
         x, given.tensors, given.eps, given.bottleneck, given.drop_rates, given.return_statistics, given.prepend
     )
     backend = select(x.device, x.dtype)
-    image = empty_image(x, plan.grid, plan.columns, backend.empty)
+    image = empty_image(x, plan.grid, plan.columns, functools.partial(backend.empty, kept=True))
     features = to_matrix(image)
     rows = features.shape[0]
     if plan.runs_whole_on(backend, x.dtype, group):
