@@ -136,7 +136,7 @@ class Backend(Serving, OptionalFunctions):
             grad_x: None if it is not needed.
             need_weight: whether dW is needed; None is returned for it otherwise.
             need_sums: whether the sums are needed though grad_x is not.
-            source: [M, C]; grad_x itself if there is none, so that scale * D is added to it in place.
+            source: [M, C], or one row, expanded. It is grad_x itself if there is none: scale * D is added in place.
             reader: gets the sums. None is returned for them then.
             completion: columns of grad_x that are completed as soon as the ``reader`` has the sums.
             unfinished: what the 3x3 convolution left undone. It is done first: the completion may overwrite grad.

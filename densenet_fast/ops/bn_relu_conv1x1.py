@@ -11,7 +11,6 @@ backward pass.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from densenet_fast.backends.layout import as_output, empty_image, to_image, to_matrix
@@ -117,9 +116,20 @@ def _backward(given: BackwardInputs) -> tuple[Tensor, list[Tensor]]:
             grad_out, *unit, ready.grid, need_input=need_d, need_weight=need_weight, reader=reader, like=like
         )
     else:
-        grad_x = torch.zeros_like(ready.matrix) if given.needs[0] else None
+        grad_x = zeros = None
+        if given.needs[0]:
+            rows, columns = ready.matrix.shape
+            grad_x = ready.backend.empty(ready.matrix, (rows, columns), (columns, 1))
+            zeros = ready.matrix.new_zeros(columns).expand(rows, columns)
         grad_weight, _ = ready.backend.bn_relu_conv1x1_backward(
-            grad_out, *unit, grad_x, need_weight=need_weight, need_sums=need_d, reader=reader, like=like
+            grad_out,
+            *unit,
+            grad_x,
+            need_weight=need_weight,
+            need_sums=need_d,
+            source=zeros,
+            reader=reader,
+            like=like,
         )
     gradients.convolution(grad_weight, grad_out)
     return ready.gradients(grad_x, gradients, given.count, given.needs)

@@ -163,10 +163,11 @@ def test_bn_relu_conv1x1_backward(backend, dtype, channels, grid):
     once = grad_x.clone()
     backend.bn_relu_conv1x1_backward(*arguments, grad_x, need_weight=False, need_sums=False)
     assert error(grad_x, 2 * once.double()) <= 2 * torch.finfo(dtype).eps
-    source = torch.randn_like(case.buffer)[:, 1 : 1 + case.c]
-    from_source = torch.full_like(once, torch.nan)
-    backend.bn_relu_conv1x1_backward(*arguments, from_source, need_weight=False, need_sums=False, source=source)
-    assert error(from_source, source.double() + once.double()) <= 2 * torch.finfo(dtype).eps
+    other = torch.randn_like(case.buffer)[:, 1 : 1 + case.c]
+    for source in (other, other[0].expand_as(other)):
+        from_source = torch.full_like(once, torch.nan)
+        backend.bn_relu_conv1x1_backward(*arguments, from_source, need_weight=False, need_sums=False, source=source)
+        assert error(from_source, source.double() + once.double()) <= 2 * torch.finfo(dtype).eps
     nothing = backend.bn_relu_conv1x1_backward(*arguments, None, need_weight=False, need_sums=False)
     assert nothing == (None, None)
     assert backend.bn_relu_conv1x1_backward(*arguments, None, need_weight=True, need_sums=False)[0].equal(grad_weight)
