@@ -139,8 +139,8 @@ def test_between_layers_of_torch_the_system_gets_what_is_free():
     """
     *used, other = map(float, in_a_process(code).split())
     one_freed, both_freed, used_again, last_freed = (n - used[0] for n in used[1:])
-    assert one_freed > -LARGE and both_freed < -110 * LARGE and other == LARGE
-    assert used_again > both_freed + 110 * LARGE and last_freed > used_again - LARGE
+    assert one_freed > -8 * LARGE and both_freed < -100 * LARGE and other == LARGE
+    assert used_again > both_freed + 100 * LARGE and last_freed > used_again - 8 * LARGE
 
 
 def test_so_a_block_between_layers_of_torch_ends():
@@ -158,10 +158,10 @@ def test_so_a_block_between_layers_of_torch_ends():
         made = second(x)
         made.register_hook(resident), x.register_hook(resident)
         made.sum().backward()
-        print(*used, made.numel() * made.element_size())
+        print(*used)
     """
-    before, behind, features = map(int, in_a_process(code).split())
-    assert behind < before - features
+    before, behind = map(int, in_a_process(code).split())
+    assert behind < before
 
 
 def test_where_addresses_are_limited_torch_serves():
