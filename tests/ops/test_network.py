@@ -94,11 +94,11 @@ def of_other_data(net):
 
 def narrow(net):
     """By tensors in the same places, of other shapes."""
-    for layer in (net.features.denseblock2.denselayer4,):
-        layer.conv1.weight.data = layer.conv1.weight[:24].clone()
-        layer.conv2.weight.data = layer.conv2.weight[:, :24].clone()
-        for tensor in (*layer.norm2.parameters(), layer.norm2.running_mean, layer.norm2.running_var):
-            tensor.data = tensor.data[:24].clone()
+    layer = net.features.denseblock2.denselayer4
+    layer.conv1.weight.data = layer.conv1.weight[:24].clone()
+    layer.conv2.weight.data = layer.conv2.weight[:, :24].clone()
+    for tensor in (*layer.norm2.parameters(), layer.norm2.running_mean, layer.norm2.running_var):
+        tensor.data = tensor.data[:24].clone()
 
 
 def with_gaps(net):
